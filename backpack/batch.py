@@ -1,0 +1,485 @@
+"""Where the samples sit: the sample axis of a tensor and how operations move it.
+
+Letters: ``N`` samples, ``k`` rows per sample where a sample axis holds several (flattened time
+steps, patches, heads).
+
+Every tensor that depends on the data carries a :class:`Batch`. Most operations leave the axis
+where it is; those that move, merge, drop or mix it are listed here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MARK = "_backpack_batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The sample axis of one tensor.
+
+    Axis ``dim`` has ``outer * size * inner`` entries, samples in the middle: ``inner > 1`` after
+    ``[N, T, d] -> [N * T, d]``, ``outer > 1`` after ``[T, N, d] -> [T * N, d]``.
+
+    Attributes:
+        size: number of samples ``N``.
+        dim: axis that holds them.
+        outer: slower-varying factor flattened into that axis.
+        inner: faster-varying factor flattened into that axis.
+        tentative: the axis is inferred from a matching size (a tensor made by a factory function, a
+            second input); it gives way when it disagrees with one that is certain.
+        lost: why the axis is no longer known, if it is not.
+    """
+
+    size: int
+    dim: int = 0
+    outer: int = 1
+    inner: int = 1
+    tentative: bool = False
+    lost: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of entries of the axis."""
+        return self.outer * self.size * self.inner
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of that shape can have this sample axis."""
+        return self.dim < len(shape) and shape[self.dim] == self.length
+
+    def moved(self, dim: int) -> Batch:
+        """The same axis at another place."""
+        return self if dim == self.dim else replace(self, dim=dim)
+
+    def losing(self, why: str) -> Batch:
+        """The axis after an operation that leaves its place unknown."""
+        return replace(self, lost=why)
+
+    def split(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """Bring samples to the front: ``[*lead, *shape] -> [*lead, N, k, *rest]``."""
+        axis = lead + self.dim
+        if self.outer == 1 and self.inner == 1:
+            return tensor.movedim(axis, lead).unsqueeze(lead + 1)
+        tensor = tensor.unflatten(axis, (self.outer, self.size, self.inner))
+        tensor = tensor.movedim((axis + 1, axis, axis + 2), (lead, lead + 1, lead + 2))
+        return tensor.flatten(lead + 1, lead + 2)
+
+    def join(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """Inverse of :meth:`split`."""
+        axis = lead + self.dim
+        tensor = tensor.unflatten(lead + 1, (self.outer, self.inner))
+        tensor = tensor.movedim((lead + 1, lead, lead + 2), (axis, axis + 1, axis + 2))
+        return tensor.flatten(axis, axis + 2)
+
+    def rows(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """All axes but the last become shared positions: ``[*lead, N, S, features]``."""
+        if self.dim == 0 and self.outer == 1 and tensor.dim() > 1 + lead:
+            return tensor.reshape(
+                *tensor.shape[:lead], self.size, -1 if tensor.numel() else 0, tensor.shape[-1]
+            )
+        split = self.split(tensor, lead)
+        return split.flatten(lead + 1, -2) if split.dim() > lead + 2 else split.unsqueeze(-1)
+
+    def sample_ids(self, device: torch.device) -> Tensor:
+        """The sample each entry of the axis belongs to, ``[outer * N * inner]``."""
+        ids = torch.arange(self.size, device=device)
+        return ids.repeat_interleave(self.inner).repeat(self.outer)
+
+
+class _Inputs(threading.local):
+    """Sample axes of the inputs of the forward pass that this thread is in, by the inputs' ids.
+
+    Inputs belong to the user, who may pass them elsewhere too: their axes are not noted on them.
+    """
+
+    axes: dict[int, Batch] = {}
+
+
+entered = _Inputs()
+
+
+def batch_of(tensor: Tensor) -> Batch | None:
+    """The sample axis of ``tensor``; ``None`` if it does not depend on the data."""
+    batch = getattr(tensor, _MARK, None)
+    return entered.axes.get(id(tensor)) if batch is None else batch
+
+
+def mark(tensor: Tensor, batch: Batch) -> None:
+    """Note the sample axis on the tensor object itself, so that nothing is kept alive."""
+    setattr(tensor, _MARK, batch)
+
+
+# --------------------------------------------------------------------------------------
+# How operations move the axis. A mover takes (batch, tensor before, result, args, kwargs).
+
+Mover = Callable[[Batch, Tensor, Tensor, tuple, dict], Batch]
+_MOVERS: dict[Any, Mover] = {}
+_ELEMENTWISE: set[Any] = set()
+
+
+def _spellings(*names: str) -> list[Any]:
+    """All function objects the torch-function protocol may report for these names."""
+    found = []
+    for name in names:
+        for space in (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special):
+            func = getattr(space, name, None)
+            if func is None:
+                continue
+            found.append(func.__get__ if name in ("T", "mT", "H", "mH") else func)
+    return found
+
+
+def _mover(*names: str) -> Callable[[Mover], Mover]:
+    def register(function: Mover) -> Mover:
+        for func in _spellings(*names):
+            _MOVERS[func] = function
+        return function
+
+    return register
+
+
+def _argument(args: tuple, kwargs: dict, place: int, *names: str, default: Any = None) -> Any:
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[place] if len(args) > place else default
+
+
+def _wrap(dim: int, ndim: int) -> int:
+    return dim + ndim if dim < 0 else dim
+
+
+def _dims(dims: Any, ndim: int) -> list[int]:
+    if dims is None:
+        return list(range(ndim))
+    if isinstance(dims, int):
+        dims = (dims,)
+    return [_wrap(d, ndim) for d in dims]
+
+
+@_mover("transpose", "swapaxes", "swapdims")
+def _transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    first = _wrap(_argument(args, kwargs, 1, "dim0", "axis0"), new.dim())
+    second = _wrap(_argument(args, kwargs, 2, "dim1", "axis1"), new.dim())
+    return batch.moved({first: second, second: first}.get(batch.dim, batch.dim))
+
+
+@_mover("t", "T", "H", "adjoint", "mT", "mH")
+def _matrix_transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    last = new.dim() - 1
+    if last < 1:
+        return batch
+    return batch.moved({last: last - 1, last - 1: last}.get(batch.dim, batch.dim))
+
+
+@_mover("permute")
+def _permute(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dims = kwargs.get("dims") or (args[1:] if isinstance(args[1], int) else args[1])
+    return batch.moved(_dims(dims, new.dim()).index(batch.dim))
+
+
+@_mover("movedim", "moveaxis")
+def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    source = _dims(_argument(args, kwargs, 1, "source"), new.dim())
+    target = _dims(_argument(args, kwargs, 2, "destination"), new.dim())
+    order: list[int | None] = [None] * new.dim()
+    for s, t in zip(source, target, strict=True):
+        order[t] = s
+    rest = iter(d for d in range(new.dim()) if d not in source)
+    return batch.moved([next(rest) if d is None else d for d in order].index(batch.dim))
+
+
+@_mover("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze")
+@_mover("ravel", "atleast_2d", "atleast_3d")
+def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    """Row-major order is kept: match the products of the axes before the samples."""
+    before = prod(old.shape[: batch.dim]) * batch.outer
+    after = prod(old.shape[batch.dim + 1 :]) * batch.inner
+    left = 1
+    for dim, length in enumerate(new.shape):
+        right = prod(new.shape[dim + 1 :])
+        covers = left * length * right == before * batch.size * after
+        if covers and length and before % left == 0 and after % right == 0:
+            outer, inner = before // left, after // right
+            if outer * batch.size * inner == length:
+                return replace(batch, dim=dim, outer=outer, inner=inner)
+        left *= length
+    return batch.losing(f"reshape {tuple(old.shape)} -> {tuple(new.shape)} splits the sample axis")
+
+
+@_mover("expand", "expand_as", "broadcast_to")
+def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    moved = batch.moved(batch.dim + new.dim() - old.dim())
+    if old.shape[batch.dim] == 1 and new.shape[moved.dim] != 1:
+        return batch.losing("a batch of one was expanded")
+    return moved
+
+
+@_mover("repeat", "tile")
+def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    moved = batch.moved(batch.dim + new.dim() - old.dim())
+    factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
+    return replace(moved, outer=moved.outer * factor)
+
+
+@_mover("repeat_interleave")
+def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _argument(args, kwargs, 2, "dim")
+    repeats = _argument(args, kwargs, 1, "repeats")
+    if dim is None:
+        return batch.losing("repeat_interleave without dim flattens the sample axis")
+    if _wrap(dim, old.dim()) != batch.dim:
+        return batch
+    if not isinstance(repeats, int):
+        return batch.losing("repeat_interleave along the sample axis with a tensor of repeats")
+    return replace(batch, inner=batch.inner * repeats)
+
+
+@_mover("__getitem__")
+def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    taken = sum(
+        i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+        for i in index
+        if i is not None and i is not Ellipsis and not isinstance(i, bool)
+    )
+    before, after = 0, 0
+    advanced: list[tuple[int, int]] = []
+    for i in index:
+        if i is None or isinstance(i, bool):
+            after += 1
+        elif i is Ellipsis:
+            width = old.dim() - taken
+            if before <= batch.dim < before + width:
+                break
+            before, after = before + width, after + width
+        elif isinstance(i, (Tensor, list)) and not (isinstance(i, Tensor) and i.dim() == 0):
+            width = i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+            if before <= batch.dim < before + width:
+                return batch.losing("indexing along the sample axis")
+            ndim = 1 if isinstance(i, list) or i.dtype == torch.bool else i.dim()
+            advanced.append((before, ndim))
+            before += width
+        elif isinstance(i, slice):
+            if before == batch.dim:
+                if old.shape[before] != new.shape[after] if after < new.dim() else True:
+                    return batch.losing("slicing along the sample axis")
+                break
+            before, after = before + 1, after + 1
+        else:
+            if before == batch.dim:
+                return batch.losing("selecting one entry of the sample axis")
+            before += 1
+        if before > batch.dim:
+            break
+    if advanced:
+        # Broadcast index axes land where the first index stood (if contiguous) or in front.
+        candidates = [d for d in range(new.dim()) if new.shape[d] == batch.length]
+        if batch.dim == 0 and min(a for a, _ in advanced) > 0 and len(advanced) == 1:
+            return batch
+        if len(candidates) != 1:
+            return batch.losing("indexing with tensors")
+        return batch.moved(candidates[0])
+    return batch.moved(batch.dim - before + after)
+
+
+@_mover("select", "select_copy")
+def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _wrap(_argument(args, kwargs, 1, "dim"), old.dim())
+    if dim == batch.dim:
+        return batch.losing("selecting one entry of the sample axis")
+    return batch.moved(batch.dim - (dim < batch.dim))
+
+
+@_mover("unbind")
+def _unbind(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _wrap(_argument(args, kwargs, 1, "dim", default=0), old.dim())
+    if dim == batch.dim:
+        return batch.losing("unbinding the sample axis")
+    return batch.moved(batch.dim - (dim < batch.dim))
+
+
+@_mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes", "index_select")
+@_mover("unfold", "gather", "take_along_dim")
+def _along(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if new.dim() <= batch.dim or new.shape[batch.dim] != old.shape[batch.dim]:
+        return batch.losing("taking parts of the sample axis")
+    return batch
+
+
+@_mover("stack")
+def _stack(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _wrap(_argument(args, kwargs, 1, "dim", default=0), new.dim())
+    return batch.moved(batch.dim + (dim <= batch.dim))
+
+
+@_mover("cat", "concat", "concatenate")
+def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _wrap(_argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
+    if dim != batch.dim:
+        return batch
+    parts = args[0]
+    same = all(batch_of(p) == batch and p.shape == old.shape for p in parts)
+    if not same:
+        return batch.losing("concatenating along the sample axis")
+    return replace(batch, outer=batch.outer * len(parts))
+
+
+@_mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "norm", "any", "all")
+@_mover("max", "min", "median", "argmax", "argmin", "nansum", "nanmean", "count_nonzero")
+@_mover("kthvalue", "mode", "vector_norm")
+def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = kwargs.get("dim", kwargs.get("axis"))
+    if dim is None and len(args) > 1:
+        if isinstance(args[1], Tensor):  # max(a, b) is elementwise
+            return _aligned(batch, old, new)
+        dim = args[1]
+        if isinstance(dim, torch.dtype):
+            dim = None
+    dims = _dims(dim, old.dim())
+    if batch.dim in dims:
+        return batch.losing("a reduction over the sample axis mixes samples")
+    if new.dim() == old.dim():
+        return batch
+    return batch.moved(batch.dim - sum(d < batch.dim for d in dims))
+
+
+@_mover("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip")
+@_mover("sort", "argsort")
+def _mixing(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _along_dims(batch, old, _argument(args, kwargs, 1, "dim", "dims", default=()))
+
+
+@_mover("roll", "topk", "normalize")
+def _mixing_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _along_dims(batch, old, _argument(args, kwargs, 2, "dim", "dims", default=()))
+
+
+def _along_dims(batch: Batch, old: Tensor, dims: Any) -> Batch:
+    if isinstance(dims, (int, tuple, list)) and batch.dim in _dims(dims, old.dim()):
+        return batch.losing("an operation along the sample axis mixes samples")
+    return batch
+
+
+@_mover("linear")
+def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if not args or old is not args[0]:
+        return batch.losing("a weight that depends on the data")
+    if batch.dim == old.dim() - 1:
+        return batch.losing("a product over the sample axis mixes samples")
+    return batch
+
+
+@_mover("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
+def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if len(tensors) == 3 and old is tensors[0]:
+        return _aligned(batch, old, new)
+    left, right = tensors[-2:]
+    here, other = (right, left) if old is right else (left, right)
+    last = here.dim() - 1
+    contracted = last if here is left or last == 0 else last - 1
+    if batch.dim == contracted or (left is right and batch.dim >= last - 1):
+        return batch.losing("a product over the sample axis mixes samples")
+    if batch.dim < last - 1:  # one of the axes that number matrices
+        return batch.moved(batch.dim + (new.dim() - here.dim() if other.dim() > 1 else 0))
+    if here is left:
+        return batch.moved(new.dim() - (1 if other.dim() == 1 else 2))
+    return batch.moved(new.dim() - 1)
+
+
+@_mover("einsum")
+def _einsum(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    if not isinstance(args[0], str) or "." in args[0]:
+        return batch.losing("einsum with '...' or sublists") if not batch.fits(new.shape) else batch
+    equation = args[0].replace(" ", "")
+    terms, _, result = equation.partition("->")
+    for term, operand in zip(terms.split(","), operands, strict=True):
+        if operand is old:
+            letter = term[batch.dim]
+            if letter in result:
+                return batch.moved(result.index(letter))
+    return batch.losing(f"einsum {args[0]!r} sums over the sample axis")
+
+
+def _aligned(batch: Batch, old: Tensor, new: Tensor) -> Batch:
+    """Broadcasting aligns axes from the right."""
+    return batch.moved(batch.dim + new.dim() - old.dim())
+
+
+_ELEMENTWISE.update(
+    _spellings(
+        *"add sub mul div true_divide divide multiply subtract rsub pow maximum minimum fmod".split(),
+        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_".split(),
+        *"eq ne lt le gt ge where __radd__ __rmul__ __rsub__ __rdiv__ __rtruediv__ __rpow__".split(),
+    )
+)
+FACTORIES = frozenset(
+    _spellings(*"zeros ones empty full rand randn randint arange eye linspace tensor".split())
+)
+EXPANSIONS = frozenset(_spellings("expand", "expand_as", "broadcast_to", "repeat", "tile"))
+
+
+def propagate(
+    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
+) -> tuple[Batch, list[Tensor]]:
+    """The sample axis of an operation's result.
+
+    Args:
+        func: the function as the torch-function protocol reports it.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        new: one result tensor.
+        marked: the arguments that have a sample axis.
+
+    Returns:
+        The result's axis, and the arguments whose tentative axis disagrees with it: these do not
+        depend on the data after all.
+    """
+    mover = _MOVERS.get(func)
+    if len(marked) == 1:
+        old, batch = marked[0]
+        if batch.lost:
+            return batch, []
+        if mover is not None:
+            batch = mover(batch, old, new, args, kwargs)
+        elif func in _ELEMENTWISE and new.dim() != old.dim():
+            batch = batch.moved(batch.dim + new.dim() - old.dim())
+        if not batch.lost and not batch.fits(new.shape):
+            batch = batch.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
+        return batch, []
+
+    aligns = mover is not None or func in _ELEMENTWISE
+    chosen: Batch | None = None
+    demoted: list[Tensor] = []
+    for old, batch in sorted(marked, key=lambda pair: pair[1].tentative):
+        if chosen is not None and chosen.lost:
+            break
+        here = batch
+        if mover is not None and not batch.lost:
+            here = mover(batch, old, new, args, kwargs)
+        elif func in _ELEMENTWISE:
+            here = _aligned(batch, old, new)
+        if not here.lost and not here.fits(new.shape):
+            here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
+        if chosen is None:
+            chosen = here
+        elif aligns and replace(here, tentative=False) != replace(chosen, tentative=False):
+            if batch.tentative:
+                demoted.append(old)
+            else:
+                chosen = chosen.losing(f"{_name(func)} combines different sample axes")
+    assert chosen is not None
+    return chosen, demoted
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))

@@ -1,0 +1,594 @@
+"""Forward: find the taps, the operations in which parameters meet data.
+
+While the outermost extended module runs, a torch-function mode sees every operation. A result
+depends on the data if an argument does; the mark is :class:`~backpack.batch.Batch`. An operation
+with a data-dependent result and an argument that requires grad but does not depend on the data is a
+tap. Taps live in the ``metadata`` of their autograd node and nowhere else: they go when the graph
+goes. Nothing here may let a node's metadata or hooks reach that node or one above it (such cycles
+are never collected): taps hold inputs, which lie below, and recordings hold taps weakly.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from backpack.batch import (
+    EXPANSIONS,
+    FACTORIES,
+    Batch,
+    batch_of,
+    entered,
+    mark,
+    propagate,
+)
+from backpack.factors import Dense, Form, Outer, Pullback
+from backpack.losses import LOSSES, LossHessian
+from backpack.rules import RULES, ToForm, fallback
+
+# Keys of autograd nodes' metadata.
+TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
+MIXES, CURVED = "backpack_mixes", "backpack_curved"
+
+
+def notes(node: Node) -> dict[str, Any]:
+    """What is kept on an autograd node (torch's stubs take this attribute for a method)."""
+    return node.metadata  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a tap is taken with respect to: a parameter, or a tensor made from parameters only.
+
+    Attributes:
+        leaf: the parameter, or ``None`` for a derived tensor.
+        edge: a derived tensor's place in the graph, or ``None`` for a parameter.
+        form: columns at the tap's output -> form of the source.
+        linear: whether the operation is known to be linear in the source.
+    """
+
+    leaf: Tensor | None
+    edge: GradientEdge | None
+    form: ToForm
+    linear: bool
+
+
+@dataclass(eq=False)
+class Tap:
+    """One operation in which parameters meet data.
+
+    Attributes:
+        op: name of the operation.
+        place: which of its node's outputs.
+        batch: sample axis of the output.
+        sources: what it is differentiated with respect to; empty once released.
+        inputs: nodes of the data-dependent inputs, where the graph goes on downwards.
+        recording: the forward pass it belongs to.
+    """
+
+    op: str
+    place: int
+    batch: Batch
+    sources: list[Source]
+    inputs: tuple[Node, ...]
+    recording: Recording
+    released: bool = False
+
+    def release(self) -> None:
+        """Let go of the inputs, as autograd does once it has passed."""
+        self.sources = []
+        self.released = True
+
+
+@dataclass(slots=True, eq=False)
+class Recording:
+    """One forward pass of an outermost extended module.
+
+    Attributes:
+        module: that module.
+        size: number of samples.
+        batch_dim: sample axis of the inputs.
+        debug: whether the module was extended with ``debug=True``.
+        arguments: all tensors passed in, while the pass runs.
+        taps: the taps found.
+        unseen: parameters that were read through ``.data``.
+        entries: nodes of inputs that require grad: below them, the graph is not this module's.
+        depth: number of calls of the module inside itself.
+    """
+
+    module: weakref.ref[nn.Module]
+    size: int | None
+    batch_dim: int = 0
+    debug: bool = False
+    arguments: list[Tensor] = field(default_factory=list)
+    taps: list[weakref.ref[Tap]] = field(default_factory=list)
+    unseen: list[weakref.ref[Tensor]] = field(default_factory=list)
+    entries: set[Node] = field(default_factory=set)
+    depth: int = 0
+
+    def release(self) -> None:
+        """Release all taps that are still there."""
+        for ref in self.taps:
+            tap = ref()
+            if tap is not None:
+                tap.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """A model output: what a loss is a function of. Holds no tensor (that would be a cycle)."""
+
+    recording: Recording
+    place: int
+    batch: Batch | None
+    shape: torch.Size
+
+
+@dataclass(frozen=True, slots=True)
+class LossRecord:
+    """A loss with a known Hessian; ``module`` if an extended loss module computed it."""
+
+    hessian: LossHessian
+    edge: GradientEdge
+    module: nn.Module | None
+
+
+# The engine listens here: called with the node that backward has reached.
+reached: Callable[[Recording, LossRecord | None, Any], None] | None = None
+
+
+class _State(threading.local):
+    recorder: _Recorder | None = None
+    enabled: bool = True
+
+
+_state = _State()
+
+
+# --------------------------------------------------------------------------------------
+# The mode
+
+
+def _functional_twins() -> dict[Any, Any]:
+    """In-place functions and the out-of-place ones they correspond to."""
+    twins: dict[Any, Any] = {Tensor.__setitem__: None}
+    for space in (Tensor, torch, torch.nn.functional, torch._C._nn):
+        for name in dir(space):
+            if name.endswith("_") and not name.endswith("__"):
+                func = getattr(space, name, None)
+                if callable(func):
+                    twins[func] = getattr(space, name[:-1], None)
+    return twins
+
+
+_INPLACE = _functional_twins()
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_TENSORS = (Tensor, nn.Parameter)
+# Operations that curve each entry by itself.
+_BENDS = frozenset(
+    func
+    for name in (
+        "sigmoid tanh elu selu celu gelu silu mish softplus logsigmoid exp expm1 log log1p sqrt rsqrt "
+        "reciprocal sin cos erf"
+    ).split()
+    for space in (torch, Tensor, torch.nn.functional, torch._C._nn)
+    if (func := getattr(space, name, None)) is not None
+)
+_LINEAR_FALLBACKS = frozenset(
+    {torch.einsum, torch.nn.functional.bilinear, torch.bilinear, torch.cat, torch.stack, torch.bmm}
+)
+_BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
+
+
+def _tensors(args: tuple | list) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif type(a) in (tuple, list):
+            yield from _tensors(a)
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every operation of one forward pass."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _INPLACE:
+            return self._in_place(func, args, kwargs or {})
+        if _state.recorder is not self:
+            return func(*args, **(kwargs or {}))
+        if kwargs is None:
+            out = func(*args)
+            kwargs = {}
+        else:
+            out = func(*args, **kwargs)
+        kind = type(out)
+        if kind is Tensor:
+            marked, sources = _sort_arguments(args, kwargs)
+            if marked or not sources:
+                self._note(func, args, kwargs, out, 0, marked, sources)
+            elif func in EXPANSIONS:
+                self._expansion(func, args, kwargs, out, sources)
+        elif kind in (tuple, list) or isinstance(out, tuple):
+            if kind is not torch.Size:
+                marked, sources = _sort_arguments(args, kwargs)
+                if marked:
+                    for place, each in enumerate(out):
+                        if isinstance(each, Tensor):
+                            self._note(func, args, kwargs, each, place, marked, sources)
+        elif isinstance(out, Tensor):
+            marked, sources = _sort_arguments(args, kwargs)
+            if marked:
+                self._note(func, args, kwargs, out, 0, marked, sources)
+        if func == _DATA and isinstance(args[0], Tensor) and args[0].requires_grad:
+            self.recording.unseen.append(weakref.ref(args[0]))
+        return out
+
+    def _note(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        out: Tensor,
+        place: int,
+        marked: list[tuple[Tensor, Batch]],
+        sources: list[Tensor],
+    ) -> None:
+        recording = self.recording
+        if not marked:
+            size = recording.size
+            if func in FACTORIES and size and out.dim() and out.shape[0] == size:
+                mark(out, Batch(size, tentative=True))
+            return
+        batch, demoted = propagate(func, args, kwargs, out, marked)
+        mark(out, batch)
+        if demoted:
+            sources = sources + [t for t in demoted if t.requires_grad]
+        node = out.grad_fn if out.requires_grad else None
+        if node is None:
+            return
+        if func in LOSSES:
+            self._loss(func, args, kwargs, node, marked)
+        elif func in _BATCH_NORMS and _trains(args, kwargs):
+            notes(node)[MIXES] = "batch norm in training mode"
+        elif func in _BENDS and len(marked) == 1 and not batch.lost:
+            notes(node)[CURVED] = batch
+        if sources:
+            inputs = tuple(
+                t.grad_fn or get_gradient_edge(t).node
+                for t, _ in marked
+                if t.requires_grad and not any(t is s for s in sources)
+            )
+            _tap(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs)
+
+    def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """In-place operations: the node to remember is the one before."""
+        marked, sources = _sort_arguments(args, kwargs)
+        known = args and isinstance(args[0], Tensor) and marked
+        if not known or _state.recorder is not self:
+            return func(*args, **kwargs)
+        target = args[0]
+        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
+        twin = _INPLACE[func]
+        rest = [s for s in sources if s is not target]
+        plain = list(args)
+        if rest and twin is not None and twin not in (Tensor.add, Tensor.sub):
+            plain[0] = target.clone()
+            if (axis := batch_of(target)) is not None:
+                mark(plain[0], axis)
+        out = func(*args, **kwargs)
+        if func == Tensor.__setitem__:
+            self._note_assignment(target, args[1], args[2], marked)
+            return out
+        own = batch_of(target)
+        batch, _ = propagate(func, args, kwargs, target, marked) if own is None else (own, [])
+        mark(target, batch)
+        node = target.grad_fn
+        # A parameter-made tensor that data was written into is left to the check at backward time.
+        if rest and len(rest) == len(sources) and node is not None and twin is not None:
+            _tap(
+                self.recording,
+                *(twin, tuple(plain), kwargs, node, target.output_nr, 0, batch, rest, inputs),
+            )
+        return out
+
+    def _note_assignment(
+        self, target: Tensor, index: Any, value: Any, marked: list[tuple[Tensor, Batch]]
+    ) -> None:
+        size = self.recording.size
+        if batch_of(target) is None and size and target.dim() and target.shape[0] == size:
+            mark(target, Batch(size))
+
+    def _expansion(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor, sources: list[Tensor]
+    ) -> None:
+        """A parameter expanded to one row per sample: the sample axis appears here."""
+        size, node = self.recording.size, out.grad_fn
+        old = args[0]
+        grew = out.dim() > old.dim() or old.shape[0] == 1
+        if size and size > 1 and node is not None and out.dim() and out.shape[0] == size and grew:
+            batch = Batch(size, tentative=True)
+            mark(out, batch)
+            shape = old.shape
+            repeats = _repeats(old, out)
+            forms: list[tuple[Tensor, ToForm]] = [(old, lambda g: Dense(_unexpand(g, shape, repeats)))]
+            _store(self.recording, func, node, out.output_nr, batch, forms, ())
+
+    def _loss(self, func: Any, args: tuple, kwargs: dict[str, Any], node: Node, marked: list) -> None:
+        f = kwargs.get("input", args[0] if args else None)
+        axis = batch_of(f) if isinstance(f, Tensor) else None
+        if f is None or axis is None or axis.lost or not f.requires_grad:
+            return
+        hessian = LOSSES[func](axis, *args, **kwargs)
+        if hessian is None:
+            return
+        owner = self.recording.module()
+        is_loss = any(f is t for t in self.recording.arguments)
+        record = LossRecord(hessian, get_gradient_edge(f), owner if is_loss else None)
+        notes(node)[LOSS] = record
+        recording = self.recording
+        node.register_prehook(lambda grads: _on_backward(recording, record, grads))
+
+
+def _repeats(old: Tensor, out: Tensor) -> list[int]:
+    padded = (1,) * (out.dim() - old.dim()) + tuple(old.shape)
+    return [o // max(p, 1) for o, p in zip(out.shape, padded, strict=True)]
+
+
+def _unexpand(g: Tensor, shape: torch.Size, repeats: list[int]) -> Tensor:
+    """``[v, N, *expanded] -> [v, N, *shape]``: sum over everything but the sample axis."""
+    split: list[int] = []
+    for length, factor in zip(g.shape[2:], repeats[1:], strict=True):
+        split += [factor, length // max(factor, 1)]
+    g = g.reshape(*g.shape[:2], *split)
+    g = g.sum(tuple(range(2, g.dim(), 2))) if split else g
+    return g.reshape(*g.shape[:2], *shape)
+
+
+def _sort_arguments(
+    args: tuple, kwargs: dict[str, Any]
+) -> tuple[list[tuple[Tensor, Batch]], list[Tensor]]:
+    """Arguments that depend on the data, and those that require grad but do not."""
+    marked: list[tuple[Tensor, Batch]] = []
+    sources: list[Tensor] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            batch = batch_of(a)
+            if batch is not None:
+                marked.append((a, batch))
+            elif a.requires_grad:
+                sources.append(a)
+        elif type(a) in (tuple, list) and a and not isinstance(a[0], (int, slice)):
+            for each in _tensors(a):
+                batch = batch_of(each)
+                if batch is not None:
+                    marked.append((each, batch))
+                elif each.requires_grad:
+                    sources.append(each)
+    if kwargs:
+        for each in _tensors(tuple(kwargs.values())):
+            batch = batch_of(each)
+            if batch is not None:
+                marked.append((each, batch))
+            elif each.requires_grad:
+                sources.append(each)
+    return marked, sources
+
+
+def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+
+
+# --------------------------------------------------------------------------------------
+# Taps
+
+
+def _tap(
+    recording: Recording,
+    func: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    node: Node,
+    output_nr: int,
+    place: int,
+    batch: Batch,
+    sources: list[Tensor],
+    inputs: tuple[Node, ...],
+) -> None:
+    unique = list({id(s): s for s in sources}.values())
+    pairs: list[tuple[Tensor, ToForm]] = []
+    rule = RULES.get(func)
+    if rule is not None and not batch.lost:
+        found = rule(batch, *args, **kwargs)
+        for tensor, form in found or ():
+            if tensor is not None and any(tensor is s for s in unique):
+                pairs.append((tensor, form))
+    missing = [s for s in unique if not any(s is t for t, _ in pairs)]
+    linear = not missing or func in _LINEAR_FALLBACKS
+    if missing and batch.lost:
+        pairs += [(s, _lost_form) for s in missing]
+    elif missing:
+        pairs += fallback(batch, place, func, args, kwargs, missing)  # type: ignore[arg-type]
+    _store(recording, func, node, output_nr, batch, pairs, inputs, linear)
+
+
+def _lost_form(g: Tensor) -> Form:
+    raise AssertionError("a tap without a sample axis is refused before it is used")
+
+
+def _store(
+    recording: Recording,
+    func: Any,
+    node: Node,
+    output_nr: int,
+    batch: Batch,
+    pairs: list[tuple[Tensor, ToForm]],
+    inputs: tuple[Node, ...],
+    linear: bool = True,
+) -> None:
+    name = getattr(func, "__name__", str(func))
+    sources = [_source(tensor, form, linear) for tensor, form in pairs]
+    tap = Tap(name, output_nr, batch, sources, inputs, recording)
+    notes(node).setdefault(TAPS, []).append(tap)
+    recording.taps.append(weakref.ref(tap))
+
+
+def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
+    node = tensor.grad_fn
+    if node is None:
+        return Source(tensor, None, form, linear)
+    if tensor.dim() == 2 and node.name() in ("TBackward0", "TransposeBackward0"):
+        below = node.next_functions[0][0]
+        leaf = getattr(below, "variable", None)
+        if leaf is not None and leaf.shape == tensor.shape[::-1]:
+            return Source(leaf, None, lambda g: _transposed(form(g)), linear)
+    return Source(None, get_gradient_edge(tensor), form, linear)
+
+
+def _transposed(form: Form) -> Form:
+    """The form of a matrix from the form of its transpose."""
+    if isinstance(form, Outer):
+        return Outer(form.a, form.g, form.layout.transposed())
+    if isinstance(form, Dense):
+        return Dense(form.values.mT)
+    return Pullback(form, lambda m: m.mT, torch.Size(reversed(form.shape)))
+
+
+# --------------------------------------------------------------------------------------
+# Hooks of extended modules
+
+
+def _flatten(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested containers, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _flatten(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _flatten(each)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _flatten(getattr(value, name))
+
+
+def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of extended modules: the outermost call opens a recording."""
+    recorder = _state.recorder
+    if recorder is not None:
+        recording = recorder.recording
+        if recording.module() is module:
+            if _calls_running(module) > 1:
+                recording.depth += 1
+                return
+        elif "_backpack_root" not in module.__dict__ or _calls_running(recording.module()):
+            return
+        # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
+        # others on torch's stack: it stays there, and passes everything on.
+        _state.recorder, entered.axes = None, {}
+    if not (_state.enabled and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return
+    batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
+    debug = module.__dict__.get("_backpack_debug", False)
+    recording = Recording(weakref.ref(module), None, batch_dim, debug)
+    axes: dict[int, Batch] = {}
+    for tensor in _flatten((args, kwargs)):
+        recording.arguments.append(tensor)
+        if tensor.requires_grad:
+            recording.entries.add(get_gradient_edge(tensor).node)
+        batch = batch_of(tensor)
+        if batch is None and tensor.dim() > batch_dim and not isinstance(tensor, nn.Parameter):
+            size = tensor.shape[batch_dim]
+            first = recording.size is None
+            if first or recording.size == size:
+                axes[id(tensor)] = Batch(size, batch_dim, tentative=not first)
+                recording.size = size if first else recording.size
+        elif batch is not None:
+            recording.size = recording.size or batch.size
+    entered.axes = axes
+    _state.recorder = _Recorder(recording)
+    _state.recorder.__enter__()
+
+
+def _calls_running(module: nn.Module | None) -> int:
+    """How many calls of ``module`` are on this thread's stack."""
+    if module is None:
+        return 0
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of extended modules (called also if forward raised): close the recording."""
+    recorder = _state.recorder
+    if recorder is None or recorder.recording.module() is not module:
+        return
+    recording = recorder.recording
+    if recording.depth:
+        recording.depth -= 1
+        return
+    _close()
+    for tensor in _flatten(output):
+        node = tensor.grad_fn
+        if node is None:
+            continue
+        border = Border(recording, tensor.output_nr, batch_of(tensor), tensor.shape)
+        notes(node).setdefault(BORDER, []).append(border)
+        node.register_prehook(lambda grads: _on_backward(recording, None, grads))
+
+
+def _close() -> None:
+    recorder = _state.recorder
+    assert recorder is not None
+    _state.recorder = None
+    recorder.__exit__(None, None, None)
+    entered.axes = {}
+    recorder.recording.arguments.clear()
+
+
+def _on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    if reached is not None:
+        reached(recording, loss, grads)
+
+
+class disable:  # noqa: N801
+    """Switch capture off: ``with disable(): model(X)`` records nothing.
+
+    Class attribute ``store_io`` and :meth:`should_store_io` say whether capture is on, as in the
+    original library.
+    """
+
+    store_io = True
+
+    def __enter__(self) -> None:
+        self._before = _state.enabled
+        _state.enabled = False
+        disable.store_io = False
+
+    def __exit__(self, *exc: object) -> None:
+        _state.enabled = self._before
+        disable.store_io = self._before
+
+    @staticmethod
+    def should_store_io() -> bool:
+        """Whether capture is on."""
+        return _state.enabled

@@ -1,0 +1,676 @@
+"""The ``with`` block: runs the river from loss to parameters, saves, and frees.
+
+Order of events in one backward pass inside the block: the loss's node is reached (columns are carried
+to all taps in a nested pass), each tap's node is reached (first-order forms), each parameter's
+gradient is complete (fields are saved, the extension hook runs), the pass ends. A *run* is the state
+of one such pass.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from backpack import capture, hessian
+from backpack.backprop import (
+    COLUMN_BYTES,
+    Graph,
+    carry,
+    leaves_below,
+    pull_back,
+    survey,
+)
+from backpack.capture import Border, LossRecord, Recording, Source, Tap
+from backpack.factors import Form, Pullback, merge
+from backpack.losses import differentiate_twice
+from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Variance
+
+ExtensionHook = Callable[[nn.Module], None]
+
+
+class backpack:  # noqa: N801
+    """Compute quantities during the backward passes inside the block.
+
+    Example:
+        >>> with backpack(Variance(), DiagGGNExact()):  # doctest: +SKIP
+        ...     loss.backward()
+        >>> parameter.variance, parameter.diag_ggn_exact  # doctest: +SKIP
+
+    Args:
+        *exts: quantities, instances of the classes in :mod:`backpack.extensions`. Of two that save
+            to the same field the later counts.
+        extension_hook: called with every module that owns parameters as soon as their quantities are
+            saved, and before that with an extended loss module.
+        debug: print what was captured.
+        retain_graph: keep what was captured although ``backward`` frees the graph's buffers.
+        chunk_size: number of second-order columns carried through the graph at a time; by default
+            as many as fit a memory budget.
+
+    Raises:
+        ValueError: if ``exts`` holds anything but instances of extensions.
+
+    Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
+    entered it.
+    """
+
+    def __init__(
+        self,
+        *exts: BackpropExtension,
+        extension_hook: ExtensionHook | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+        chunk_size: int | None = None,
+    ) -> None:
+        for ext in exts:
+            if isinstance(ext, type):
+                raise ValueError(
+                    f"backpack expects instances of extensions, but got the class {ext.__name__}; "
+                    f"write backpack({ext.__name__}())"
+                )
+            if not isinstance(ext, BackpropExtension):
+                raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
+        fields = [ext.savefield for ext in exts]
+        for name in sorted({name for name in fields if fields.count(name) > 1}):
+            warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        self.extensions = tuple({ext.savefield: ext for ext in exts}.values())
+        self.extension_hook = extension_hook
+        self.debug = debug
+        self.retain_graph = retain_graph
+        self.chunk_size = chunk_size
+        self._blocks: list[_Block] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.extensions) or self.extension_hook is not None
+
+    def __enter__(self) -> backpack:
+        block = _Block(self)
+        self._blocks.append(block)
+        block.open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._blocks.pop().close()
+
+
+class _Block:
+    """One entry of a ``with`` statement: its thread, its runs, and the roots of backward calls."""
+
+    def __init__(self, owner: backpack) -> None:
+        self.owner = owner
+        self.thread = threading.get_ident()
+        self.runs: dict[int, Run] = {}
+        self.roots: list[tuple[GradientEdge, Tensor]] | None = None
+        self.wanted: set[Tensor] | None = None
+        self.nested = 0
+        self.watch = _Watch(self)
+
+    def open(self) -> None:
+        _open_blocks.append(self)
+        capture.reached = _reached
+        self.watch.__enter__()
+
+    def close(self) -> None:
+        self.watch.__exit__(None, None, None)
+        _open_blocks.remove(self)
+        for run in list(self.runs.values()):
+            run.abort()
+        self.runs.clear()
+
+
+_open_blocks: list[_Block] = []
+
+
+def _current_block() -> _Block | None:
+    """The innermost block of this thread; autograd's device threads share the only thread's."""
+    if not _open_blocks:
+        return None
+    ident = threading.get_ident()
+    for block in reversed(_open_blocks):
+        if block.thread == ident:
+            return block
+    for thread in threading.enumerate():
+        if thread.ident == ident and not isinstance(thread, threading._DummyThread):
+            return None
+    if len({block.thread for block in _open_blocks}) > 1:
+        raise RuntimeError(
+            "several threads have entered backpack(...), and a backward pass on a device cannot be "
+            "told apart between them; let one thread at a time use backpack"
+        )
+    return _open_blocks[-1]
+
+
+class _Watch(TorchFunctionMode):
+    """Sees calls of ``backward`` and ``torch.autograd.grad`` inside a block."""
+
+    def __init__(self, block: _Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            gradient = kwargs.get("gradient", args[1] if len(args) > 1 else None)
+            return self._backward(func, args, kwargs, [args[0]], [gradient])
+        if func is torch.autograd.grad:
+            outputs = kwargs.get("outputs", args[0] if args else ())
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            gradients = kwargs.get("grad_outputs", args[2] if len(args) > 2 else None)
+            if gradients is None:
+                gradients = [None] * len(outputs)
+            elif isinstance(gradients, Tensor):
+                gradients = [gradients]
+            inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+            inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+            batched = kwargs.get("is_grads_batched")
+            if batched or any(isinstance(t, Tensor) and t.dim() for t in outputs):
+                # A Jacobian or Hessian product, not the gradient of a loss.
+                with _Nested(self.block):
+                    return func(*args, **kwargs)
+            wanted = {t for t in inputs if isinstance(t, Tensor)}
+            return self._backward(func, args, kwargs, list(outputs), list(gradients), wanted)
+        return func(*args, **kwargs)
+
+    def _backward(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict,
+        outputs: list,
+        gradients: list,
+        wanted: set[Tensor] | None = None,
+    ) -> Any:
+        block, outer = self.block, (self.block.roots, self.block.wanted)
+        plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
+        if block.nested or not plain or not block.owner.active or _current_block() is not block:
+            return func(*args, **kwargs)
+        for t in outputs:
+            if not bool(torch.isfinite(t).all()):
+                raise ValueError(
+                    f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
+                    "for NaN in the inputs or a learning rate that is too large"
+                )
+        block.wanted = wanted
+        block.roots = [
+            (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
+            for t, g in zip(outputs, gradients, strict=True)
+        ]
+        # The run begins before anything is executed and freed.
+        handles = [e.node.register_prehook(partial(_run_begins, block)) for e, _ in block.roots]
+        try:
+            return func(*args, **kwargs)
+        finally:
+            block.roots, block.wanted = outer
+            for handle in handles:
+                handle.remove()
+
+
+def _run_begins(block: _Block, grads: Any) -> None:
+    """A backward call seen by the block's watch has reached its root."""
+    if not block.nested and capture.disable.should_store_io():
+        _run_of(block)
+
+
+def _run_of(block: _Block) -> Run:
+    task = torch._C._current_graph_task_id()
+    run = block.runs.get(task)
+    if run is None:
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        run = block.runs[task] = Run(block, task, keeps or block.owner.retain_graph)
+        Variable._execution_engine.queue_callback(run.end)
+        run.begin()
+    return run
+
+
+def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    """Backward has reached a loss or a model output."""
+    block = _current_block() if capture.disable.should_store_io() else None
+    if block is None or not block.owner.active:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            recording.release()
+        return
+    if block.nested:
+        return
+    run, node = _run_of(block), torch._C._current_autograd_node()
+    run.reach(node)
+    if loss is not None:
+        run.loss(loss, GradientEdge(node, 0), grads[0])
+
+
+class _Leaf:
+    """What is collected for one parameter."""
+
+    def __init__(self, parameter: Tensor, samples: int) -> None:
+        self.parameter = parameter
+        self.samples = samples
+        self.uses: list[tuple[Node, Tap, Source]] = []
+        self.waiting: set[Tap] = set()
+        self.forms: list[Form] = []
+        self.states: dict[str, Any] = {}
+        self.total: Tensor | None = None
+        self.contracted = False
+        self.hooked = bool(getattr(parameter, "_backward_hooks", None))
+
+
+class Run:
+    """The state of one backward pass."""
+
+    def __init__(self, block: _Block, task: int, keeps: bool) -> None:
+        self.block = block
+        self.task = task
+        self.keeps = keeps
+        self.graph = Graph()
+        self.differentiated = False
+        self.leaves: dict[Tensor, _Leaf] = {}
+        self.modules: list[tuple[nn.Module, set[Tensor]]] = []
+        self.handles: list[Any] = []
+        self.saved: list[tuple[Tensor, str]] = []
+        self.done = False
+        exts = block.owner.extensions
+        self.first_order = [ext for ext in exts if ext.kind.name == "gradient"]
+        # BatchGrad's written-out form then serves the others.
+        self.first_order.sort(key=lambda ext: not isinstance(ext, BatchGrad))
+        self.second_order: dict[Kind, list[BackpropExtension]] = {}
+        for ext in exts:
+            if ext.kind.name != "gradient":
+                self.second_order.setdefault(ext.kind, []).append(ext)
+
+    # ----------------------------------------------------------------------------------
+    # Beginning
+
+    def begin(self) -> None:
+        """Survey the graph, check that nothing is missed, and listen at taps and parameters."""
+        roots = self.block.roots
+        if roots is None:
+            return
+        graph = survey([edge.node for edge, _ in roots])
+        if not graph.taps:
+            warnings.warn(
+                "no extended model takes part in this backward pass, so that there is nothing to "
+                "compute (extend(model) before its forward pass, which must not run in disable())",
+                stacklevel=2,
+            )
+        self.listen(graph)
+        if graph.outputs and any(kind.name in ("exact", "sampled") for kind in self.second_order):
+            self.differentiated = True
+            for output, border in graph.outputs:
+                self._differentiate(roots, GradientEdge(output, border.place), border)
+        if Kind("hessian") in self.second_order:
+            self._hessian(roots)
+
+    def _differentiate(
+        self, roots: list[tuple[GradientEdge, Tensor]], edge: GradientEdge, border: Border
+    ) -> None:
+        """A loss without a rule: its Hessian by differentiating it twice."""
+        with self._nested(), torch.enable_grad():
+            (gradient,) = torch.autograd.grad(
+                [edge for edge, _ in roots],
+                [edge],
+                [weight for _, weight in roots],
+                create_graph=True,
+                allow_unused=True,
+            )
+            if gradient is None or border.batch is None:
+                return
+            loss = differentiate_twice(gradient, edge, border.batch)
+        self.columns(edge, loss, torch.ones((), dtype=gradient.dtype, device=gradient.device))
+
+    def reach(self, node: Node) -> None:
+        """A loss or model output of a backward call whose roots were not seen."""
+        if self.block.roots is None and node not in self.graph.nodes:
+            self.listen(survey([node]))
+
+    def listen(self, graph: Graph) -> None:
+        """Add taps of ``graph`` that are not yet known."""
+        known = {id(tap) for _, tap in self.graph.taps}
+        fresh = [(node, tap) for node, tap in graph.taps if id(tap) not in known]
+        self.graph.taps += fresh
+        self.graph.outside |= graph.outside
+        self.graph.nodes |= graph.nodes
+        names = _Names(tap.recording for _, tap in fresh)
+        self._check(graph, fresh, names)
+        nodes: dict[Node, list[Tap]] = {}
+        for node, tap in fresh:
+            nodes.setdefault(node, []).append(tap)
+            for source in tap.sources:
+                leaves = [source.leaf] if source.leaf is not None else leaves_below(source.edge)
+                for parameter in leaves:
+                    if self._executes(parameter):
+                        self._use(parameter, node, tap, source, names)
+        for node, taps in nodes.items():
+            self.handles.append(node.register_prehook(partial(self.tap, taps)))
+        if self.block.owner.extension_hook is not None:
+            self._own_modules(fresh)
+        if self.block.owner.debug:
+            self._print(fresh, names)
+
+    def _executes(self, parameter: Tensor) -> bool:
+        """Whether this backward pass computes the parameter's gradient."""
+        if self.block.wanted is not None:
+            return parameter in self.block.wanted
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+
+    def _check(self, graph: Graph, fresh: list[tuple[Node, Tap]], names: _Names) -> None:
+        if graph.unseen:
+            raise RuntimeError(names.unseen(graph.unseen))
+        reached = {s.leaf for _, tap in fresh for s in tap.sources if s.leaf is not None}
+        reached |= {p for _, tap in fresh for s in tap.sources for p in leaves_below(s.edge)}
+        for recording in {id(tap.recording): tap.recording for _, tap in fresh}.values():
+            hidden = [p for ref in recording.unseen if (p := ref()) is not None]
+            hidden = [p for p in hidden if p.requires_grad and p not in reached]
+            if hidden:
+                raise RuntimeError(
+                    f"parameter {names(hidden[0])} takes part in the forward pass only through "
+                    "'.data', which autograd does not see: it has no gradient and no quantities. Use "
+                    "the parameter itself, or requires_grad_(False) if it is meant to be constant"
+                )
+        for _, tap in fresh:
+            if tap.released:
+                raise RuntimeError(
+                    f"the graph of {tap.op} was already backpropagated through; call the earlier "
+                    "backward with retain_graph=True, or run the forward pass again"
+                )
+            if tap.batch.lost:
+                who = ", ".join(names(p) for s in tap.sources for p in _parameters(s))
+                raise RuntimeError(
+                    f"cannot tell which axis of the output of {tap.op} (parameters {who}) holds the "
+                    f"samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
+                    "batch_dim to extend"
+                )
+        if graph.mixing and self.second_order | {e.kind: [] for e in self.first_order}:
+            self._refuse_mixing(graph.mixing)
+        if self.second_order and (graph.bare or (graph.outputs and self.block.roots is None)):
+            fields = ", ".join(e.savefield for es in self.second_order.values() for e in es)
+            raise RuntimeError(
+                f"{fields} need a loss that backpack knows, but backward reached the model other "
+                "than through one. Extend the loss module (lossfunc = extend(CrossEntropyLoss())), "
+                "and call loss.backward()"
+            )
+
+    def _refuse_mixing(self, why: str) -> None:
+        text = (
+            f"{why} mixes the samples of a batch, so that quantities of individual samples are not "
+            "defined; call model.eval(), or use a norm that keeps samples apart (GroupNorm)"
+        )
+        for ext in self.block.owner.extensions:
+            if not isinstance(ext, BatchGrad):
+                raise NotImplementedError(f"{ext.savefield}: {text}")
+        warnings.warn(f"{text}. grad_batch holds each row's contribution to the gradient", stacklevel=2)
+
+    def _use(self, parameter: Tensor, node: Node, tap: Tap, source: Source, names: _Names) -> None:
+        leaf = self.leaves.get(parameter)
+        if leaf is None:
+            leaf = self.leaves[parameter] = _Leaf(parameter, tap.batch.size)
+            self.handles.append(parameter.register_hook(partial(self.complete, leaf)))
+        if leaf.samples != tap.batch.size:
+            raise RuntimeError(
+                f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
+                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched"
+            )
+        if leaf.contracted:
+            raise RuntimeError(
+                f"parameter {names(parameter)} is reached by several losses of one backward call; add "
+                "them up and call backward on the sum"
+            )
+        leaf.uses.append((node, tap, source))
+        leaf.waiting.add(tap)
+
+    def _own_modules(self, fresh: Iterable[tuple[Node, Tap]]) -> None:
+        known = {id(module) for module, _ in self.modules}
+        for _, tap in fresh:
+            root = tap.recording.module()
+            if root is None or id(root) in known:
+                continue
+            for module in root.modules():
+                own: set[Tensor] = {p for p in module.parameters(recurse=False) if p in self.leaves}
+                if own and id(module) not in known:
+                    self.modules.append((module, own))
+                known.add(id(module))
+
+    def _print(self, fresh: Iterable[tuple[Node, Tap]], names: _Names) -> None:
+        for _, tap in fresh:
+            who = ", ".join(names(p) for s in tap.sources for p in _parameters(s))
+            print(f"[DEBUG] tap {tap.op}: {who} (samples {tap.batch.size}, axis {tap.batch.dim})")
+
+    # ----------------------------------------------------------------------------------
+    # Second order
+
+    def loss(self, record: LossRecord, edge: GradientEdge, grad: Tensor) -> None:
+        """Backward has reached a loss: carry its columns to all taps."""
+        if not self.differentiated:
+            self.columns(record.edge, record.hessian, grad)
+        if self.block.roots is None and Kind("hessian") in self.second_order:
+            self._hessian([(edge, grad)])
+        hook = self.block.owner.extension_hook
+        if hook is not None and record.module is not None:
+            hook(record.module)
+
+    def _hessian(self, starts: list[tuple[GradientEdge, Tensor]]) -> None:
+        leaves = list(self.leaves.values())
+        exts = self.second_order[Kind("hessian")]
+        per_sample = any(ext.savefield == "diag_h_batch" for ext in exts)
+        with self._nested():
+            for leaf, form, sign in hessian.diagonal(starts, leaves, per_sample):
+                self._reduce(leaf, exts, form, sign)
+
+    def columns(self, start: GradientEdge, loss: Any, grad: Tensor) -> None:
+        """Carry the columns of one loss to all taps and reduce them there."""
+        uses = (use for leaf in self.leaves.values() for use in leaf.uses)
+        taps = list({id(tap): (node, tap) for node, tap, _ in uses}.values())
+        targets = [GradientEdge(node, tap.place) for node, tap in taps]
+        if not targets:
+            return
+        for kind, exts in self.second_order.items():
+            if kind.name == "hessian":
+                continue
+            if kind.name == "exact":
+                chunks: Iterable[Tensor] = loss.columns(grad, self._chunk(loss, targets))
+            else:
+                chunks = [loss.sampled(grad, kind.mc_samples, kind.generator)]
+            for chunk in chunks:
+                with self._nested():
+                    arrived = carry(start, targets, chunk)
+                    at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
+                    del arrived
+                    for leaf in self.leaves.values():
+                        form = self._form(leaf, at)
+                        if form is not None:
+                            self._reduce(leaf, exts, form)
+
+    def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
+        if self.block.owner.chunk_size is not None:
+            return self.block.owner.chunk_size
+        per_column = sum(
+            prod(m.shape) * m.dtype.itemsize
+            for m in (edge.node._input_metadata[edge.output_nr] for edge in targets)
+        )
+        return max(1, COLUMN_BYTES.get(loss.f.device.type, 2**28) // max(per_column, 1))
+
+    def _form(self, leaf: _Leaf, at: dict[int, Tensor | None]) -> Form | None:
+        forms = [
+            self._source_form(leaf, source, g)
+            for _, tap, source in leaf.uses
+            if (g := at[id(tap)]) is not None
+        ]
+        return merge(forms) if forms else None
+
+    def _source_form(self, leaf: _Leaf, source: Source, g: Tensor) -> Form:
+        form = source.form(g)
+        if source.edge is None:
+            return form
+        vjp = partial(self._pull_back, source.edge, leaf.parameter)
+        return Pullback(form, vjp, leaf.parameter.shape)
+
+    def _pull_back(self, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
+        with self._nested():
+            return pull_back(edge, parameter, columns)
+
+    def _reduce(
+        self,
+        leaf: _Leaf,
+        exts: Iterable[BackpropExtension],
+        form: Form,
+        sign: Tensor | None = None,
+    ) -> None:
+        for ext in exts:
+            state = ext.reduce(form, sign)
+            if ext.savefield in leaf.states:
+                state = ext.add(leaf.states[ext.savefield], state)
+            leaf.states[ext.savefield] = state
+
+    def _nested(self) -> _Nested:
+        return _Nested(self.block)
+
+    # ----------------------------------------------------------------------------------
+    # First order
+
+    def tap(self, taps: list[Tap], grads: Sequence[Tensor | None]) -> None:
+        """Backward has reached a tap's node."""
+        if self.block.nested or torch._C._current_graph_task_id() != self.task:
+            return
+        if self.first_order:
+            for leaf in self.leaves.values():
+                for _, tap, source in leaf.uses:
+                    if tap in taps and (g := grads[tap.place]) is not None:
+                        leaf.forms.append(self._source_form(leaf, source, g.unsqueeze(0)))
+        for leaf in self.leaves.values():
+            leaf.waiting.difference_update(taps)
+            if not leaf.waiting and not leaf.contracted:
+                self._contract(leaf)
+        if not self.keeps:
+            for tap in taps:
+                tap.release()
+
+    def _contract(self, leaf: _Leaf) -> None:
+        """All uses of a parameter are there: reduce its first-order form."""
+        leaf.contracted = True
+        forms, leaf.forms = leaf.forms, []
+        if not forms:
+            return
+        form = merge(forms)
+        with self._nested():
+            self._reduce(leaf, self.first_order, form)
+            if any(isinstance(ext, Variance) for ext in self.first_order):
+                if self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside:
+                    leaf.total = form.total()
+
+    # ----------------------------------------------------------------------------------
+    # Saving
+
+    def complete(self, leaf: _Leaf, gradient: Tensor) -> None:
+        """A parameter's gradient is complete: save its quantities."""
+        if self.block.nested or torch._C._current_graph_task_id() != self.task:
+            return
+
+        def total() -> Tensor:
+            if leaf.total is not None:
+                return leaf.total
+            return gradient.to_dense() if gradient.is_sparse else gradient
+
+        context = Context(leaf.parameter, leaf.samples, total)
+        for ext in self.block.owner.extensions:
+            if ext.savefield in leaf.states:
+                value = ext.finish(leaf.states.pop(ext.savefield), context)
+            else:
+                value = ext.zero(context)
+            if not torch.is_grad_enabled():
+                value = _detached(value)
+            setattr(leaf.parameter, ext.savefield, value)
+            self.saved.append((leaf.parameter, ext.savefield))
+        hook = self.block.owner.extension_hook
+        if hook is None:
+            return
+        for module, waiting in self.modules:
+            if leaf.parameter in waiting:
+                waiting.discard(leaf.parameter)
+                if not waiting:
+                    hook(module)
+
+    # ----------------------------------------------------------------------------------
+    # Ending
+
+    def end(self) -> None:
+        """The backward pass is over."""
+        self.done = True
+        self._clear()
+        self.block.runs.pop(self.task, None)
+
+    def abort(self) -> None:
+        """The backward pass raised: take back what was saved."""
+        if not self.done:
+            for parameter, field in self.saved:
+                parameter.__dict__.pop(field, None)
+        self._clear()
+
+    def _clear(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.leaves.clear()
+        self.modules.clear()
+        self.graph = Graph()
+
+
+class _Nested:
+    """Hooks that fire while backpack itself differentiates are not meant for it."""
+
+    def __init__(self, block: _Block) -> None:
+        self.block = block
+
+    def __enter__(self) -> None:
+        self.block.nested += 1
+
+    def __exit__(self, *exc: object) -> None:
+        self.block.nested -= 1
+
+
+class _Names:
+    """Names of parameters, for messages."""
+
+    def __init__(self, recordings: Iterable[Recording]) -> None:
+        self.names: dict[int, str] = {}
+        for recording in recordings:
+            module = recording.module()
+            if module is not None:
+                for name, parameter in module.named_parameters():
+                    self.names.setdefault(id(parameter), name)
+
+    def __call__(self, parameter: Tensor) -> str:
+        name = self.names.get(id(parameter))
+        return f"'{name}'" if name else f"of shape {tuple(parameter.shape)}"
+
+    def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
+        parameter, where = unseen[0]
+        return (
+            f"parameter {self(parameter)} takes part in the loss in a way that backpack cannot see "
+            f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, or code "
+            "that ran outside the extended module. Write that part with ordinary torch functions "
+            "inside the extended module, or freeze the parameter with requires_grad_(False)"
+        )
+
+
+def _parameters(source: Source) -> list[Tensor]:
+    return [source.leaf] if source.leaf is not None else leaves_below(source.edge)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, list):
+        return [_detached(each) for each in value]
+    return value

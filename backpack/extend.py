@@ -1,0 +1,68 @@
+"""Arming modules for capture."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from backpack.capture import after_forward, before_forward
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_ATTRIBUTES = ("_backpack_extend", "_backpack_root", "_backpack_batch_dim", "_backpack_debug")
+
+
+def extend(
+    module: Module, debug: bool = False, use_converter: bool = False, *, batch_dim: int = 0
+) -> Module:
+    """Make a model or a loss function visible to :class:`backpack.backpack`.
+
+    The module is changed in place (two hooks on it and on each submodule) and returned. It computes
+    what it did before; its ``state_dict`` is the same; copies and pickles of it are extended too.
+    Extending again is harmless.
+
+    Args:
+        module: any module.
+        debug: print each module that is armed.
+        use_converter: accepted for programs written for the original; nothing needs converting.
+        batch_dim: axis of the inputs that holds the samples.
+
+    Raises:
+        TypeError: if ``module`` is not a ``torch.nn.Module`` instance.
+    """
+    if isinstance(module, type) or not isinstance(module, nn.Module):
+        raise TypeError(
+            f"extend expects a torch.nn.Module instance, but got {module!r}"
+            + ("; instantiate it first" if isinstance(module, type) else "")
+        )
+    import torch
+
+    for each in module.modules():
+        if isinstance(each, torch.jit.ScriptModule):
+            continue
+        if debug:
+            print(f"[DEBUG] Extending {each}")
+        if "_backpack_extend" not in each.__dict__:
+            each.register_forward_pre_hook(before_forward, with_kwargs=True)
+            each.register_forward_hook(after_forward, always_call=True)
+        each.__dict__.update(_backpack_extend=True, _backpack_batch_dim=batch_dim)
+        each.__dict__.update(_backpack_debug=debug)
+    module.__dict__["_backpack_root"] = True
+    return module
+
+
+def unextend(module: Module) -> Module:
+    """Undo :func:`extend` for a module and its submodules."""
+    for each in module.modules():
+        for hooks, ours in (
+            (each._forward_pre_hooks, before_forward),
+            (each._forward_hooks, after_forward),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                each._forward_pre_hooks_with_kwargs.pop(key, None)
+                each._forward_hooks_always_called.pop(key, None)
+        for name in _ATTRIBUTES:
+            each.__dict__.pop(name, None)
+    return module

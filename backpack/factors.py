@@ -1,0 +1,431 @@
+"""Canonical forms of "Jacobian transposed times columns", and the algebra quantities need of them.
+
+Letters: ``v`` columns, ``n`` samples, ``s`` shared positions (time, pixels, patches; one if none),
+``q`` groups, ``o``/``i`` the two sides of a weight matrix, ``p`` a parameter's shape.
+
+A form stands for the tensor ``G [v, n, *p]``: the transposed Jacobian of one parameter applied to
+``v`` columns, sample by sample. It is rarely written out. A form supplies :meth:`Form.take` and
+:meth:`Form.dense`; every contraction has a default that writes out one block at a time, and the
+forms override those they can do without writing anything out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A block of G is squared and summed while it is in the processor's cache.
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+LARGEST_FACTOR = 2**14
+
+
+class Factor(NamedTuple):
+    """One Kronecker factor; ``grows`` if contributions of further columns add to it."""
+
+    matrix: Tensor
+    grows: bool
+
+
+class Form(ABC):
+    """``G [v, n, *p]``, in some factored shape."""
+
+    shape: torch.Size
+    columns: int
+    samples: int
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """Any tensor of the form's dtype and device."""
+
+    @abstractmethod
+    def take(self, columns: slice, samples: slice | Tensor) -> Form:
+        """The form restricted to some columns and samples."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """``G [v, n, *p]``, written out."""
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Pieces of ``G`` of one column and some samples each, small enough for the cache."""
+        like = self.like
+        limit = BLOCK_BYTES.get(like.device.type, 2**20)
+        step = max(1, limit // max(1, self.shape.numel() * like.element_size()))
+        for v in range(self.columns):
+            for n in range(0, self.samples, step):
+                column, sample = slice(v, v + 1), slice(n, min(n + step, self.samples))
+                yield column, sample, self.take(column, sample).dense()
+
+    def total(self) -> Tensor:
+        """``sum_{v,n} G``, shape ``p``."""
+        return sum((g.sum((0, 1)) for _, _, g in self.blocks()), self.like.new_zeros(self.shape))
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        """``sum_{v,n} sign_{vn} G^2``, shape ``p``."""
+        result = self.like.new_zeros(self.shape)
+        for v, n, g in self.blocks():
+            result = result + _signed(g * g, sign, v, n).sum((0, 1))
+        return result
+
+    def centred_square_sum(self) -> tuple[Tensor, Tensor]:
+        """A centre ``c`` and ``sum_{v,n} (G - c)^2``, shapes ``p``.
+
+        The centre is a sample's gradient: squares of differences lose fewer digits than differences
+        of squares.
+        """
+        centre = self.take(slice(0, 1), slice(0, 1)).dense()[0, 0]
+        result = self.like.new_zeros(self.shape)
+        for _, _, g in self.blocks():
+            g = g - centre
+            result = result + (g * g).sum((0, 1))
+        return centre, result
+
+    def square_sum_per_sample(self, sign: Tensor | None = None) -> Tensor:
+        """``sum_v sign_{vn} G^2``, shape ``[n, *p]``."""
+        parts: dict[int, Tensor] = {}
+        for v, n, g in self.blocks():
+            part = _signed(g * g, sign, v, n).sum(0)
+            parts[n.start] = parts[n.start] + part if n.start in parts else part
+        none = self.like.new_zeros(0, *self.shape)
+        return torch.cat([parts[start] for start in sorted(parts)] or [none])
+
+    def squared_norms(self) -> Tensor:
+        """``sum_{v,p} G^2``, shape ``[n]``."""
+        parts: dict[int, Tensor] = {}
+        for _, n, g in self.blocks():
+            part = (g * g).reshape(*g.shape[:2], -1).sum((0, 2))
+            parts[n.start] = parts[n.start] + part if n.start in parts else part
+        return torch.cat([parts[start] for start in sorted(parts)] or [self.like.new_zeros(0)])
+
+    def kronecker(self) -> list[Factor]:
+        """Factors whose Kronecker product is, or approximates, ``sum_{v,n} G G^T``."""
+        size = self.shape.numel()
+        if size > LARGEST_FACTOR:
+            raise ValueError(
+                f"a Kronecker factor for a parameter of shape {tuple(self.shape)} would be a dense "
+                f"{size} x {size} matrix; leave the parameter out (requires_grad_(False)) or use a "
+                "diagonal quantity"
+            )
+        g = self.dense().reshape(-1, size)
+        return [Factor(g.mT @ g, True)]
+
+
+def _signed(squares: Tensor, sign: Tensor | None, v: slice, n: slice) -> Tensor:
+    if sign is None:
+        return squares
+    return squares * sign[v, n].reshape(sign[v, n].shape + (1,) * (squares.dim() - 2))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How matrices ``[*lead, q, o, i]`` are stored in a parameter.
+
+    ``kind`` is ``"rows"`` (row-major ``[q * o, i]``: linear, convolution), ``"columns"``
+    (``[i, o]``: a matrix that multiplies from the right) or ``"convt"`` (``[q * i, o, *kernel]``
+    with the kernel flattened into ``i``: transposed convolution).
+    """
+
+    shape: torch.Size
+    kind: str = "rows"
+
+    def store(self, matrix: Tensor) -> Tensor:
+        """``[*lead, q, o, i] -> [*lead, *p]``."""
+        lead = matrix.shape[:-3]
+        if self.kind == "columns":
+            matrix = matrix.mT
+        elif self.kind == "convt":
+            matrix = matrix.unflatten(-1, (-1, *self.shape[2:])).movedim(len(lead) + 2, len(lead) + 1)
+        return matrix.reshape(*lead, *self.shape)
+
+    def transposed(self) -> Layout:
+        """The layout of the parameter this one is the transpose of."""
+        kind = {"rows": "columns", "columns": "rows"}[self.kind]
+        return Layout(torch.Size(reversed(self.shape)), kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(Form):
+    """``G = sum_s g a^T``: a weight matrix that meets its input at ``s`` positions.
+
+    Attributes:
+        a: inputs, ``[n, q, s, i]``.
+        g: columns at the outputs, ``[v, n, q, s, o]``.
+        layout: where the matrix entries are stored in the parameter.
+    """
+
+    a: Tensor
+    g: Tensor
+    layout: Layout
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.layout.shape
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.g.shape[0]
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.g.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        return self.g
+
+    @property
+    def positions(self) -> int:
+        """Number of shared positions."""
+        return self.g.shape[3]
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Outer:
+        return Outer(self.a[samples], self.g[columns][:, samples], self.layout)
+
+    def _matrices(self) -> Tensor:
+        return self.g.mT @ self.a
+
+    def dense(self) -> Tensor:
+        return self.layout.store(self._matrices())
+
+    def total(self) -> Tensor:
+        g = self.g.sum(0).transpose(0, 1).flatten(1, 2)
+        return self.layout.store(g.mT @ self.a.transpose(0, 1).flatten(1, 2))
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        if self.positions != 1:
+            return super().square_sum(sign)
+        g, a = self.g[:, :, :, 0], self.a[:, :, 0]
+        g = _signed(g * g, sign, slice(None), slice(None)).sum(0).transpose(0, 1)
+        return self.layout.store(g.mT @ (a * a).transpose(0, 1))
+
+    def centred_square_sum(self) -> tuple[Tensor, Tensor]:
+        """About zero for one position, where centring would mean writing ``G`` out."""
+        if self.positions != 1:
+            return super().centred_square_sum()
+        return self.like.new_zeros(()), self.square_sum()
+
+    def square_sum_per_sample(self, sign: Tensor | None = None) -> Tensor:
+        if self.positions != 1:
+            return super().square_sum_per_sample(sign)
+        g = _signed(self.g * self.g, sign, slice(None), slice(None)).sum(0)
+        return self.layout.store(g.mT @ (self.a * self.a))
+
+    def squared_norms(self) -> Tensor:
+        """By Gram matrices over positions where they are smaller than the weight."""
+        s, o, i = self.positions, self.g.shape[-1], self.a.shape[-1]
+        if s == 1:
+            norms = (self.g * self.g).sum((0, 3, 4)) * (self.a * self.a).sum((2, 3))
+            return norms.sum(1)
+        if s * (o + i + 1) < o * i:
+            gram = torch.stack([g @ g.mT for g in self.g]).sum(0)
+            return (gram * (self.a @ self.a.mT)).sum((1, 2, 3))
+        return super().squared_norms()
+
+    def kronecker(self) -> list[Factor]:
+        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``."""
+        g = self.g.sum(3).flatten(2).flatten(0, 1)
+        a = self.a.flatten(0, 2)
+        output = Factor(g.mT @ g, True)
+        inputs = Factor(a.mT @ a / (self.samples * self.a.shape[1]), False)
+        return [inputs, output] if self.layout.kind == "columns" else [output, inputs]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Form):
+    """``G`` itself, ``[v, n, *p]``."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape[2:]
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.values.shape[0]
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.values.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        return self.values
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Dense:
+        return Dense(self.values[columns][:, samples])
+
+    def dense(self) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Form):
+    """Rows of a table: ``G[v, n, index[n, s]] += g[v, n, s]``.
+
+    Attributes:
+        index: row of the table, ``[n, s]``.
+        g: columns at the rows read, ``[v, n, s, d]``.
+        shape: the table's shape ``[rows, d]``.
+    """
+
+    index: Tensor
+    g: Tensor
+    shape: torch.Size = field()
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.g.shape[0]
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.g.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        return self.g
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Lookup:
+        return Lookup(self.index[samples], self.g[columns][:, samples], self.shape)
+
+    def dense(self) -> Tensor:
+        v, n, s, d = self.g.shape
+        rows = torch.arange(n, device=self.index.device).unsqueeze(1) * self.shape[0] + self.index
+        table = self.g.new_zeros(v, n * self.shape[0], d)
+        table = table.index_add(1, rows.flatten(), self.g.flatten(1, 2))
+        return table.reshape(v, n, *self.shape)
+
+    def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows touched by each sample, duplicates summed: ``(sample [u], row [u], g [v, u, d])``."""
+        samples = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
+        keys = samples * self.shape[0] + self.index
+        unique, inverse = torch.unique(keys.flatten(), return_inverse=True)
+        g = self.g.new_zeros(self.columns, len(unique), self.shape[1])
+        g = g.index_add(1, inverse, self.g.flatten(1, 2))
+        return unique // self.shape[0], unique % self.shape[0], g
+
+    def total(self) -> Tensor:
+        g = self.g.sum(0).flatten(0, 1)
+        return g.new_zeros(self.shape).index_add(0, self.index.flatten(), g)
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        samples, rows, g = self._touched()
+        squares = g * g if sign is None else g * g * sign[:, samples].unsqueeze(-1)
+        return g.new_zeros(self.shape).index_add(0, rows, squares.sum(0))
+
+    def squared_norms(self) -> Tensor:
+        samples, _, g = self._touched()
+        return g.new_zeros(self.samples).index_add(0, samples, (g * g).sum((0, 2)))
+
+    def kronecker(self) -> list[Factor]:
+        """As for a matrix that multiplies one-hot vectors: ``[A, B]``, ``A`` the row frequencies."""
+        if self.shape[0] > LARGEST_FACTOR:
+            return super().kronecker()
+        g = self.g.sum(2).flatten(0, 1)
+        counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
+        return [Factor(torch.diag(counts / self.samples), False), Factor(g.mT @ g, True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Pullback(Form):
+    """A form of a tensor made from parameters only, carried on to one of those parameters.
+
+    Attributes:
+        form: the form of the derived tensor ``t``.
+        vjp: linear map ``[m, *t] -> [m, *p]``, the transposed Jacobian of ``t`` in the parameter.
+        shape: the parameter's shape ``p``.
+    """
+
+    form: Form
+    vjp: Callable[[Tensor], Tensor]
+    shape: torch.Size = field()
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.form.columns
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.form.samples
+
+    @property
+    def like(self) -> Tensor:
+        return self.form.like
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Pullback:
+        return Pullback(self.form.take(columns, samples), self.vjp, self.shape)
+
+    def dense(self) -> Tensor:
+        g = self.form.dense()
+        return self.vjp(g.flatten(0, 1)).reshape(*g.shape[:2], *self.shape)
+
+    def total(self) -> Tensor:
+        return self.vjp(self.form.total().unsqueeze(0))[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Form):
+    """The sum of forms of different kinds: a parameter used by operations of different kinds."""
+
+    forms: tuple[Form, ...]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.forms[0].shape
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.forms[0].columns
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.forms[0].samples
+
+    @property
+    def like(self) -> Tensor:
+        return self.forms[0].like
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Sum:
+        return Sum(tuple(form.take(columns, samples) for form in self.forms))
+
+    def dense(self) -> Tensor:
+        first, *rest = (form.dense() for form in self.forms)
+        return sum(rest, first)
+
+    def total(self) -> Tensor:
+        first, *rest = (form.total() for form in self.forms)
+        return sum(rest, first)
+
+
+def merge(forms: Sequence[Form]) -> Form:
+    """The form of a parameter used several times: sums come before squares.
+
+    Forms of one kind become one form with more shared positions; forms of different kinds are
+    summed block by block.
+    """
+    if len(forms) == 1:
+        return forms[0]
+    merged: list[Form] = []
+    outers: dict[tuple[Layout, int], list[Outer]] = {}
+    lookups = [form for form in forms if isinstance(form, Lookup)]
+    dense = [form for form in forms if isinstance(form, Dense)]
+    for form in forms:
+        if isinstance(form, Outer):
+            outers.setdefault((form.layout, form.a.shape[1]), []).append(form)
+        elif not isinstance(form, (Lookup, Dense)):
+            merged.append(form)
+    for (layout, _), group in outers.items():
+        a, g = torch.cat([f.a for f in group], 2), torch.cat([f.g for f in group], 3)
+        merged.append(group[0] if len(group) == 1 else Outer(a, g, layout))
+    if lookups:
+        index, g = torch.cat([f.index for f in lookups], 1), torch.cat([f.g for f in lookups], 2)
+        merged.append(Lookup(index, g, lookups[0].shape))
+    if dense:
+        first, *rest = (f.values for f in dense)
+        merged.append(Dense(sum(rest, first)))
+    return merged[0] if len(merged) == 1 else Sum(tuple(merged))

@@ -1,0 +1,370 @@
+"""Curvature of the operations between taps and loss: the exact Hessian diagonal.
+
+Letters: ``v`` columns, ``n`` samples, ``o`` numbers per sample at a tap's output.
+
+Between loss and taps the Hessian is ``J^T H J`` of the loss plus what curved operations add. Three
+exact ways, from cheap to general:
+
+* *columns*: if all operations in between are linear, piecewise linear, or curve each entry by
+  itself, every such entry adds one signed column ``sqrt(|phi'' g|) e_k`` (Dangel et al., 2020, eq.
+  (16) and appendix A.3), carried on like those of the loss.
+* *output Hessian*: for a parameter that enters linearly and once, ``sum_k (J^T e_k)(J^T H e_k)``,
+  with ``H e_k`` by differentiating twice at the tap's output, for all samples at once.
+* *parameter Hessian*: entry by entry, by differentiating the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from backpack.backprop import carry, hooks_suspended
+from backpack.batch import Batch
+from backpack.capture import CURVED, LOSS, TAPS, LossRecord, Source, Tap, notes
+from backpack.factors import Dense, Form, merge
+
+CHUNK = 32
+
+_LINEAR = frozenset(
+    """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
+    Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
+    Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Im2Col Col2Im PixelShuffle
+    PixelUnshuffle Relu LeakyRelu Threshold Hardtanh Hardsigmoid Clamp
+    ClampMin ClampMax Abs MaxPool2DWithIndices MaxPool3DWithIndices MaxPool1D MaxPool2D MaxPool3D
+    AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
+    MkldnnAdaptiveAvgPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
+    UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ConstantPadNd ReflectionPad1D
+    ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
+    PreluKernel Where MaskedFill Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu Cumsum
+    IndexAdd IndexPut Scatter Swapaxes
+    Movedim""".split()
+)
+_BATCH_NORMS = frozenset({"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"})
+_PRODUCTS = frozenset("Mul Mm Bmm Addmm Addbmm Baddbmm Addmv Mv Dot Convolution Div".split())
+
+
+class Leaf(Protocol):
+    """What this file needs to know of a parameter."""
+
+    parameter: Tensor
+    samples: int
+    uses: list[tuple[Node, Tap, Source]]
+
+
+def diagonal(
+    starts: Sequence[tuple[GradientEdge, Tensor]], leaves: Sequence[Any], per_sample: bool
+) -> Iterator[tuple[Any, Form, Tensor | None]]:
+    """Forms whose signed squares sum to the Hessian diagonal of ``sum weight * start``.
+
+    Args:
+        starts: where backward starts, with the gradients there.
+        leaves: parameters and their uses.
+        per_sample: whether the diagonals of single samples are needed.
+
+    Yields:
+        Parameter, form and sign ``[v, n]`` (``None``: all positive).
+    """
+    path = _Path([edge.node for edge, _ in starts])
+    clean, by_output, by_entry = [], [], []
+    for leaf in leaves:
+        single = len(leaf.uses) == 1
+        linear = all(s.linear and s.edge is None for _, _, s in leaf.uses)
+        apart = single or not path.nested({node for node, _, _ in leaf.uses})
+        if linear and apart and all(node not in path.curved_above for node, _, _ in leaf.uses):
+            clean.append(leaf)
+        elif linear and single:
+            by_output.append(leaf)
+        else:
+            by_entry.append(leaf)
+    # Columns of curved entries serve all parameters below, but there may be very many.
+    below = [leaf for leaf in clean if any(n in path.bent_above for n, _, _ in leaf.uses)]
+    alone = [leaf for leaf in below if len(leaf.uses) == 1]
+    if below and path.entries() > 3 * sum(map(_output_size, alone)) and len(alone) == len(below):
+        clean = [leaf for leaf in clean if leaf not in below]
+        by_output += below
+        path.bends.clear()
+    yield from _columns(starts, path, clean)
+    for leaf in by_output:
+        yield from _output_hessian(starts, leaf)
+    for leaf in by_entry:
+        yield from _parameter_hessian(starts, path, leaf, per_sample)
+
+
+def _output_size(leaf: Leaf) -> int:
+    node, tap, _ = leaf.uses[0]
+    return prod(node._input_metadata[tap.place].shape) // max(tap.batch.size, 1)
+
+
+def _kind(node: Node) -> str:
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+class _Path:
+    """What lies between the starts and the taps.
+
+    Attributes:
+        losses: losses with a known Hessian, with their nodes.
+        bends: nodes that curve each entry by itself, with their sample axes.
+        bent_above: nodes below such a node.
+        curved_above: nodes below an operation that is curved in another way.
+    """
+
+    def __init__(self, starts: list[Node]) -> None:
+        self.losses: list[tuple[Node, LossRecord]] = []
+        self.bends: list[tuple[Node, Batch]] = []
+        self.bent_above: set[Node] = set()
+        self.curved_above: set[Node] = set()
+        order = self._order(starts)
+        active: dict[Node, bool] = {}
+        for node in reversed(order):
+            children = self._children(node)
+            active[node] = TAPS in notes(node) or any(active.get(c, False) for c in children)
+        known = {record.edge.node for _, record in self.losses}
+        unknown_loss = not self.losses
+        for node in order:
+            if LOSS in notes(node):
+                curved = node in self.curved_above
+                bent = False
+            else:
+                curved, bent = node in self.curved_above or unknown_loss, node in self.bent_above
+                inputs = [c for c, _ in node.next_functions if c is not None and active.get(c)]
+                if not curved and inputs:
+                    kind = _kind(node)
+                    if CURVED in notes(node) and len(inputs) == 1:
+                        self.bends.append((node, notes(node)[CURVED]))
+                        bent = True
+                    elif kind in _PRODUCTS:
+                        divides = kind == "Div" and node.next_functions[0][0] not in inputs
+                        curved = len(inputs) > 1 or divides
+                    elif kind in _BATCH_NORMS:
+                        curved = bool(getattr(node, "_saved_training", True))
+                    elif kind not in _LINEAR:
+                        curved = True
+            for child in self._children(node):
+                if curved:
+                    self.curved_above.add(child)
+                if bent and child not in known:
+                    self.bent_above.add(child)
+
+    def _children(self, node: Node) -> list[Node]:
+        if LOSS in notes(node):
+            return [notes(node)[LOSS].edge.node]
+        return [child for child, _ in node.next_functions if child is not None]
+
+    def _order(self, starts: list[Node]) -> list[Node]:
+        """Nodes, each before those below it."""
+        done: dict[Node, None] = {}
+        entered: set[Node] = set()
+        stack = [(node, False) for node in starts]
+        while stack:
+            node, leaving = stack.pop()
+            if leaving:
+                done[node] = None
+            elif node not in entered:
+                entered.add(node)
+                if LOSS in notes(node):
+                    self.losses.append((node, notes(node)[LOSS]))
+                stack.append((node, True))
+                stack += [(child, False) for child in self._children(node)]
+        return list(reversed(done))
+
+    def nested(self, nodes: set[Node]) -> bool:
+        """Whether one of the nodes lies below another."""
+        for node in nodes:
+            seen: set[Node] = set()
+            stack = [child for child, _ in node.next_functions if child is not None]
+            while stack:
+                below = stack.pop()
+                if below in nodes:
+                    return True
+                if below not in seen:
+                    seen.add(below)
+                    stack += [child for child, _ in below.next_functions if child is not None]
+        return False
+
+    def entries(self) -> int:
+        """Curved entries per sample."""
+        return sum(
+            prod(node._input_metadata[0].shape) // max(batch.size, 1) for node, batch in self.bends
+        )
+
+
+# --------------------------------------------------------------------------------------
+# By columns
+
+
+def _columns(
+    starts: Sequence[tuple[GradientEdge, Tensor]], path: _Path, leaves: Sequence[Any]
+) -> Iterator[tuple[Any, Form, Tensor | None]]:
+    uses = {id(tap): (node, tap) for leaf in leaves for node, tap, _ in leaf.uses}
+    if not uses:
+        return
+    targets = [GradientEdge(node, tap.place) for node, tap in uses.values()]
+
+    def arrive(start: GradientEdge, columns: Tensor, sign: Tensor | None) -> Iterator[Any]:
+        at = dict(zip(uses, carry(start, targets, columns), strict=True))
+        for leaf in leaves:
+            forms = [s.form(g) for _, tap, s in leaf.uses if (g := at[id(tap)]) is not None]
+            if forms:
+                yield leaf, merge(forms), sign
+
+    places = [GradientEdge(node, 0) for node, _ in path.losses]
+    places += [GradientEdge(node, 0) for node, _ in path.bends]
+    grads = _gradients(starts, places, create_graph=torch.is_grad_enabled())
+    for (_, record), grad in zip(path.losses, grads, strict=False):
+        for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
+            if part is not None and bool((part > 0).any()):
+                for chunk in record.hessian.columns(part.clamp(min=0), CHUNK):
+                    signs = part.new_full((len(chunk), record.hessian.batch.size), sign)
+                    yield from arrive(record.edge, chunk, None if sign > 0 else signs)
+    for (node, batch), grad in zip(path.bends, grads[len(path.losses) :], strict=True):
+        if grad is None:
+            continue
+        below = GradientEdge(*next((c, nr) for c, nr in node.next_functions if c is not None))
+        bend = _second_derivative(node, below, grad)
+        if bend is None:
+            continue
+        flat = batch.split(bend).flatten(1)
+        for k in _chunks(flat.abs().amax(0).nonzero().flatten()):
+            picked = torch.zeros(len(k), *flat.shape, dtype=bend.dtype, device=bend.device)
+            rows = torch.arange(len(k), device=bend.device)
+            picked[rows, :, k] = flat[:, k].T.abs().sqrt()
+            columns = batch.join(picked.reshape(len(k), *batch.split(bend).shape), 1)
+            yield from arrive(below, columns, flat[:, k].T.sign())
+
+
+def _chunks(index: Tensor) -> Iterator[Tensor]:
+    return (part for part in index.split(CHUNK) if len(part))
+
+
+def _gradients(
+    starts: Sequence[tuple[GradientEdge, Tensor]],
+    places: Sequence[GradientEdge],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    if not places:
+        return []
+    return list(
+        torch.autograd.grad(
+            [edge for edge, _ in starts],
+            list(places),
+            [weight for _, weight in starts],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+
+
+def _second_derivative(node: Node, below: GradientEdge, grad: Tensor) -> Tensor | None:
+    """``phi''(x) * grad`` for an operation ``phi`` that acts on each entry."""
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(
+            [GradientEdge(node, 0)], [below], [grad], create_graph=True, retain_graph=True
+        )
+        if not slope.requires_grad:
+            return None
+        (bend,) = torch.autograd.grad(
+            slope.sum(), [below], retain_graph=True, create_graph=create, allow_unused=True
+        )
+    return bend
+
+
+# --------------------------------------------------------------------------------------
+# By the Hessian at the tap's output
+
+
+def _output_hessian(
+    starts: Sequence[tuple[GradientEdge, Tensor]], leaf: Leaf
+) -> Iterator[tuple[Any, Form, Tensor | None]]:
+    ((node, tap, source),) = leaf.uses
+    edge, batch = GradientEdge(node, tap.place), tap.batch
+    (gradient,) = _gradients(starts, [edge], create_graph=True)
+    if gradient is None or not gradient.requires_grad:
+        return
+    shape = batch.split(gradient).shape
+    size, like = prod(shape[1:]), gradient.detach()
+    for k in _chunks(torch.arange(size, device=like.device)):
+        basis = like.new_zeros(len(k), shape[0], size)
+        basis[torch.arange(len(k), device=like.device), :, k] = 1
+        basis = batch.join(basis.reshape(len(k), *shape), 1)
+        (curved,) = carry(get_gradient_edge(gradient), [edge], basis)
+        if curved is None:
+            return
+        # a b = ((a + b)^2 - (a - b)^2) / 4, with a and b of one size per sample
+        norms = batch.split(curved, 1).flatten(2).norm(dim=2)
+        balance = torch.where(norms > 0, norms, 1).sqrt() / 2**0.5
+        scale = batch.join(
+            balance.reshape(len(k), shape[0], *(1 for _ in shape[1:])).expand(len(k), *shape), 1
+        )
+        a, b = basis * scale, curved / (2 * scale)
+        sign = torch.ones_like(norms)
+        yield leaf, source.form(torch.cat([a + b, a - b])), torch.cat([sign, -sign]) / 2
+
+
+# --------------------------------------------------------------------------------------
+# By entries of the parameter
+
+
+def _parameter_hessian(
+    starts: Sequence[tuple[GradientEdge, Tensor]], path: _Path, leaf: Leaf, per_sample: bool
+) -> Iterator[tuple[Any, Form, Tensor | None]]:
+    parameter, create = leaf.parameter, torch.is_grad_enabled()
+    place = get_gradient_edge(parameter)
+    with hooks_suspended(parameter), torch.enable_grad():
+        if per_sample:
+            values = [
+                _entries(gradient, parameter, place, create)
+                for gradient in _sample_gradients(starts, path, leaf, place)
+            ]
+        else:
+            (gradient,) = _gradients(starts, [place], create_graph=True)
+            # All samples' diagonal, put on the first.
+            values = [_entries(gradient, parameter, place, create)]
+            values += [torch.zeros_like(values[0])] * (leaf.samples - 1)
+        diagonals = torch.stack(values)
+    parts = torch.stack([diagonals.clamp(min=0).sqrt(), (-diagonals).clamp(min=0).sqrt()])
+    sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
+    sign[1] = -1
+    yield leaf, Dense(parts), sign
+
+
+def _sample_gradients(
+    starts: Sequence[tuple[GradientEdge, Tensor]], path: _Path, leaf: Leaf, place: GradientEdge
+) -> Iterator[Tensor | None]:
+    """Gradients of single samples, by masking the gradient at the model output."""
+    if not path.losses:
+        raise NotImplementedError(
+            "the Hessian diagonal of single samples of a parameter that is used several times needs "
+            "a loss with a known Hessian; use DiagHessian, or an extended loss module"
+        )
+    edges = [record.edge for _, record in path.losses]
+    batches = [record.hessian.batch for _, record in path.losses]
+    outputs = _gradients(starts, edges, create_graph=True)
+    for n in range(leaf.samples):
+        masked = []
+        for gradient, batch in zip(outputs, batches, strict=True):
+            assert gradient is not None
+            mask = (batch.sample_ids(gradient.device) == n).to(gradient.dtype)
+            mask = mask.reshape([-1 if d == batch.dim else 1 for d in range(gradient.dim())])
+            masked.append(gradient * mask)
+        yield _gradients(list(zip(edges, masked, strict=True)), [place], create_graph=True)[0]
+
+
+def _entries(gradient: Tensor | None, parameter: Tensor, place: GradientEdge, create: bool) -> Tensor:
+    diagonal = torch.zeros_like(parameter).flatten()
+    if gradient is None or not gradient.requires_grad:
+        return diagonal.reshape(parameter.shape)
+    found = []
+    for j, entry in enumerate(gradient.flatten()):
+        (row,) = torch.autograd.grad(
+            entry, [place], retain_graph=True, create_graph=create, allow_unused=True
+        )
+        found.append(diagonal[j] if row is None else row.flatten()[j])
+    return torch.stack(found).reshape(parameter.shape)

@@ -1,0 +1,63 @@
+"""Jacobian times vector, on a graph that exists already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backpack.hessianfree._tensors import Tensors, as_tuple, check_like, vjp_of_differentiable
+
+
+def R_op(
+    ys: Tensors, xs: Tensors, vs: Tensors, retain_graph: bool = True, detach: bool = True
+) -> tuple[Tensor, ...]:
+    """Multiply ``vs`` by the Jacobian of ``ys`` in ``xs``: ``sum_j (dy_k/dx_j) v_j``.
+
+    Forward mode would need the function itself; on a recorded graph two reverse passes do it:
+    ``w -> J^T w`` is linear in ``w``, and the transpose of its derivative is ``J``.
+    (J. Townsend, A new trick for calculating Jacobian vector products, 2017.)
+
+    Args:
+        ys: tensor or list of tensors, computed from ``xs``.
+        xs: tensor or list of tensors.
+        vs: one vector per ``x``, of its shape.
+        retain_graph: keep the graph of ``ys`` for further use.
+        detach: give plain numbers; otherwise the result can be differentiated (and the graph is
+            kept).
+
+    Returns:
+        One tensor per ``y``, of its shape; zeros if it depends on no ``x``.
+
+    Raises:
+        ValueError: if ``vs`` does not match ``xs``.
+    """
+    ys, xs, vs = as_tuple(ys), as_tuple(xs), as_tuple(vs)
+    check_like("R_op", "vs", vs, "xs", xs)
+    ws = tuple(torch.zeros_like(y, requires_grad=True) for y in ys)
+    transposed = torch.autograd.grad(
+        ys,
+        xs,
+        ws,
+        retain_graph=retain_graph or not detach,
+        create_graph=True,
+        materialize_grads=True,
+    )
+    return vjp_of_differentiable(transposed, ws, vs, retain_graph=not detach, create_graph=not detach)
+
+
+def jacobian_vector_product(
+    f: Tensors, x: Tensors, v: Tensors, retain_graph: bool = True, detach: bool = True
+) -> tuple[Tensor, ...]:
+    """Multiply ``v`` by the Jacobian of ``f`` in ``x``; :func:`R_op` by another name.
+
+    Args:
+        f: tensor or list of tensors, computed from ``x``.
+        x: tensor or list of tensors.
+        v: one vector per ``x``, of its shape.
+        retain_graph: see :func:`R_op`.
+        detach: see :func:`R_op`.
+
+    Returns:
+        One tensor per entry of ``f``, of its shape.
+    """
+    return R_op(f, x, v, retain_graph=retain_graph, detach=detach)

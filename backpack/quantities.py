@@ -1,0 +1,341 @@
+"""Quantities: small functions of canonical forms.
+
+Letters: ``N`` samples, ``v`` columns, ``p`` a parameter's shape, ``l_n`` the n-th sample's share of
+the loss as scaled by its reduction (``1/N`` for ``"mean"``), ``J_n`` the Jacobian of the model's
+n-th output in the parameter, ``H_n`` the Hessian of ``l_n`` in that output.
+
+A quantity reduces a form to a state, adds the states of further columns, and finishes when the
+parameter's gradient is complete. All scales follow ``p.grad``: ``sum_n grad_batch_n = p.grad``.
+Numbers and names: BackPACK (Dangel, Kunstner, Hennig, ICLR 2020, arXiv:1912.10985).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from backpack.factors import Factor, Form
+
+
+class Kind(NamedTuple):
+    """Which columns a quantity needs; equal kinds share one propagation."""
+
+    name: Literal["gradient", "exact", "sampled", "hessian"]
+    mc_samples: int = 0
+    generator: torch.Generator | None = None
+
+
+class Context(NamedTuple):
+    """What is known when a parameter's gradient is complete."""
+
+    parameter: Tensor
+    samples: int
+    gradient: Callable[[], Tensor]
+
+
+class BackpropExtension:
+    """A quantity, saved to ``parameter.<savefield>``.
+
+    Subclass it to add one: give ``savefield`` and ``kind``, and :meth:`reduce`; the rest has
+    defaults.
+
+    Example:
+        >>> class GradientMax(BackpropExtension):
+        ...     savefield = "grad_max"
+        ...     def reduce(self, form, sign=None):
+        ...         return form.dense()[0].flatten(1).abs().amax(1)
+    """
+
+    savefield: str
+    kind: Kind = Kind("gradient")
+    subsampling: Sequence[int] | None = None
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
+        """The state for the columns of one form (``sign [v, n]``: weights of Hessian columns)."""
+        raise NotImplementedError
+
+    def add(self, state: Any, other: Any) -> Any:
+        """The state for the columns of both."""
+        return state + other
+
+    def finish(self, state: Any, context: Context) -> Any:
+        """The value to save."""
+        return state
+
+    def zero(self, context: Context) -> Any:
+        """The value for a parameter that no column reaches."""
+        return torch.zeros_like(context.parameter)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def _index(subsampling: Sequence[int] | None, samples: int) -> slice | Tensor:
+    if subsampling is None:
+        return slice(None)
+    index = torch.as_tensor(list(subsampling), dtype=torch.long)
+    if index.numel() and (int(index.max()) >= samples or int(index.min()) < -samples):
+        raise IndexError(
+            f"subsampling {list(subsampling)} is out of range for a batch of {samples} samples"
+        )
+    return index % samples if index.numel() else index
+
+
+def _samples_shape(context: Context) -> tuple[int, ...]:
+    return (context.samples, *context.parameter.shape)
+
+
+# --------------------------------------------------------------------------------------
+# First order
+
+
+class BatchGrad(BackpropExtension):
+    """Individual gradients ``grad_batch[n] = d l_n / d p``, shape ``[N, *p]``.
+
+    Args:
+        subsampling: samples to keep, in that order (may repeat, may be negative); default all. The
+            scale stays that of the full batch.
+    """
+
+    savefield = "grad_batch"
+
+    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+        self.subsampling = subsampling
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        index = _index(self.subsampling, form.samples)
+        return form.take(slice(None), index).dense()[0]
+
+    def zero(self, context: Context) -> Tensor:
+        full = context.parameter.new_zeros(_samples_shape(context))
+        return full[_index(self.subsampling, context.samples)]
+
+
+class BatchL2Grad(BackpropExtension):
+    """Squared norms ``batch_l2[n] = ||d l_n / d p||^2`` of individual gradients, shape ``[N]``."""
+
+    savefield = "batch_l2"
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        return form.squared_norms()
+
+    def zero(self, context: Context) -> Tensor:
+        return context.parameter.new_zeros(context.samples)
+
+
+class SumGradSquared(BackpropExtension):
+    """Second moment ``sum_grad_squared = sum_n (d l_n / d p)^2``, elementwise, shape ``p``."""
+
+    savefield = "sum_grad_squared"
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        return form.square_sum()
+
+
+class Variance(BackpropExtension):
+    """``variance = 1/N sum_n g_n^2 - (1/N sum_n g_n)^2``, ``g_n = d l_n / d p``, shape ``p``.
+
+    The biased variance of the individual gradients as scaled by the loss's reduction, equal to
+    ``grad_batch.var(0, unbiased=False)``.
+    """
+
+    savefield = "variance"
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return form.centred_square_sum()
+
+    def finish(self, state: tuple[Tensor, Tensor], context: Context) -> Tensor:
+        centre, squares = state
+        offset = context.gradient() / context.samples - centre
+        return (squares / context.samples - offset * offset).clamp(min=0)
+
+
+# --------------------------------------------------------------------------------------
+# Generalized Gauss-Newton
+
+
+class _Sampled(BackpropExtension):
+    """Monte-Carlo columns."""
+
+    def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
+        self.kind = Kind("sampled", mc_samples, generator)
+
+    def get_num_mc_samples(self) -> int:
+        """Number of Monte-Carlo samples per data point."""
+        return self.kind.mc_samples
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mc_samples={self.kind.mc_samples})"
+
+
+class _Diagonal(BackpropExtension):
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        return form.square_sum(sign)
+
+
+class _BatchDiagonal(BackpropExtension):
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        return form.square_sum_per_sample(sign)
+
+    def zero(self, context: Context) -> Tensor:
+        return context.parameter.new_zeros(_samples_shape(context))
+
+
+class DiagGGNExact(_Diagonal):
+    """``diag_ggn_exact = diag(sum_n J_n^T H_n J_n)``, shape ``p``."""
+
+    savefield = "diag_ggn_exact"
+    kind = Kind("exact")
+
+
+class DiagGGNMC(_Sampled, _Diagonal):
+    """Unbiased Monte-Carlo estimate of :class:`DiagGGNExact`, shape ``p``.
+
+    Targets are drawn from the model's predictive distribution (Schraudolph, 2002); for losses that
+    are no likelihood, columns are ``H_n^(1/2) z`` with ``z`` standard normal.
+
+    Args:
+        mc_samples: draws per data point.
+        generator: source of randomness; default torch's own, so ``torch.manual_seed`` applies.
+    """
+
+    savefield = "diag_ggn_mc"
+
+
+class BatchDiagGGNExact(_BatchDiagonal):
+    """``diag_ggn_exact_batch[n] = diag(J_n^T H_n J_n)``, shape ``[N, *p]``; sums to the diagonal."""
+
+    savefield = "diag_ggn_exact_batch"
+    kind = Kind("exact")
+
+
+class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
+    """Monte-Carlo estimate of :class:`BatchDiagGGNExact`, shape ``[N, *p]``.
+
+    Args:
+        mc_samples: draws per data point.
+        generator: source of randomness.
+    """
+
+    savefield = "diag_ggn_mc_batch"
+
+
+class _SquareRoot(BackpropExtension):
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        index = _index(self.subsampling, form.samples)
+        return form.take(slice(None), index).dense()
+
+    def add(self, state: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([state, other])
+
+    def zero(self, context: Context) -> Tensor:
+        full = context.parameter.new_zeros(0, *_samples_shape(context))
+        return full[:, _index(self.subsampling, context.samples)]
+
+
+class SqrtGGNExact(_SquareRoot):
+    """Square root ``V^T`` of the GGN, ``G = V V^T = sum_n J_n^T H_n J_n``, shape ``[C, N, *p]``.
+
+    ``C`` is the number of model outputs per sample. Concatenated over parameters it gives the full
+    matrix, blocks between parameters included.
+
+    Args:
+        subsampling: samples to keep; the scale stays that of the full batch.
+    """
+
+    savefield = "sqrt_ggn_exact"
+    kind = Kind("exact")
+
+    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+        self.subsampling = subsampling
+
+
+class SqrtGGNMC(_Sampled, _SquareRoot):
+    """Monte-Carlo square root of the GGN, shape ``[mc_samples, N, *p]``.
+
+    Args:
+        mc_samples: draws per data point.
+        subsampling: samples to keep; the scale stays that of the full batch.
+        generator: source of randomness.
+    """
+
+    savefield = "sqrt_ggn_mc"
+
+    def __init__(
+        self,
+        mc_samples: int = 1,
+        subsampling: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(mc_samples, generator)
+        self.subsampling = subsampling
+
+
+class _Kronecker(BackpropExtension):
+    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Factor]:
+        return form.kronecker()
+
+    def add(self, state: list[Factor], other: list[Factor]) -> list[Factor]:
+        return [
+            Factor(a.matrix + b.matrix if a.grows else a.matrix, a.grows)
+            for a, b in zip(state, other, strict=True)
+        ]
+
+    def finish(self, state: list[Factor], context: Context) -> list[Tensor]:
+        return [factor.matrix for factor in state]
+
+    def zero(self, context: Context) -> list[Tensor]:
+        p = context.parameter
+        sizes = [p.shape[0], p.shape[1:].numel()] if p.dim() > 1 else [p.numel()]
+        return [p.new_zeros(size, size) for size in sizes]
+
+
+class KFLR(_Kronecker):
+    """Kronecker factors from exact columns (Botev, Ritter, Barber, 2017): a list of matrices.
+
+    Weight ``[B, A]`` with GGN block ``~ kron(B, A)`` over the row-major weight; other parameters
+    ``[B]``, their exact block. With output-gradient columns ``g [v, n, s, o]`` and inputs
+    ``a [n, s, i]``: ``B = sum_{v,n} (sum_s g)(sum_s g)^T``, which carries the loss's reduction and is
+    the block of the layer's bias; ``A = 1/N sum_{n,s} a a^T``. Exact for one sample and one position.
+    For transposed convolutions the pair approximates the block of ``weight.transpose(0, 1)``.
+    """
+
+    savefield = "kflr"
+    kind = Kind("exact")
+
+
+class KFAC(_Sampled, _Kronecker):
+    """Kronecker factors from Monte-Carlo columns (Martens, Grosse, 2015); layout as :class:`KFLR`.
+
+    Args:
+        mc_samples: draws per data point.
+        generator: source of randomness.
+    """
+
+    savefield = "kfac"
+
+
+# --------------------------------------------------------------------------------------
+# Hessian
+
+
+class DiagHessian(_Diagonal):
+    """Diagonal of the Hessian of the loss, ``diag_h``, shape ``p``; exact for any architecture.
+
+    Terms of the loss that involve parameters but no data (weight decay) are left out.
+    """
+
+    savefield = "diag_h"
+    kind = Kind("hessian")
+
+
+class BatchDiagHessian(_BatchDiagonal):
+    """``diag_h_batch[n]``, the Hessian diagonal of ``l_n``, shape ``[N, *p]``."""
+
+    savefield = "diag_h_batch"
+    kind = Kind("hessian")

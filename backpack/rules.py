@@ -1,0 +1,513 @@
+"""Operations in which parameters meet data: one function per operation, giving canonical forms.
+
+Letters: ``v`` columns, ``n`` samples, ``s`` shared positions, ``q`` groups, ``o``/``i`` output and
+input features.
+
+A rule is called when its operation runs, with the sample axis of the result followed by the
+operation's own arguments. It returns pairs ``(tensor, function)``: the function turns columns at the
+output, ``g [v, *output.shape]``, into the :class:`~backpack.factors.Form` of that tensor. A function
+must hold on to nothing but what it needs (autograd holds the same tensors). A rule that does not
+cover the arguments it got returns ``None``; then, as for operations without a rule, the fallback
+differentiates the operation sample by sample.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from backpack.batch import Batch, batch_of
+from backpack.factors import Dense, Form, Layout, Lookup, Outer
+
+ToForm = Callable[[Tensor], Form]
+Pairs = list[tuple["Tensor | None", ToForm]]
+Rule = Callable[..., "Pairs | None"]
+
+RULES: dict[Any, Rule] = {}
+
+
+def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operations (as the torch-function protocol reports them).
+
+    Example:
+        >>> @op_rule(my_scale)  # doctest: +SKIP
+        ... def scale(batch, input, weight):
+        ...     return [(weight, lambda g: reduce_to(batch, g * input, weight.shape))]
+    """
+
+    def register(function: Rule) -> Rule:
+        for func in functions:
+            RULES[func] = function
+        return function
+
+    return register
+
+
+# --------------------------------------------------------------------------------------
+# Linear maps
+
+
+def _outer(a: Tensor, g: Tensor, layout: Layout) -> Outer:
+    """Ungrouped: ``a [n, s, i]``, ``g [v, n, s, o]``."""
+    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout)
+
+
+@op_rule(F.linear)
+def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pairs | None:
+    if batch_of(input) is None or weight.dim() != 2:
+        return None
+    layout = Layout(weight.shape)
+    return [
+        (weight, lambda g: _outer(batch.rows(input), batch.rows(g, 1), layout)),
+        (bias, lambda g: Dense(batch.rows(g, 1).sum(2))),
+    ]
+
+
+@op_rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, Tensor.__rmatmul__)
+def matmul(batch: Batch, left: Tensor, right: Tensor) -> Pairs | None:
+    if batch_of(right) is None:
+        return _times_matrix(batch, left, right)
+    return _matrix_times(batch, left, right)
+
+
+def _times_matrix(batch: Batch, x: Tensor, w: Tensor, scale: float = 1.0) -> Pairs | None:
+    """``x @ w`` with a matrix or vector ``w``."""
+    if w.dim() > 2 or x.dim() < 2:
+        return None
+    layout = Layout(w.shape, "columns")
+
+    def form(g: Tensor) -> Form:
+        g = g if w.dim() == 2 else g.unsqueeze(-1)
+        return _outer(batch.rows(x), batch.rows(g if scale == 1 else scale * g, 1), layout)
+
+    return [(w, form)]
+
+
+def _matrix_times(batch: Batch, w: Tensor, x: Tensor, scale: float = 1.0) -> Pairs | None:
+    """``w @ x`` with a matrix ``w``: the transpose of ``x^T @ w^T``."""
+    if w.dim() != 2 or x.dim() < 2:
+        return None
+    layout, last = Layout(w.shape), x.dim() - 1
+    swapped = batch.moved({last: last - 1, last - 1: last}.get(batch.dim, batch.dim))
+
+    def form(g: Tensor) -> Form:
+        return _outer(swapped.rows(x.mT), swapped.rows(scale * g.mT, 1), layout)
+
+    return [(w, form)]
+
+
+@op_rule(torch.addmm, Tensor.addmm)
+def addmm(
+    batch: Batch, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Pairs | None:
+    product = (_times_matrix if batch_of(mat2) is None else _matrix_times)(
+        batch, mat1, mat2, scale=alpha
+    )
+    if product is None:
+        return None
+    shape = input.shape
+    return [(input, lambda g: reduce_to(batch, beta * g, shape)), *product]
+
+
+# --------------------------------------------------------------------------------------
+# Convolutions
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * length if len(value) == 1 else value
+
+
+def unfold(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Patches of ``x [n, c, *space]`` under a sliding window, ``[n, c, *kernel, *positions]``."""
+    if any(lo or hi for lo, hi in padding):
+        x = F.pad(x, [p for pair in reversed(padding) for p in pair])
+    ndim = len(kernel)
+    for d in range(ndim):
+        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
+        x = x[..., :: dilation[d]]
+    return x.movedim(tuple(range(2, 2 + ndim)), tuple(range(-ndim, 0)))
+
+
+def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor:
+    """``[N k, c, *kernel, *positions] -> [n, q, s, i]``."""
+    x = x.unflatten(1, (groups, -1)).flatten(-ndim).flatten(2, -2)
+    if batch.length == batch.size:
+        return x.mT
+    return batch.split(x).permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+
+def _channels(batch: Batch, g: Tensor, groups: int) -> Tensor:
+    """``[v, N k, c, *positions] -> [v, n, q, s, o]``."""
+    g = g.flatten(3).unflatten(2, (groups, -1))
+    if batch.length == batch.size:
+        return g.mT
+    return batch.split(g, 1).permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
+
+
+def _conv(ndim: int) -> Rule:
+    def convolution(
+        batch: Batch,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Pairs | None:
+        if batch_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
+            return None
+        kernel, layout = weight.shape[2:], Layout(weight.shape)
+
+        def weight_form(g: Tensor) -> Form:
+            step, spread = _tuple(stride, ndim), _tuple(dilation, ndim)
+            if padding == "same":
+                widths = [d * (k - 1) for d, k in zip(spread, kernel, strict=True)]
+                margins = [(w // 2, w - w // 2) for w in widths]
+            else:
+                margins = [(p, p) for p in _tuple(0 if padding == "valid" else padding, ndim)]
+            patches = unfold(input, kernel, step, margins, spread)
+            return Outer(_patches(batch, patches, ndim, groups), _channels(batch, g, groups), layout)
+
+        return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
+
+    return convolution
+
+
+def _conv_transpose(ndim: int) -> Rule:
+    def transposed_convolution(
+        batch: Batch,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Pairs | None:
+        if batch_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
+            return None
+        kernel, layout = weight.shape[2:], Layout(weight.shape, "convt")
+
+        def weight_form(g: Tensor) -> Form:
+            """A transposed convolution is a convolution of the input spread out with zeros."""
+            step, spread = _tuple(stride, ndim), _tuple(dilation, ndim)
+            pads, extra = _tuple(padding, ndim), _tuple(output_padding, ndim)
+            size = [(n - 1) * s + 1 for n, s in zip(input.shape[2:], step, strict=True)]
+            spread_out = input.new_zeros(*input.shape[:2], *size)
+            places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in step))
+            spread_out[places] = input
+            margins = [
+                (d * (k - 1) - p, d * (k - 1) - p + e)
+                for d, k, p, e in zip(spread, kernel, pads, extra, strict=True)
+            ]
+            patches = unfold(spread_out, kernel, (1,) * ndim, margins, spread)
+            patches = patches.flip(tuple(range(2, 2 + ndim)))
+            return Outer(_patches(batch, patches, ndim, groups), _channels(batch, g, groups), layout)
+
+        return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
+
+    return transposed_convolution
+
+
+for _ndim, _forward, _transposed in (
+    (1, (torch.conv1d, F.conv1d), (torch.conv_transpose1d, F.conv_transpose1d)),
+    (2, (torch.conv2d, F.conv2d), (torch.conv_transpose2d, F.conv_transpose2d)),
+    (3, (torch.conv3d, F.conv3d), (torch.conv_transpose3d, F.conv_transpose3d)),
+):
+    op_rule(*_forward)(_conv(_ndim))
+    op_rule(*_transposed)(_conv_transpose(_ndim))
+
+
+# --------------------------------------------------------------------------------------
+# Lookups
+
+
+@op_rule(F.embedding)
+def embedding(
+    batch: Batch,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Pairs | None:
+    at = batch_of(input)
+    if at is None or at.lost:
+        return None
+
+    def form(g: Tensor) -> Form:
+        index, g = at.split(input).flatten(1), batch.rows(g, 1)
+        keep = g.new_ones(index.shape)
+        if padding_idx is not None:
+            keep = keep * (index != padding_idx % weight.shape[0])
+        if scale_grad_by_freq:
+            keep = keep / torch.bincount(index.flatten())[index]
+        return Lookup(index, g * keep.unsqueeze(-1), weight.shape)
+
+    return [(weight, form)]
+
+
+# --------------------------------------------------------------------------------------
+# Broadcasting arithmetic
+
+
+def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
+    """Sum columns over the axes along which a tensor of ``shape`` was broadcast.
+
+    Args:
+        batch: sample axis of the output.
+        g: columns times elementwise derivative, ``[v, *output.shape]``.
+        shape: the tensor's shape; aligned with the output's from the right.
+    """
+    ndim = g.dim() - 1
+    padded = (1,) * (ndim - len(shape)) + tuple(shape)
+    if padded[batch.dim] != 1 and batch.length != 1:
+        # The tensor has an entry of its own for every sample.
+        sums = [d + 1 for d in range(ndim) if padded[d] == 1 and g.shape[d + 1] != 1]
+        g = (g.sum(sums, keepdim=True) if sums else g).reshape(g.shape[0], 1, *shape)
+        own = torch.arange(batch.size, device=g.device).unsqueeze(1) == batch.sample_ids(g.device)
+        at = batch.dim - (ndim - len(shape))
+        own = own.reshape(batch.size, *(-1 if d == at else 1 for d in range(len(shape))))
+        return Dense(g * own.to(g.dtype))
+    g = batch.split(g, 1)
+    rest = [padded[d] for d in range(ndim) if d != batch.dim]
+    sums = [2] + [3 + j for j, size in enumerate(rest) if size == 1]
+    return Dense(g.sum(sums).reshape(*g.shape[:2], *shape))
+
+
+def _scaled(g: Tensor, alpha: Any) -> Tensor:
+    return g if alpha == 1 else alpha * g
+
+
+def _added(batch: Batch, x: Any, scale: Any) -> Pairs:
+    if not isinstance(x, Tensor):
+        return []
+    shape = x.shape
+    return [(x, lambda g: reduce_to(batch, _scaled(g, scale), shape))]
+
+
+@op_rule(torch.add, Tensor.add, Tensor.__radd__)
+def add(batch: Batch, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
+    return _added(batch, input, 1) + _added(batch, other, alpha)
+
+
+@op_rule(torch.sub, Tensor.sub)
+def sub(batch: Batch, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
+    return _added(batch, input, 1) + _added(batch, other, -alpha)
+
+
+@op_rule(torch.mul, Tensor.mul, torch.multiply, Tensor.multiply, Tensor.__rmul__)
+def mul(batch: Batch, input: Any, other: Any) -> Pairs | None:
+    source, factor = (other, input) if batch_of(input) is not None else (input, other)
+    if not isinstance(source, Tensor):
+        return []
+    shape = source.shape
+    return [(source, lambda g: reduce_to(batch, g * factor, shape))]
+
+
+# --------------------------------------------------------------------------------------
+# Normalisation and other per-channel parameters
+
+
+def _channel_sum(batch: Batch, g: Tensor) -> Dense:
+    """Sum ``g [v, N k, c, *space]`` over all but columns, samples and channels."""
+    g = g.flatten(3).sum(3) if g.dim() > 3 else g
+    return Dense(g if batch.length == batch.size else batch.split(g, 1).sum(2))
+
+
+def _per_channel(
+    batch: Batch, normalized: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None
+) -> Pairs | None:
+    if batch.dim != 0:
+        return None
+    return [
+        (weight, lambda g: _channel_sum(batch, g * normalized())),
+        (bias, lambda g: _channel_sum(batch, g)),
+    ]
+
+
+@op_rule(F.layer_norm)
+def layer_norm(
+    batch: Batch,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Pairs | None:
+    if batch_of(input) is None:
+        return None
+    shape = torch.Size(normalized_shape)
+    return [
+        (weight, lambda g: reduce_to(batch, g * F.layer_norm(input, shape, eps=eps), shape)),
+        (bias, lambda g: reduce_to(batch, g, shape)),
+    ]
+
+
+@op_rule(F.rms_norm)
+def rms_norm(
+    batch: Batch,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Pairs | None:
+    if batch_of(input) is None:
+        return None
+    shape = torch.Size(normalized_shape)
+    return [(weight, lambda g: reduce_to(batch, g * F.rms_norm(input, list(shape), eps=eps), shape))]
+
+
+@op_rule(F.group_norm)
+def group_norm(
+    batch: Batch,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Pairs | None:
+    return _per_channel(batch, lambda: F.group_norm(input, num_groups, eps=eps), weight, bias)
+
+
+@op_rule(F.instance_norm)
+def instance_norm(
+    batch: Batch,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Pairs | None:
+    if use_input_stats:
+        return _per_channel(batch, lambda: F.instance_norm(input, eps=eps), weight, bias)
+    return batch_norm(batch, input, running_mean, running_var, weight, bias, eps=eps)
+
+
+@op_rule(F.batch_norm)
+def batch_norm(
+    batch: Batch,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Pairs | None:
+    def normalized() -> Tensor:
+        if training:
+            return F.batch_norm(input, None, None, training=True, eps=eps)
+        return F.batch_norm(input, running_mean, running_var, eps=eps)
+
+    return _per_channel(batch, normalized, weight, bias)
+
+
+@op_rule(torch.prelu, F.prelu, Tensor.prelu)
+def prelu(batch: Batch, input: Tensor, weight: Tensor) -> Pairs | None:
+    if batch.dim != 0 or input.dim() < 2 or batch_of(input) is None:
+        return None
+    shape = weight.shape
+
+    def form(g: Tensor) -> Form:
+        form = _channel_sum(batch, g * input.clamp(max=0))
+        if shape.numel() == 1:
+            return Dense(form.values.sum(2, keepdim=True).reshape(*form.values.shape[:2], *shape))
+        return form
+
+    return [(weight, form)]
+
+
+# --------------------------------------------------------------------------------------
+# The fallback
+
+
+def fallback(
+    batch: Batch, place: int, func: Any, args: tuple, kwargs: dict, sources: Sequence[Tensor]
+) -> Pairs:
+    """Differentiate the operation itself, sample by sample (vmap over samples, a loop if need be).
+
+    Args:
+        batch: sample axis of the output.
+        place: which of the operation's outputs.
+        func: the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        sources: the arguments to differentiate with respect to.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    axes = [batch_of(x) if isinstance(x, Tensor) else None for x in leaves]
+    versions = [x._version if isinstance(x, Tensor) else 0 for x in leaves]
+    name = getattr(func, "__name__", str(func))
+
+    def make(source: Tensor) -> ToForm:
+        where = [j for j, x in enumerate(leaves) if x is source]
+
+        def form(g: Tensor) -> Form:
+            for x, axis, version in zip(leaves, axes, versions, strict=True):
+                if axis is not None and x._version != version:
+                    raise RuntimeError(
+                        f"an input of {name} was modified by an in-place operation after the "
+                        "forward pass; use the out-of-place version of that operation"
+                    )
+            data = [_samples_apart(axis, x) for axis, x in zip(axes, leaves, strict=True) if axis]
+            cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
+
+            def one(cotangent: Tensor, *data: Tensor) -> Tensor:
+                rest = iter(data)
+                values = [next(rest) if axis else x for axis, x in zip(axes, leaves, strict=True)]
+
+                def run(p: Tensor) -> Tensor:
+                    new = list(values)
+                    for j in where:
+                        new[j] = p
+                    new_args, new_kwargs = tree_unflatten(new, spec)
+                    result = func(*new_args, **new_kwargs)
+                    return result if isinstance(result, Tensor) else result[place]
+
+                vjp = torch.func.vjp(run, source)[1]
+                return torch.stack([vjp(c)[0] for c in cotangent])
+
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    values = torch.func.vmap(one)(cotangent, *data)
+            except (RuntimeError, ValueError) as error:
+                if "random" in str(error):
+                    raise RuntimeError(
+                        f"{name} draws random numbers, so that it cannot be repeated sample by "
+                        "sample; call model.eval(), or take the randomness (dropout) out of it"
+                    ) from error
+                values = torch.stack([one(*each) for each in zip(cotangent, *data, strict=True)])
+            return Dense(values.transpose(0, 1))
+
+        return form
+
+    return [(source, make(source)) for source in sources]
+
+
+def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
+    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``."""
+    split = axis.split(x, lead)
+    return split.movedim(lead + 1, lead + 1 + axis.dim)

@@ -1,0 +1,1 @@
+"""Small helpers: sub-sampling, parameter vectors, module classes, Kronecker algebra, examples."""

@@ -1,0 +1,49 @@
+"""Every quantity, on every operation, with every loss, against the oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backpack import extensions as E
+from backpack.oracle import check
+from tests.cases import CASES, LOSSES, Case, LossCase
+
+QUANTITIES = [
+    E.BatchGrad(),
+    E.BatchL2Grad(),
+    E.SumGradSquared(),
+    E.Variance(),
+    E.DiagGGNExact(),
+    E.DiagGGNMC(),
+    E.BatchDiagGGNExact(),
+    E.BatchDiagGGNMC(),
+    E.SqrtGGNExact(),
+    E.SqrtGGNMC(),
+    E.DiagHessian(),
+    E.BatchDiagHessian(),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_case(case: Case, loss: LossCase) -> None:
+    agree(case, loss, torch.float64, 1e-8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_single_precision(case: Case) -> None:
+    agree(case, LOSSES[0], torch.float32, 1e-4)
+
+
+def agree(case: Case, loss: LossCase, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.model(), case.inputs()
+    with torch.no_grad():
+        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    report = check(
+        *(model, loss.loss(), inputs, loss.target(output), QUANTITIES),
+        dtype=dtype,
+        tolerance=tolerance,
+    )
+    assert report.ok, f"\n{report}"

@@ -1,0 +1,302 @@
+"""Never silently wrong: what cannot be computed raises an error, and leaves no state behind."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, extend
+from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, Variance
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+
+class Net(nn.Module):
+    """A model with one part that capture may not see."""
+
+    def __init__(self, hidden) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.rand(3) + 1)
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self, self.first(x).tanh()))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(4, 3), torch.randint(3, (4,))
+
+
+def works_afterwards(data: tuple[Tensor, Tensor]) -> None:
+    """The next correct step gives the right numbers."""
+    X, y = data
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad(), DiagGGNExact()):
+        lossfunc(model(X), y).backward()
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+    assert model.weight.diag_ggn_exact.shape == model.weight.shape
+
+
+@pytest.mark.parametrize("ext", [BatchGrad, DiagGGNExact, DiagHessian])
+def test_custom_function(data, ext) -> None:
+    X, y = data
+    model, lossfunc = Net(lambda m, a: Custom.apply(a, m.scale)), extend(nn.CrossEntropyLoss())
+    loss = lossfunc(extend(model)(X), y)
+    with pytest.raises(RuntimeError, match="'(scale|last.weight|last.bias)'"), backpack(ext()):
+        loss.backward()
+    assert not any(hasattr(p, ext().savefield) for p in model.parameters())
+    works_afterwards(data)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_hidden_part_added_to_data(data) -> None:
+    """Below the hidden part there are taps: counting it as made from parameters would count twice."""
+    X, y = data
+    scripted = torch.jit.script(Scale())
+    for hidden in (lambda m, a: a + Custom.apply(a, m.scale), lambda m, a: a + scripted(a)):
+        model = extend(Net(hidden))
+        model.scripted = scripted
+        loss = F.cross_entropy(model(X), y)
+        with pytest.raises(RuntimeError, match="cannot see"), backpack(BatchGrad()):
+            loss.backward()
+
+
+def test_adversarial_input(data) -> None:
+    X, y = data
+    X = X.clone().requires_grad_()
+    model = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
+    with backpack(BatchGrad(), DiagGGNExact(), DiagHessian()):
+        extend(nn.CrossEntropyLoss())(model(X), y).backward()
+    assert X.grad is not None and not hasattr(X, "grad_batch")
+    torch.testing.assert_close(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_submodule(data) -> None:
+    X, y = data
+    model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(Scale()), nn.Linear(3, 3))
+    extend(model)
+    loss = F.cross_entropy(model(X), y)
+    with pytest.raises(RuntimeError, match="'(1|2).(weight|bias)'.*scripted"), backpack(BatchGrad()):
+        loss.backward()
+    works_afterwards(data)
+
+
+def test_parameter_through_data(data) -> None:
+    X, y = data
+    model = extend(Net(lambda m, a: a * m.scale.data))
+    loss = F.cross_entropy(model(X), y)
+    with pytest.raises(RuntimeError, match="'scale'.*'.data'"), backpack(BatchGrad()):
+        loss.backward()
+    works_afterwards(data)
+
+
+def test_data_of_a_parameter_that_is_also_used(data) -> None:
+    X, y = data
+    model = extend(Net(lambda m, a: a * m.scale / m.scale.data.norm()))
+    with backpack(BatchGrad()):
+        F.cross_entropy(model(X), y).backward()
+    torch.testing.assert_close(model.scale.grad_batch.sum(0), model.scale.grad)
+
+
+def test_second_order_without_a_loss(data) -> None:
+    X, y = data
+    model = extend(nn.Linear(3, 3))
+    loss = F.cross_entropy(model(X), y)
+    with pytest.raises(RuntimeError, match="Extend the loss"), backpack(DiagGGNExact()):
+        torch.autograd.backward(loss)
+    with pytest.raises(ValueError, match="not convex"), backpack(DiagGGNExact()):
+        model(X).sin().sum().backward()
+    works_afterwards(data)
+
+
+def test_second_order_loss_too_large(data) -> None:
+    model = extend(nn.Linear(3, 5000))
+    with pytest.raises(ValueError, match="extend a loss"), backpack(DiagGGNExact()):
+        model(data[0]).square().sum().backward()
+
+
+def test_batch_norm_in_training_mode(data) -> None:
+    X, y = data
+    model, lossfunc = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), extend(nn.CrossEntropyLoss())
+    extend(model)
+    for ext in (BatchL2Grad(), Variance(), DiagGGNExact(), DiagHessian()):
+        with pytest.raises(NotImplementedError, match="eval"), backpack(ext):
+            lossfunc(model(X), y).backward()
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="mixes the samples"), backpack(BatchGrad()):
+        lossfunc(model(X), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+    model.eval()
+    with backpack(Variance(), DiagGGNExact()):
+        lossfunc(model(X), y).backward()
+
+
+def test_targets_out_of_range(data) -> None:
+    X, _ = data
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+    with pytest.raises(IndexError), backpack(BatchGrad()):
+        lossfunc(model(X), torch.tensor([0, 1, 2, 3])).backward()
+    works_afterwards(data)
+
+
+def test_loss_that_is_not_finite(data) -> None:
+    X, y = data
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+    for ext in (BatchGrad(), DiagGGNExact()):
+        with pytest.raises(ValueError, match="not finite"), backpack(ext):
+            lossfunc(model(X * float("nan")), y).backward()
+    assert not hasattr(model.weight, "grad_batch")
+    works_afterwards(data)
+
+
+def test_samples_cannot_be_told_apart(data) -> None:
+    X, y = data
+
+    class Mixes(nn.Module):
+        def __init__(self, mix) -> None:
+            super().__init__()
+            self.l, self.mix = nn.Linear(3, 3), mix
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.l(self.mix(x))
+
+    for mix in (
+        lambda x: x.mean(0, keepdim=True).expand(4, 3),
+        lambda x: x[[0, 1, 2, 2]],
+        lambda x: (x @ x.T) @ x,
+        lambda x: x.softmax(0),
+        lambda x: torch.cat([x[:2], x[2:]]),
+    ):
+        model = extend(Mixes(mix))
+        loss = F.cross_entropy(model(X), y)
+        with pytest.raises(RuntimeError, match="axis.*'l.weight'"), backpack(BatchGrad()):
+            loss.backward()
+    works_afterwards(data)
+
+
+def test_different_batch_sizes(data) -> None:
+    X, _ = data
+    model = extend(nn.Linear(3, 3))
+    loss = model(X).sum() + model(X[:2]).sum()
+    with pytest.raises(RuntimeError, match="4 and of 2|2 and of 4"), backpack(BatchGrad()):
+        loss.backward()
+
+
+def test_empty_batch() -> None:
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss(reduction="sum"))
+    X, y = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+    with backpack(BatchGrad(), BatchL2Grad(), DiagGGNExact()):
+        lossfunc(model(X), y).backward()
+    assert model.weight.grad_batch.shape == (0, 3, 3)
+    assert model.weight.batch_l2.shape == (0,)
+    assert not model.weight.diag_ggn_exact.any()
+
+
+def test_exception_in_forward(data) -> None:
+    X, y = data
+
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError(self.l(x).sum().item())
+
+    with pytest.raises(KeyError):
+        extend(Fails())(X)
+    works_afterwards(data)
+
+
+def test_interrupt_in_forward(data) -> None:
+    """KeyboardInterrupt skips torch's forward hooks."""
+    X, y = data
+
+    class Stops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extend(Stops())(X)
+    works_afterwards(data)
+    with pytest.raises(KeyboardInterrupt), backpack(BatchGrad()):
+        extend(Stops())(X)
+    works_afterwards(data)
+
+
+def test_exception_in_the_middle_of_backward(data) -> None:
+    X, y = data
+    model = extend(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
+    lossfunc = extend(nn.CrossEntropyLoss())
+
+    def stop(grad: Tensor) -> None:
+        raise KeyError("stop")
+
+    hidden = model[0](X)
+    hidden.register_hook(stop)
+    loss = lossfunc(model[2](hidden.relu()), y)
+    with pytest.raises(KeyError), backpack(BatchGrad(), DiagGGNExact()):
+        loss.backward()
+    assert not any(hasattr(p, f) for p in model.parameters() for f in ("grad_batch", "diag_ggn_exact"))
+    del loss, hidden
+    gc.collect()
+    works_afterwards(data)
+
+
+def test_exception_in_the_extension_hook(data) -> None:
+    X, y = data
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+
+    def hook(module: nn.Module) -> None:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError), backpack(BatchGrad(), extension_hook=hook):
+        lossfunc(model(X), y).backward()
+    assert not hasattr(model.weight, "grad_batch")
+    works_afterwards(data)
+
+
+def test_attention_kernel_that_cannot_be_differentiated_twice() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.l(x).unsqueeze(1)
+            return F.scaled_dot_product_attention(x, x, x).squeeze(1).sum(1)
+
+    model, lossfunc = extend(Attends()), extend(nn.MSELoss())
+    X = torch.randn(2, 5, 4)
+    with pytest.raises(NotImplementedError, match="MATH"), backpack(DiagHessian()):
+        lossfunc(model(X), torch.zeros(2, 4)).backward()
+    with backpack(BatchGrad(), DiagGGNExact()):
+        lossfunc(model(X), torch.zeros(2, 4)).backward()
