@@ -33,7 +33,8 @@ from backpack.batch import (
 )
 from backpack.factors import Dense, Form, Outer, Pullback
 from backpack.losses import LOSSES, LossHessian
-from backpack.rules import RULES, ToForm, fallback
+from backpack.opened import OPENED
+from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
 
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
@@ -211,6 +212,8 @@ class _Recorder(TorchFunctionMode):
             return self._in_place(func, args, kwargs or {})
         if _state.recorder is not self:
             return func(*args, **(kwargs or {}))
+        if func in OPENED:
+            return self._open(func, args, kwargs or {})
         if kwargs is None:
             out = func(*args)
             kwargs = {}
@@ -275,6 +278,39 @@ class _Recorder(TorchFunctionMode):
             )
             _tap(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs)
 
+    def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Operations with parameters inside are done by operations that can be seen."""
+        marked, sources = _sort_arguments(args, kwargs)
+        if marked and sources and torch.is_grad_enabled():
+            with self:
+                out = OPENED[func](*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        axis = next((b for t, b in marked if t is args[0]), None)
+        if func not in SEVERAL_OUTPUTS or axis is None or not isinstance(args[2], (list, tuple)):
+            for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                if marked and isinstance(each, Tensor):
+                    self._note(func, args, kwargs, each, place, marked, sources)
+            return out
+        batch_first = bool(args[-1])
+        known = not axis.lost and axis.length == axis.size and axis.dim == (0 if batch_first else 1)
+        for place, each in enumerate(out):
+            batch = recurrent_axis(axis.size, place, batch_first)
+            batch = batch if known else axis.losing("a recurrent layer whose batch_first differs")
+            mark(each, batch)
+            if each.grad_fn is not None and sources:
+                inputs = tuple(
+                    t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad
+                )
+                found = SEVERAL_OUTPUTS[func](batch, place, out[0].detach(), *args)
+                pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                _store(
+                    *(self.recording, func, each.grad_fn, each.output_nr, batch),
+                    *(pairs, inputs, False),  # type: ignore[arg-type]
+                )
+        return out
+
     def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """In-place operations: the node to remember is the one before."""
         marked, sources = _sort_arguments(args, kwargs)
@@ -326,7 +362,7 @@ class _Recorder(TorchFunctionMode):
             shape = old.shape
             repeats = _repeats(old, out)
             forms: list[tuple[Tensor, ToForm]] = [(old, lambda g: Dense(_unexpand(g, shape, repeats)))]
-            _store(self.recording, func, node, out.output_nr, batch, forms, ())
+            _store(self.recording, func, node, out.output_nr, batch, forms, (), True)
 
     def _loss(self, func: Any, args: tuple, kwargs: dict[str, Any], node: Node, marked: list) -> None:
         f = kwargs.get("input", args[0] if args else None)
@@ -438,7 +474,7 @@ def _store(
     batch: Batch,
     pairs: list[tuple[Tensor, ToForm]],
     inputs: tuple[Node, ...],
-    linear: bool = True,
+    linear: bool,
 ) -> None:
     name = getattr(func, "__name__", str(func))
     sources = [_source(tensor, form, linear) for tensor, form in pairs]

@@ -277,6 +277,7 @@ class Run:
         self.graph = Graph()
         self.differentiated = False
         self.leaves: dict[Tensor, _Leaf] = {}
+        self.uses: dict[Tap, list[tuple[_Leaf, Source]]] = {}
         self.modules: list[tuple[nn.Module, set[Tensor]]] = []
         self.handles: list[Any] = []
         self.saved: list[tuple[Tensor, str]] = []
@@ -428,6 +429,7 @@ class Run:
                 "them up and call backward on the sum"
             )
         leaf.uses.append((node, tap, source))
+        self.uses.setdefault(tap, []).append((leaf, source))
         leaf.waiting.add(tap)
 
     def _own_modules(self, fresh: Iterable[tuple[Node, Tap]]) -> None:
@@ -543,21 +545,26 @@ class Run:
         """Backward has reached a tap's node."""
         if self.block.nested or torch._C._current_graph_task_id() != self.task:
             return
-        if self.first_order:
-            for leaf in self.leaves.values():
-                for _, tap, source in leaf.uses:
-                    if tap in taps and (g := grads[tap.place]) is not None:
-                        leaf.forms.append(self._source_form(leaf, source, g.unsqueeze(0)))
-        for leaf in self.leaves.values():
-            leaf.waiting.difference_update(taps)
-            if not leaf.waiting and not leaf.contracted:
-                self._contract(leaf)
+        ready = []
+        for tap in taps:
+            g = grads[tap.place] if self.first_order else None
+            column = None if g is None else g.unsqueeze(0)
+            for leaf, source in self.uses.get(tap, ()):
+                if column is not None:
+                    leaf.forms.append(self._source_form(leaf, source, column))
+                leaf.waiting.discard(tap)
+                if not leaf.waiting:
+                    ready.append(leaf)
+        for leaf in ready:
+            self._contract(leaf)
         if not self.keeps:
             for tap in taps:
                 tap.release()
 
     def _contract(self, leaf: _Leaf) -> None:
         """All uses of a parameter are there: reduce its first-order form."""
+        if leaf.contracted:
+            return
         leaf.contracted = True
         forms, leaf.forms = leaf.forms, []
         if not forms:
@@ -622,6 +629,7 @@ class Run:
             handle.remove()
         self.handles.clear()
         self.leaves.clear()
+        self.uses.clear()
         self.modules.clear()
         self.graph = Graph()
 

@@ -44,6 +44,7 @@ class Oracle:
         batch_dim: sample axis of the first input and of the output; an output axis of ``N * k`` rows
             counts as ``k`` rows per sample.
         seed: random seed of every forward pass (dropout).
+        output_dim: sample axis of the output, if it is another.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class Oracle:
         y: Any,
         batch_dim: int = 0,
         seed: int = 0,
+        output_dim: int | None = None,
     ) -> None:
         self.model, self.lossfunc, self.y = model, lossfunc, y
         self.inputs = X if isinstance(X, tuple) else (X,)
-        self.batch_dim, self.seed = batch_dim, seed
+        self.seed = seed
+        self.output_dim = batch_dim if output_dim is None else output_dim
         self.samples: int = self.inputs[0].shape[batch_dim]
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -72,9 +75,9 @@ class Oracle:
         return self.lossfunc(output, self.y).sum()
 
     def _mask(self, output: Tensor, n: int) -> Tensor:
-        length = output.shape[self.batch_dim]
+        length = output.shape[self.output_dim]
         rows = torch.arange(length, device=output.device) // (length // self.samples)
-        shape = [length if d == self.batch_dim else 1 for d in range(output.dim())]
+        shape = [length if d == self.output_dim else 1 for d in range(output.dim())]
         return (rows == n).reshape(shape)
 
     def _share(self, n: int) -> Tensor:
@@ -258,6 +261,7 @@ def check(
     extensions: Sequence[BackpropExtension] = DEFAULT,
     *,
     batch_dim: int = 0,
+    output_dim: int | None = None,
     tolerance: float = 1e-8,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -275,6 +279,7 @@ def check(
         y: the targets.
         extensions: the quantities to check; by default all that are exact.
         batch_dim: sample axis of input and output.
+        output_dim: sample axis of the output, if it is another.
         tolerance: largest relative error that counts as agreement.
         dtype: precision in which backpack computes; the oracle computes in float64.
         seed: random seed of every forward pass (dropout).
@@ -298,6 +303,7 @@ def check(
         _cast(y, torch.float64),
         batch_dim,
         seed,
+        output_dim,
     )
     ours = extend(_copy(model, dtype), batch_dim=batch_dim)
     our_loss = extend(_copy(lossfunc, dtype)) if isinstance(lossfunc, nn.Module) else lossfunc

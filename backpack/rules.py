@@ -14,6 +14,7 @@ differentiates the operation sample by sample.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from backpack import recurrent
 from backpack.batch import Batch, batch_of
 from backpack.factors import Dense, Form, Layout, Lookup, Outer
 
@@ -511,3 +513,107 @@ def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
     """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``."""
     split = axis.split(x, lead)
     return split.movedim(lead + 1, lead + 1 + axis.dim)
+
+
+# --------------------------------------------------------------------------------------
+# Recurrent layers: one layer, one direction, several outputs
+
+SEVERAL_OUTPUTS: dict[Any, Callable[..., Pairs]] = {}
+
+
+def recurrent_axis(size: int, place: int, batch_first: bool) -> Batch:
+    """The sample axis of a recurrent layer's outputs: hidden states, then final states."""
+    return Batch(size, 0 if place == 0 and batch_first else 1)
+
+
+def _recurrent(name: str) -> Callable[..., Pairs]:
+    def layer(
+        batch: Batch,
+        place: int,
+        output: Tensor,
+        input: Tensor,
+        hx: Any,
+        params: Sequence[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Pairs:
+        """``output`` is detached: it is the hidden states, and holding on to it must not be a cycle."""
+        weights = recurrent.Layer.of(params, has_biases)
+        h0, c0 = hx if name == "lstm" else (hx, None)
+        state_axis = recurrent_axis(batch.size, 1, batch_first)
+
+        def backward(g: Tensor) -> tuple[Tensor, recurrent.Backward]:
+            x, hidden = input, output
+            if not batch_first:
+                x, hidden = input.transpose(0, 1), output.transpose(0, 1)
+            if place:
+                g = g.squeeze(1)
+            elif not batch_first:
+                g = g.transpose(1, 2)
+            start = h0[0]
+            if torch.is_grad_enabled():
+                hidden = recurrent.hidden_states(name, weights, x, start, None if c0 is None else c0[0])
+            if name == "lstm":
+                return x, recurrent.lstm(weights, x, start, c0[0], hidden, g, place)
+            if name == "gru":
+                return x, recurrent.gru(weights, x, start, hidden, g, place)
+            return x, recurrent.rnn(weights, x, start, hidden, g, place, name == "rnn_relu")
+
+        shared = _Once(backward)
+
+        def input_weight(g: Tensor) -> Form:
+            x, back = shared(g)
+            return _outer(x, back.d_ih, Layout(weights.w_ih.shape))
+
+        def hidden_weight(g: Tensor) -> Form:
+            back = shared(g)[1]
+            return _outer(back.previous, back.d_hh, Layout(weights.w_hh.shape))
+
+        def projection(g: Tensor) -> Form:
+            back = shared(g)[1]
+            assert weights.w_hr is not None
+            return _outer(back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
+
+        def state(shape: torch.Size, which: str) -> ToForm:
+            def form(g: Tensor) -> Form:
+                return reduce_to(state_axis, getattr(shared(g)[1], which).unsqueeze(1), shape)
+
+            return form
+
+        return [
+            (weights.w_ih, input_weight),
+            (weights.w_hh, hidden_weight),
+            (weights.b_ih, lambda g: Dense(shared(g)[1].d_ih.sum(2))),
+            (weights.b_hh, lambda g: Dense(shared(g)[1].d_hh.sum(2))),
+            (weights.w_hr, projection),
+            (h0, state(h0.shape, "d_h0")),
+            (c0, state(c0.shape, "d_c0") if c0 is not None else state(h0.shape, "d_h0")),
+        ]
+
+    return layer
+
+
+class _Once:
+    """Remember the last result, for as long as it is in use (several parameters ask for it)."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self.function = function
+        self.key: weakref.ref[Tensor] | None = None
+        self.result: Any = None
+
+    def __call__(self, g: Tensor) -> Any:
+        if self.key is None or self.key() is not g:
+            self.result = self.function(g)
+            self.key = weakref.ref(g, self._forget)
+        return self.result
+
+    def _forget(self, _: Any) -> None:
+        self.key = self.result = None
+
+
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    SEVERAL_OUTPUTS[getattr(torch, _name)] = _recurrent(_name)

@@ -18,6 +18,7 @@ class Case(NamedTuple):
     model: Callable[[], nn.Module]
     inputs: Callable[[], Any]
     batch_dim: int = 0
+    output_dim: int = 0
 
 
 class Apply(nn.Module):
@@ -178,7 +179,89 @@ OPERATIONS = [
     Case("one-sample", lambda: seq(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), x(1, 4)),
 ]  # fmt: skip
 
-CASES = OPERATIONS + CONVOLUTIONS
+
+def _last(*modules: nn.Module) -> nn.Module:
+    """A recurrent layer, its hidden states averaged over time."""
+    return Apply(lambda m, a: m.l(a)[0].tanh().mean(1 if m.l.batch_first else 0), l=modules[0])
+
+
+def _finals(m: Any, a: Tensor) -> Tensor:
+    out, final = m.l(a)
+    final = final if isinstance(final, tuple) else (final,)
+    return sum((f.tanh().sum(0) for f in final), out.mean(1)[:, : final[0].shape[-1]])
+
+
+def _initial(m: Any, a: Tensor) -> Tensor:
+    h = m.h.expand(-1, a.shape[0], -1).contiguous()
+    return m.l(a, (h, h.sin()))[0].mean(1)
+
+
+def _cells(m: Any, a: Tensor) -> Tensor:
+    h = torch.zeros(a.shape[0], 3, dtype=a.dtype)
+    state = (h, h) if isinstance(m.c, nn.LSTMCell) else h
+    for t in range(a.shape[1]):
+        state = m.c(a[:, t], state)
+    return state[0] + state[1] if isinstance(state, tuple) else state
+
+
+RECURRENT = [
+    Case("rnn", lambda: _last(nn.RNN(2, 3, batch_first=True)), x(3, 4, 2)),
+    Case("rnn-relu", lambda: _last(nn.RNN(2, 3, nonlinearity="relu", batch_first=True)), x(3, 4, 2)),
+    Case("rnn-stack", lambda: _last(nn.RNN(2, 3, num_layers=2, bidirectional=True, bias=False, batch_first=True)), x(3, 3, 2)),
+    Case("lstm", lambda: _last(nn.LSTM(2, 3, batch_first=True)), x(3, 4, 2)),
+    Case("lstm-nobias", lambda: _last(nn.LSTM(2, 2, bias=False, batch_first=True)), x(3, 3, 2)),
+    Case("lstm-stack", lambda: _last(nn.LSTM(2, 2, num_layers=2, dropout=0.5, batch_first=True)), x(3, 3, 2)),
+    Case("lstm-bidirectional", lambda: _last(nn.LSTM(2, 2, bidirectional=True, batch_first=True)), x(3, 3, 2)),
+    Case("lstm-projected", lambda: _last(nn.LSTM(2, 3, proj_size=2, batch_first=True)), x(3, 3, 2)),
+    Case("lstm-finals", lambda: Apply(_finals, l=nn.LSTM(2, 3, batch_first=True)), x(3, 3, 2)),
+    Case("lstm-initial", lambda: Apply(_initial, l=nn.LSTM(2, 2, batch_first=True), h=P(1, 1, 2)), x(3, 3, 2)),
+    Case("lstm-inner-time-first", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1))[0].mean(0), l=nn.LSTM(2, 3)), x(3, 3, 2)),
+    Case("lstm-time-first", lambda: Apply(lambda m, a: m.l(a)[0].tanh().mean(0), l=nn.LSTM(2, 2)), x(4, 4, 2), 1),
+    Case("gru", lambda: _last(nn.GRU(2, 3, batch_first=True)), x(3, 4, 2)),
+    Case("gru-stack", lambda: _last(nn.GRU(2, 2, num_layers=2, bidirectional=True, batch_first=True)), x(3, 3, 2)),
+    Case("gru-finals", lambda: Apply(_finals, l=nn.GRU(2, 3, batch_first=True)), x(3, 3, 2)),
+    Case("char-rnn", lambda: Apply(lambda m, a: m.o(m.l(m.e(a))[0]).mT, e=nn.Embedding(4, 2), l=nn.LSTM(2, 2, 2, batch_first=True), o=nn.Linear(2, 3)), ids(4, 3, 3)),
+    Case("rnn-cell", lambda: Apply(_cells, c=nn.RNNCell(2, 3)), x(3, 3, 2)),
+    Case("lstm-cell", lambda: Apply(_cells, c=nn.LSTMCell(2, 3)), x(3, 3, 2)),
+    Case("gru-cell", lambda: Apply(_cells, c=nn.GRUCell(2, 3)), x(3, 3, 2)),
+]  # fmt: skip
+
+
+def _mha(*, cross: bool = False, **kw: Any) -> Callable[[], nn.Module]:
+    call = {k: kw.pop(k) for k in list(kw) if k in ("attn_mask", "key_padding_mask", "need_weights")}
+
+    def forward(m: Any, a: Tensor) -> Tensor:
+        other = a.flip(1)[:, :2] * 2 if cross else a
+        if not m.m.batch_first:
+            a, other = a.transpose(0, 1), other.transpose(0, 1)
+        with sdpa_kernel(SDPBackend.MATH):
+            out, weights = m.m(a, other, other, **call)
+        out = out if m.m.batch_first else out.transpose(0, 1)
+        return out.mean(1) if weights is None else out.mean(1) + weights.mean((1, 2)).unsqueeze(1)
+
+    return lambda: Apply(forward, m=nn.MultiheadAttention(4, 2, **kw))
+
+
+CAUSAL = torch.ones(3, 3, dtype=torch.bool).triu(1)
+PADDING = torch.tensor([[False, False, True], [False, True, True], [False, False, False]])
+
+ATTENTION = [
+    Case("mha", _mha(batch_first=True), x(3, 3, 4)),
+    Case("mha-time-first", _mha(need_weights=False), x(3, 3, 4)),
+    Case("mha-masked", _mha(batch_first=True, attn_mask=CAUSAL, key_padding_mask=PADDING), x(3, 3, 4)),
+    Case("mha-masked-fast", _mha(batch_first=True, attn_mask=CAUSAL, key_padding_mask=PADDING, need_weights=False), x(3, 3, 4)),
+    Case("mha-cross", _mha(cross=True, batch_first=True, bias=False), x(3, 3, 4)),
+    Case("mha-separate", _mha(cross=True, batch_first=True, kdim=4, vdim=4, add_bias_kv=True, add_zero_attn=True), x(3, 3, 4)),
+    Case("transformer-layer", lambda: Apply(_transformer, m=nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True, norm_first=True)), x(2, 3, 4)),
+]  # fmt: skip
+
+
+def _transformer(m: Any, a: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return m.m(a, src_mask=CAUSAL, is_causal=True).mean(1)
+
+
+CASES = OPERATIONS + CONVOLUTIONS + RECURRENT + ATTENTION
 
 
 def _iadd(a: Tensor, b: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ def agree(case: Case, loss: LossCase, dtype: torch.dtype, tolerance: float) -> N
         output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     report = check(
         *(model, loss.loss(), inputs, loss.target(output), QUANTITIES),
+        batch_dim=case.batch_dim,
+        output_dim=case.output_dim,
         dtype=dtype,
         tolerance=tolerance,
     )

@@ -1,0 +1,228 @@
+"""Recurrent layers: gradients of all pre-activations by one recursion backwards.
+
+Letters: ``v`` columns, ``n`` samples, ``t`` steps, ``h`` hidden units.
+
+A layer's output is its hidden states, so one product over all steps recovers the pre-activations of
+the fused forward kernel, and one recursion backwards, over all columns at once, gives the gradients
+``d [v, n, t, gates * h]`` of all of them. Both weight matrices are then outer products of these with
+the layer's inputs and with its shifted hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """Weights of one layer and direction; ``w_hr`` projects an LSTM's hidden state."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], has_biases: bool) -> Layer:
+        """From the flat list that torch passes around."""
+        w_ih, w_hh, *rest = params
+        b_ih, b_hh = (rest.pop(0), rest.pop(0)) if has_biases else (None, None)
+        return cls(w_ih, w_hh, b_ih, b_hh, rest[0] if rest else None)
+
+
+class Backward(NamedTuple):
+    """What the recursion gives.
+
+    Attributes:
+        d_ih: gradients of the input-side pre-activations, ``[v, n, t, gates * h]``.
+        d_hh: of the hidden-side ones (they differ for a GRU's candidate).
+        d_h0: of the initial hidden state, ``[v, n, h]``.
+        d_c0: of the initial cell state (LSTM).
+        previous: hidden states before each step, ``[n, t, h]``.
+        d_hr: of the projected hidden states, ``[v, n, t, p]`` (LSTM with projection).
+        unprojected: hidden states before projection, ``[n, t, h]``.
+    """
+
+    d_ih: Tensor
+    d_hh: Tensor
+    d_h0: Tensor
+    d_c0: Tensor | None
+    previous: Tensor
+    d_hr: Tensor | None = None
+    unprojected: Tensor | None = None
+
+
+Step = Callable[[Layer, Tensor, "tuple[Tensor, ...]"], "tuple[Tensor, ...]"]
+
+
+def _previous(h0: Tensor, hidden: Tensor) -> Tensor:
+    return torch.cat([h0.unsqueeze(1), hidden[:, :-1]], 1)
+
+
+def _incoming(g: Tensor, place: int, steps: int) -> Tensor | None:
+    """Gradient of the hidden states: of all of them (place 0) or the last (place 1)."""
+    if place == 0:
+        return g
+    if place == 1:
+        return F.pad(g.unsqueeze(2), (0, 0, steps - 1, 0))
+    return None
+
+
+def lstm(
+    layer: Layer, x: Tensor, h0: Tensor, c0: Tensor, hidden: Tensor, g: Tensor, place: int
+) -> Backward:
+    """Columns ``g`` at the hidden states, the last hidden or the last cell state (place 0, 1, 2)."""
+    steps = x.shape[1]
+    previous = _previous(h0, hidden)
+    pre = F.linear(x, layer.w_ih, layer.b_ih) + F.linear(previous, layer.w_hh, layer.b_hh)
+    i, f, n, o = pre.chunk(4, -1)
+    i, f, n, o = i.sigmoid(), f.sigmoid(), n.tanh(), o.sigmoid()
+    cells = [c0]
+    for t in range(steps):
+        cells.append(f[:, t] * cells[-1] + i[:, t] * n[:, t])
+    before, curved = torch.stack(cells[:-1], 1), torch.stack(cells[1:], 1).tanh()
+    # Derivatives that do not depend on the columns.
+    through_o, through_c = curved * o * (1 - o), o * (1 - curved * curved)
+    factors = torch.cat([n * i * (1 - i), before * f * (1 - f), i * (1 - n * n)], -1)
+    arriving = _incoming(g, place, steps)
+    dh = g.new_zeros(*g.shape[:2], h0.shape[-1])
+    dc = g if place == 2 else g.new_zeros(*g.shape[:2], c0.shape[-1])
+    found, projected = [], []
+    for t in reversed(range(steps)):
+        if arriving is not None:
+            dh = dh + arriving[:, :, t]
+        projected.append(dh)
+        full = dh if layer.w_hr is None else dh @ layer.w_hr
+        dc = dc + full * through_c[:, t]
+        d = torch.cat([dc.repeat(1, 1, 3) * factors[:, t], full * through_o[:, t]], -1)
+        found.append(d)
+        dh, dc = d @ layer.w_hh, dc * f[:, t]
+    d = torch.stack(found[::-1], 2)
+    if layer.w_hr is None:
+        return Backward(d, d, dh, dc, previous)
+    return Backward(d, d, dh, dc, previous, torch.stack(projected[::-1], 2), o * curved)
+
+
+def gru(layer: Layer, x: Tensor, h0: Tensor, hidden: Tensor, g: Tensor, place: int) -> Backward:
+    """Columns ``g`` at the hidden states or at the last one (place 0, 1)."""
+    steps = x.shape[1]
+    previous = _previous(h0, hidden)
+    r_i, z_i, n_i = F.linear(x, layer.w_ih, layer.b_ih).chunk(3, -1)
+    r_h, z_h, n_h = F.linear(previous, layer.w_hh, layer.b_hh).chunk(3, -1)
+    r, z = (r_i + r_h).sigmoid(), (z_i + z_h).sigmoid()
+    n = (n_i + r * n_h).tanh()
+    to_n = (1 - z) * (1 - n * n)
+    to_r, to_z = to_n * n_h * r * (1 - r), (previous - n) * z * (1 - z)
+    input_side = torch.cat([to_r, to_z, to_n], -1)
+    hidden_side = torch.cat([to_r, to_z, to_n * r], -1)
+    arriving = _incoming(g, place, steps)
+    assert arriving is not None
+    dh = g.new_zeros(*g.shape[:2], h0.shape[-1])
+    found_i, found_h = [], []
+    for t in reversed(range(steps)):
+        dh = dh + arriving[:, :, t]
+        thrice = dh.repeat(1, 1, 3)
+        d = thrice * hidden_side[:, t]
+        found_i.append(thrice * input_side[:, t])
+        found_h.append(d)
+        dh = d @ layer.w_hh + dh * z[:, t]
+    stack = torch.stack
+    return Backward(stack(found_i[::-1], 2), stack(found_h[::-1], 2), dh, None, previous)
+
+
+def rnn(
+    layer: Layer, x: Tensor, h0: Tensor, hidden: Tensor, g: Tensor, place: int, relu: bool
+) -> Backward:
+    """Columns ``g`` at the hidden states or at the last one (place 0, 1)."""
+    steps = x.shape[1]
+    slope = (hidden > 0).to(hidden.dtype) if relu else 1 - hidden * hidden
+    arriving = _incoming(g, place, steps)
+    assert arriving is not None
+    dh = g.new_zeros(*g.shape[:2], h0.shape[-1])
+    found = []
+    for t in reversed(range(steps)):
+        d = (dh + arriving[:, :, t]) * slope[:, t]
+        found.append(d)
+        dh = d @ layer.w_hh
+    d = torch.stack(found[::-1], 2)
+    return Backward(d, d, dh, None, _previous(h0, hidden))
+
+
+# --------------------------------------------------------------------------------------
+# Cells, as ordinary operations
+
+
+def lstm_cell(
+    x: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM."""
+    h, c = hx
+    i, f, n, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * n.tanh()
+    h = o.sigmoid() * c.tanh()
+    return (h if w_hr is None else F.linear(h, w_hr)), c
+
+
+def gru_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a GRU."""
+    r_i, z_i, n_i = F.linear(x, w_ih, b_ih).chunk(3, -1)
+    r_h, z_h, n_h = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    z = (z_i + z_h).sigmoid()
+    n = (n_i + (r_i + r_h).sigmoid() * n_h).tanh()
+    return n + z * (h - n)
+
+
+def rnn_tanh_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a network with tanh."""
+    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
+
+
+def rnn_relu_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a network with ReLU."""
+    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
+
+
+def hidden_states(name: str, layer: Layer, x: Tensor, h0: Tensor, c0: Tensor | None) -> Tensor:
+    """Hidden states by ordinary operations, which autograd can differentiate again."""
+    cell = {"gru": gru_cell, "rnn_tanh": rnn_tanh_cell, "rnn_relu": rnn_relu_cell}.get(name)
+    weights, h, found = layer[:4], h0, []
+    for t in range(x.shape[1]):
+        if cell is None:
+            assert c0 is not None
+            h, c0 = lstm_cell(x[:, t], (h, c0), *weights, layer.w_hr)
+        else:
+            h = cell(x[:, t], h, *weights)
+        found.append(h)
+    return torch.stack(found, 1)
