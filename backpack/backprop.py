@@ -32,6 +32,7 @@ class Graph:
         outside: parameters that enter above all model outputs (weight decay in the loss, say).
         mixing: why samples are mixed somewhere, if they are.
         nodes: all nodes seen.
+        recordings: the forward passes they belong to.
     """
 
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Graph:
     outside: set[Tensor] = field(default_factory=set)
     mixing: str | None = None
     nodes: set[Node] = field(default_factory=set)
+    recordings: list[Recording] = field(default_factory=list)
 
 
 def survey(roots: Sequence[Node]) -> Graph:
@@ -79,12 +81,14 @@ def survey(roots: Sequence[Node]) -> Graph:
                     graph.outputs.append((node, border))
                 covered = True
             inside = border.recording
+            graph.recordings.append(inside)
         taps = data.get(TAPS)
         if taps is None:
             stack += [(child, covered, inside) for child, _ in node.next_functions if child]
             continue
         graph.bare |= not covered
         inside = taps[0].recording
+        graph.recordings.append(inside)
         if node not in tapped:
             tapped.add(node)
             graph.taps += [(node, tap) for tap in taps]

@@ -21,6 +21,26 @@ from torch import Tensor
 _MARK = "_backpack_batch"
 
 
+class Rows:
+    """Which sample each row belongs to, where rows were picked by an index."""
+
+    def __init__(self, samples: Tensor, size: int) -> None:
+        self.samples = samples
+        order = samples.argsort(stable=True)
+        counts = torch.bincount(samples, minlength=size)
+        starts = counts.cumsum(0) - counts
+        slots = torch.empty_like(samples)
+        slots[order] = torch.arange(len(samples), device=samples.device) - starts[samples[order]]
+        self.slots = slots
+        self.width = int(counts.max()) if len(samples) else 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and torch.equal(self.samples, other.samples)
+
+    def __hash__(self) -> int:
+        return hash(len(self.samples))
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The sample axis of one tensor.
@@ -36,6 +56,8 @@ class Batch:
         tentative: the axis is inferred from a matching size (a tensor made by a factory function, a
             second input); it gives way when it disagrees with one that is certain.
         lost: why the axis is no longer known, if it is not.
+        picked: which sample each entry belongs to, where they follow no pattern (entries picked by an
+            index, experts that see some tokens of each sample).
     """
 
     size: int
@@ -44,11 +66,24 @@ class Batch:
     inner: int = 1
     tentative: bool = False
     lost: str | None = None
+    picked: Rows | None = None
 
     @property
     def length(self) -> int:
         """Number of entries of the axis."""
+        if self.picked is not None:
+            return len(self.picked.samples)
         return self.outer * self.size * self.inner
+
+    @property
+    def width(self) -> int:
+        """Number ``k`` of entries per sample (the largest, where they differ)."""
+        return self.outer * self.inner if self.picked is None else self.picked.width
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is one entry for each sample, in order."""
+        return self.picked is None and self.outer == self.inner == 1
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of that shape can have this sample axis."""
@@ -58,14 +93,31 @@ class Batch:
         """The same axis at another place."""
         return self if dim == self.dim else replace(self, dim=dim)
 
+    def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
+        """The axis after some of its entries were picked."""
+        samples = self.sample_ids(tensor.device)[index]
+        return Batch(self.size, self.dim, tentative=self.tentative, picked=Rows(samples, self.size))
+
+    def agrees(self, other: Batch) -> bool:
+        """Whether two axes place the samples alike."""
+        return replace(self, tentative=False) == replace(other, tentative=False)
+
     def losing(self, why: str) -> Batch:
         """The axis after an operation that leaves its place unknown."""
         return replace(self, lost=why)
 
     def split(self, tensor: Tensor, lead: int = 0) -> Tensor:
-        """Bring samples to the front: ``[*lead, *shape] -> [*lead, N, k, *rest]``."""
+        """Bring samples to the front: ``[*lead, *shape] -> [*lead, N, k, *rest]``.
+
+        Samples with fewer than ``k`` entries are filled up with zeros.
+        """
         axis = lead + self.dim
-        if self.outer == 1 and self.inner == 1:
+        if self.picked is not None:
+            tensor = tensor.movedim(axis, 0)
+            full = tensor.new_zeros(self.size, self.width, *tensor.shape[1:])
+            full = full.index_put((self.picked.samples, self.picked.slots), tensor)
+            return full.movedim((0, 1), (lead, lead + 1))
+        if self.plain:
             return tensor.movedim(axis, lead).unsqueeze(lead + 1)
         tensor = tensor.unflatten(axis, (self.outer, self.size, self.inner))
         tensor = tensor.movedim((axis + 1, axis, axis + 2), (lead, lead + 1, lead + 2))
@@ -74,13 +126,17 @@ class Batch:
     def join(self, tensor: Tensor, lead: int = 0) -> Tensor:
         """Inverse of :meth:`split`."""
         axis = lead + self.dim
+        if self.picked is not None:
+            tensor = tensor.movedim((lead, lead + 1), (0, 1))
+            return tensor[self.picked.samples, self.picked.slots].movedim(0, axis)
         tensor = tensor.unflatten(lead + 1, (self.outer, self.inner))
         tensor = tensor.movedim((lead + 1, lead, lead + 2), (axis, axis + 1, axis + 2))
         return tensor.flatten(axis, axis + 2)
 
     def rows(self, tensor: Tensor, lead: int = 0) -> Tensor:
         """All axes but the last become shared positions: ``[*lead, N, S, features]``."""
-        if self.dim == 0 and self.outer == 1 and tensor.dim() > 1 + lead:
+        regular = self.dim == 0 and self.outer == 1 and self.picked is None
+        if regular and tensor.dim() > 1 + lead:
             return tensor.reshape(
                 *tensor.shape[:lead], self.size, -1 if tensor.numel() else 0, tensor.shape[-1]
             )
@@ -88,7 +144,9 @@ class Batch:
         return split.flatten(lead + 1, -2) if split.dim() > lead + 2 else split.unsqueeze(-1)
 
     def sample_ids(self, device: torch.device) -> Tensor:
-        """The sample each entry of the axis belongs to, ``[outer * N * inner]``."""
+        """The sample each entry of the axis belongs to."""
+        if self.picked is not None:
+            return self.picked.samples
         ids = torch.arange(self.size, device=device)
         return ids.repeat_interleave(self.inner).repeat(self.outer)
 
@@ -200,6 +258,8 @@ def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
 @_mover("ravel", "atleast_2d", "atleast_3d")
 def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     """Row-major order is kept: match the products of the axes before the samples."""
+    if batch.picked is not None:
+        return _reshape_picked(batch, old, new)
     before = prod(old.shape[: batch.dim]) * batch.outer
     after = prod(old.shape[batch.dim + 1 :]) * batch.inner
     left = 1
@@ -214,6 +274,16 @@ def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
     return batch.losing(f"reshape {tuple(old.shape)} -> {tuple(new.shape)} splits the sample axis")
 
 
+def _reshape_picked(batch: Batch, old: Tensor, new: Tensor) -> Batch:
+    """An axis of picked entries may move, but not be split or merged."""
+    left = 1
+    for dim, length in enumerate(new.shape):
+        if left == prod(old.shape[: batch.dim]) and length == batch.length:
+            return batch.moved(dim)
+        left *= length
+    return batch.losing(f"reshape {tuple(old.shape)} -> {tuple(new.shape)} of picked samples")
+
+
 @_mover("expand", "expand_as", "broadcast_to")
 def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
@@ -226,6 +296,8 @@ def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
+    if batch.picked is not None and factor != 1:
+        return batch.losing("repeating picked samples")
     return replace(moved, outer=moved.outer * factor)
 
 
@@ -237,13 +309,17 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
         return batch.losing("repeat_interleave without dim flattens the sample axis")
     if _wrap(dim, old.dim()) != batch.dim:
         return batch
-    if not isinstance(repeats, int):
-        return batch.losing("repeat_interleave along the sample axis with a tensor of repeats")
+    if not isinstance(repeats, int) or batch.picked is not None:
+        return batch.taking(
+            torch.arange(batch.length, device=old.device).repeat_interleave(repeats), old
+        )
     return replace(batch, inner=batch.inner * repeats)
 
 
 @_mover("__getitem__")
 def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if old is not args[0]:  # the index depends on the data: a table is looked up
+        return batch if old is args[1] else batch.losing("a lookup with several indices")
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     taken = sum(
         i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
@@ -263,15 +339,15 @@ def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
         elif isinstance(i, (Tensor, list)) and not (isinstance(i, Tensor) and i.dim() == 0):
             width = i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
             if before <= batch.dim < before + width:
-                return batch.losing("indexing along the sample axis")
+                return _pick(batch.moved(after), i, width, index, new)
             ndim = 1 if isinstance(i, list) or i.dtype == torch.bool else i.dim()
             advanced.append((before, ndim))
             before += width
         elif isinstance(i, slice):
             if before == batch.dim:
-                if old.shape[before] != new.shape[after] if after < new.dim() else True:
-                    return batch.losing("slicing along the sample axis")
-                break
+                if i.indices(old.shape[before]) == (0, old.shape[before], 1):
+                    break
+                return batch.moved(after).taking(i, old)
             before, after = before + 1, after + 1
         else:
             if before == batch.dim:
@@ -290,6 +366,15 @@ def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
     return batch.moved(batch.dim - before + after)
 
 
+def _pick(batch: Batch, i: Any, width: int, index: tuple, new: Tensor) -> Batch:
+    """Entries of the sample axis picked by a list, a mask, or a vector of places."""
+    others = [j for j in index if isinstance(j, (Tensor, list, int)) and j is not i]
+    picks = i if isinstance(i, Tensor) else torch.as_tensor(i, device=new.device)
+    if others or width != 1 or picks.dim() != 1:
+        return batch.losing("indexing along the sample axis together with other axes")
+    return batch.taking(picks, new)
+
+
 @_mover("select", "select_copy")
 def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dim = _wrap(_argument(args, kwargs, 1, "dim"), old.dim())
@@ -306,7 +391,14 @@ def _unbind(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     return batch.moved(batch.dim - (dim < batch.dim))
 
 
-@_mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes", "index_select")
+@_mover("index_select")
+def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _wrap(_argument(args, kwargs, 1, "dim"), old.dim())
+    index = _argument(args, kwargs, 2, "index")
+    return batch.taking(index.reshape(-1), old) if dim == batch.dim else batch
+
+
+@_mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes")
 @_mover("unfold", "gather", "take_along_dim")
 def _along(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if new.dim() <= batch.dim or new.shape[batch.dim] != old.shape[batch.dim]:
@@ -326,10 +418,17 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
     if dim != batch.dim:
         return batch
     parts = args[0]
-    same = all(batch_of(p) == batch and p.shape == old.shape for p in parts)
-    if not same:
-        return batch.losing("concatenating along the sample axis")
-    return replace(batch, outer=batch.outer * len(parts))
+    axes = [batch_of(p) for p in parts]
+    if batch.picked is None and all(axis == batch for axis in axes):
+        return replace(batch, outer=batch.outer * len(parts))
+    samples = []
+    for part, axis in zip(parts, axes, strict=True):
+        if axis is None or axis.lost or axis.dim != batch.dim:
+            return batch.losing("concatenating samples with something else")
+        samples.append(axis.sample_ids(part.device))
+    if old is not parts[0]:
+        return _cat(axes[0], parts[0], new, args, kwargs)  # type: ignore[arg-type]
+    return Batch(batch.size, dim, picked=Rows(torch.cat(samples), batch.size))
 
 
 @_mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "norm", "any", "all")
@@ -430,7 +529,7 @@ EXPANSIONS = frozenset(_spellings("expand", "expand_as", "broadcast_to", "repeat
 
 def propagate(
     func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
-) -> tuple[Batch, list[Tensor]]:
+) -> tuple[Batch | None, list[Tensor]]:
     """The sample axis of an operation's result.
 
     Args:
@@ -441,9 +540,18 @@ def propagate(
         marked: the arguments that have a sample axis.
 
     Returns:
-        The result's axis, and the arguments whose tentative axis disagrees with it: these do not
-        depend on the data after all.
+        The result's axis, and the arguments that are taken for constants after all: those whose
+        tentative axis disagrees with a certain one, or gets lost.
     """
+    batch, demoted = _propagate(func, args, kwargs, new, marked)
+    if batch.lost and batch.tentative:
+        return None, [tensor for tensor, _ in marked]
+    return batch, demoted
+
+
+def _propagate(
+    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
+) -> tuple[Batch, list[Tensor]]:
     mover = _MOVERS.get(func)
     if len(marked) == 1:
         old, batch = marked[0]
@@ -472,10 +580,10 @@ def propagate(
             here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
         if chosen is None:
             chosen = here
-        elif aligns and replace(here, tentative=False) != replace(chosen, tentative=False):
+        elif not chosen.agrees(here):
             if batch.tentative:
                 demoted.append(old)
-            else:
+            elif aligns:
                 chosen = chosen.losing(f"{_name(func)} combines different sample axes")
     assert chosen is not None
     return chosen, demoted

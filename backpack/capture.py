@@ -258,6 +258,8 @@ class _Recorder(TorchFunctionMode):
                 mark(out, Batch(size, tentative=True))
             return
         batch, demoted = propagate(func, args, kwargs, out, marked)
+        if batch is None:
+            return
         mark(out, batch)
         if demoted:
             sources = sources + [t for t in demoted if t.requires_grad]
@@ -332,6 +334,8 @@ class _Recorder(TorchFunctionMode):
             return out
         own = batch_of(target)
         batch, _ = propagate(func, args, kwargs, target, marked) if own is None else (own, [])
+        if batch is None:
+            return out
         mark(target, batch)
         node = target.grad_fn
         # A parameter-made tensor that data was written into is left to the check at backward time.
@@ -398,30 +402,29 @@ def _unexpand(g: Tensor, shape: torch.Size, repeats: list[int]) -> Tensor:
 def _sort_arguments(
     args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[tuple[Tensor, Batch]], list[Tensor]]:
-    """Arguments that depend on the data, and those that require grad but do not."""
+    """Arguments that depend on the data, and those that require grad but do not.
+
+    A tensor in which samples are mixed but through which no gradient flows is a constant.
+    """
     marked: list[tuple[Tensor, Batch]] = []
     sources: list[Tensor] = []
+
+    def sort(a: Tensor) -> None:
+        batch = batch_of(a)
+        if batch is not None and not (batch.lost and not a.requires_grad):
+            marked.append((a, batch))
+        elif batch is None and a.requires_grad:
+            sources.append(a)
+
     for a in args:
         if isinstance(a, Tensor):
-            batch = batch_of(a)
-            if batch is not None:
-                marked.append((a, batch))
-            elif a.requires_grad:
-                sources.append(a)
+            sort(a)
         elif type(a) in (tuple, list) and a and not isinstance(a[0], (int, slice)):
             for each in _tensors(a):
-                batch = batch_of(each)
-                if batch is not None:
-                    marked.append((each, batch))
-                elif each.requires_grad:
-                    sources.append(each)
+                sort(each)
     if kwargs:
         for each in _tensors(tuple(kwargs.values())):
-            batch = batch_of(each)
-            if batch is not None:
-                marked.append((each, batch))
-            elif each.requires_grad:
-                sources.append(each)
+            sort(each)
     return marked, sources
 
 

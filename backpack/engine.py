@@ -31,7 +31,7 @@ from backpack.backprop import (
     survey,
 )
 from backpack.capture import Border, LossRecord, Recording, Source, Tap
-from backpack.factors import Form, Pullback, merge
+from backpack.factors import Dense, Form, Pullback, merge
 from backpack.losses import differentiate_twice
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Variance
 
@@ -300,13 +300,13 @@ class Run:
         if roots is None:
             return
         graph = survey([edge.node for edge, _ in roots])
+        self.listen(graph)
         if not graph.taps:
             warnings.warn(
                 "no extended model takes part in this backward pass, so that there is nothing to "
                 "compute (extend(model) before its forward pass, which must not run in disable())",
                 stacklevel=2,
             )
-        self.listen(graph)
         if graph.outputs and any(kind.name in ("exact", "sampled") for kind in self.second_order):
             self.differentiated = True
             for output, border in graph.outputs:
@@ -343,7 +343,7 @@ class Run:
         self.graph.taps += fresh
         self.graph.outside |= graph.outside
         self.graph.nodes |= graph.nodes
-        names = _Names(tap.recording for _, tap in fresh)
+        names = _Names(graph.recordings)
         self._check(graph, fresh, names)
         nodes: dict[Node, list[Tap]] = {}
         for node, tap in fresh:
@@ -551,7 +551,11 @@ class Run:
             column = None if g is None else g.unsqueeze(0)
             for leaf, source in self.uses.get(tap, ()):
                 if column is not None:
-                    leaf.forms.append(self._source_form(leaf, source, column))
+                    form = self._source_form(leaf, source, column)
+                    if source.edge is not None and len(leaf.uses) > 1:
+                        # The graph of the derived tensor may be gone when the last use comes.
+                        form = Dense(form.dense())
+                    leaf.forms.append(form)
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
                     ready.append(leaf)
@@ -648,27 +652,27 @@ class _Nested:
 
 
 class _Names:
-    """Names of parameters, for messages."""
+    """Names of parameters, for messages; looked up when one is asked for."""
 
-    def __init__(self, recordings: Iterable[Recording]) -> None:
-        self.names: dict[int, str] = {}
-        for recording in recordings:
-            module = recording.module()
-            if module is not None:
-                for name, parameter in module.named_parameters():
-                    self.names.setdefault(id(parameter), name)
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        self.recordings = recordings
 
     def __call__(self, parameter: Tensor) -> str:
-        name = self.names.get(id(parameter))
-        return f"'{name}'" if name else f"of shape {tuple(parameter.shape)}"
+        for recording in self.recordings:
+            module = recording.module()
+            for name, each in module.named_parameters() if module is not None else ():
+                if each is parameter:
+                    return f"'{name}'"
+        return f"of shape {tuple(parameter.shape)}"
 
     def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
         parameter, where = unseen[0]
         return (
             f"parameter {self(parameter)} takes part in the loss in a way that backpack cannot see "
-            f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, or code "
-            "that ran outside the extended module. Write that part with ordinary torch functions "
-            "inside the extended module, or freeze the parameter with requires_grad_(False)"
+            f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, code "
+            "that ran outside the extended module, or with data in which samples are mixed. Write "
+            "that part with ordinary torch functions inside the extended module, or freeze the "
+            "parameter with requires_grad_(False)"
         )
 
 

@@ -146,7 +146,7 @@ def unfold(
 def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor:
     """``[N k, c, *kernel, *positions] -> [n, q, s, i]``."""
     x = x.unflatten(1, (groups, -1)).flatten(-ndim).flatten(2, -2)
-    if batch.length == batch.size:
+    if batch.plain:
         return x.mT
     return batch.split(x).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
@@ -154,7 +154,7 @@ def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor:
 def _channels(batch: Batch, g: Tensor, groups: int) -> Tensor:
     """``[v, N k, c, *positions] -> [v, n, q, s, o]``."""
     g = g.flatten(3).unflatten(2, (groups, -1))
-    if batch.length == batch.size:
+    if batch.plain:
         return g.mT
     return batch.split(g, 1).permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
 
@@ -260,7 +260,7 @@ def embedding(
         if padding_idx is not None:
             keep = keep * (index != padding_idx % weight.shape[0])
         if scale_grad_by_freq:
-            keep = keep / torch.bincount(index.flatten())[index]
+            keep = keep / torch.bincount(input.flatten(), minlength=weight.shape[0])[index]
         return Lookup(index, g * keep.unsqueeze(-1), weight.shape)
 
     return [(weight, form)]
@@ -331,7 +331,7 @@ def mul(batch: Batch, input: Any, other: Any) -> Pairs | None:
 def _channel_sum(batch: Batch, g: Tensor) -> Dense:
     """Sum ``g [v, N k, c, *space]`` over all but columns, samples and channels."""
     g = g.flatten(3).sum(3) if g.dim() > 3 else g
-    return Dense(g if batch.length == batch.size else batch.split(g, 1).sum(2))
+    return Dense(g if batch.plain else batch.split(g, 1).sum(2))
 
 
 def _per_channel(
@@ -466,6 +466,41 @@ def fallback(
     def make(source: Tensor) -> ToForm:
         where = [j for j, x in enumerate(leaves) if x is source]
 
+        def values(g: Tensor, own: bool) -> Tensor:
+            """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
+            data = [_samples_apart(axis, x) for axis, x in zip(axes, leaves, strict=True) if axis]
+            cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
+
+            def one(cotangent: Tensor, point: Tensor, *data: Tensor) -> Tensor:
+                rest = iter(data)
+                here = [next(rest) if axis else x for axis, x in zip(axes, leaves, strict=True)]
+
+                def run(p: Tensor) -> Tensor:
+                    for j in where:
+                        here[j] = p
+                    new_args, new_kwargs = tree_unflatten(list(here), spec)
+                    result = func(*new_args, **new_kwargs)
+                    return result if isinstance(result, Tensor) else result[place]
+
+                vjp = torch.func.vjp(run, point)[1]
+                return torch.stack([vjp(c)[0] for c in cotangent])
+
+            points = _samples_apart(batch, source) if own else source
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    axes_of_one = (0, 0 if own else None, *(0 for _ in data))
+                    found = torch.func.vmap(one, axes_of_one)(cotangent, points, *data)
+            except (RuntimeError, ValueError) as error:
+                if "random" in str(error):
+                    raise RuntimeError(
+                        f"{name} draws random numbers, so that it cannot be repeated sample by "
+                        "sample; call model.eval(), or take the randomness (dropout) out of it"
+                    ) from error
+                each = zip(cotangent, points if own else [points] * len(cotangent), *data, strict=True)
+                found = torch.stack([one(*sample) for sample in each])
+            return found.transpose(0, 1)
+
         def form(g: Tensor) -> Form:
             for x, axis, version in zip(leaves, axes, versions, strict=True):
                 if axis is not None and x._version != version:
@@ -473,36 +508,19 @@ def fallback(
                         f"an input of {name} was modified by an in-place operation after the "
                         "forward pass; use the out-of-place version of that operation"
                     )
-            data = [_samples_apart(axis, x) for axis, x in zip(axes, leaves, strict=True) if axis]
-            cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
-
-            def one(cotangent: Tensor, *data: Tensor) -> Tensor:
-                rest = iter(data)
-                values = [next(rest) if axis else x for axis, x in zip(axes, leaves, strict=True)]
-
-                def run(p: Tensor) -> Tensor:
-                    new = list(values)
-                    for j in where:
-                        new[j] = p
-                    new_args, new_kwargs = tree_unflatten(new, spec)
-                    result = func(*new_args, **new_kwargs)
-                    return result if isinstance(result, Tensor) else result[place]
-
-                vjp = torch.func.vjp(run, source)[1]
-                return torch.stack([vjp(c)[0] for c in cotangent])
-
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="There is a performance drop")
-                    values = torch.func.vmap(one)(cotangent, *data)
-            except (RuntimeError, ValueError) as error:
-                if "random" in str(error):
-                    raise RuntimeError(
-                        f"{name} draws random numbers, so that it cannot be repeated sample by "
-                        "sample; call model.eval(), or take the randomness (dropout) out of it"
-                    ) from error
-                values = torch.stack([one(*each) for each in zip(cotangent, *data, strict=True)])
-            return Dense(values.transpose(0, 1))
+                return Dense(values(g, own=False))
+            except (RuntimeError, ValueError):
+                if not batch.fits(source.shape):
+                    raise
+            # The source has rows of its own for each sample: [v, n, N, k, ...], zero but for N = n.
+            rows = values(g, own=True).movedim(2 + batch.dim, 2)
+            diagonal = torch.zeros(
+                (*rows.shape[:2], *rows.shape[1:]), dtype=rows.dtype, device=rows.device
+            )
+            n = torch.arange(batch.size, device=rows.device)
+            diagonal[:, n, n] = rows
+            return Dense(batch.join(diagonal, 2))
 
         return form
 
@@ -543,7 +561,8 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
     ) -> Pairs:
         """``output`` is detached: it is the hidden states, and holding on to it must not be a cycle."""
         weights = recurrent.Layer.of(params, has_biases)
-        h0, c0 = hx if name == "lstm" else (hx, None)
+        h0: Tensor = hx[0] if name == "lstm" else hx
+        c0: Tensor | None = hx[1] if name == "lstm" else None
         state_axis = recurrent_axis(batch.size, 1, batch_first)
 
         def backward(g: Tensor) -> tuple[Tensor, recurrent.Backward]:
@@ -557,7 +576,7 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
             start = h0[0]
             if torch.is_grad_enabled():
                 hidden = recurrent.hidden_states(name, weights, x, start, None if c0 is None else c0[0])
-            if name == "lstm":
+            if c0 is not None:
                 return x, recurrent.lstm(weights, x, start, c0[0], hidden, g, place)
             if name == "gru":
                 return x, recurrent.gru(weights, x, start, hidden, g, place)
@@ -591,7 +610,7 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
             (weights.b_hh, lambda g: Dense(shared(g)[1].d_hh.sum(2))),
             (weights.w_hr, projection),
             (h0, state(h0.shape, "d_h0")),
-            (c0, state(c0.shape, "d_c0") if c0 is not None else state(h0.shape, "d_h0")),
+            (c0, state(h0.shape if c0 is None else c0.shape, "d_c0")),
         ]
 
     return layer

@@ -106,6 +106,7 @@ CONVOLUTIONS = [
     }.items()
 ]
 
+PICKS = torch.tensor([0, 2, 2, 3, 1])
 OPERATIONS = [
     Case("linear", lambda: nn.Linear(4, 3), x(5, 4)),
     Case("linear-nobias", lambda: seq(nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 2)), x(5, 4)),
@@ -174,6 +175,11 @@ OPERATIONS = [
     Case("flattened-conv", lambda: Apply(lambda m, a: m.l(a.flatten(0, 1)).tanh().unflatten(0, (3, 2)).sum((1, 3)), l=nn.Conv1d(2, 3, 2)), x(3, 2, 2, 4)),
     Case("time-first", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1)).tanh().sum(0), l=nn.Linear(3, 3)), x(4, 4, 3)),
     Case("time-first-flat", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1).reshape(-1, 3)).tanh().view(2, 4, 3).sum(0), l=nn.Linear(3, 3)), x(4, 2, 3)),
+    Case("picked", lambda: Apply(lambda m, a: torch.zeros_like(a).index_add(0, PICKS, m.k(m.l(a)[PICKS].tanh())), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
+    Case("sliced", lambda: Apply(lambda m, a: torch.cat([m.l(a[:1]), m.k(a[1:])]).tanh(), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
+    Case("experts", lambda: Apply(_experts, gate=nn.Linear(3, 2), w=P(2, 3, 3), norm=norm(nn.LayerNorm(3))), x(4, 3, 3)),
+    Case("relative-bias", lambda: Apply(_relative_bias, q=nn.Linear(4, 4), table=P(5, 2)), x(3, 3, 4)),
+    Case("own-rows", lambda: Apply(lambda m, a: m.l(a).tanh() * m.codes, l=nn.Linear(3, 3), codes=P(4, 3)), x(4, 3)),
     Case("frozen", lambda: _freeze(seq(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), "0.weight", "2.bias"), x(4, 4)),
     Case("unused", lambda: Apply(lambda m, a: m.l(a), l=nn.Linear(4, 3), unused=nn.Linear(2, 2)), x(4, 4)),
     Case("one-sample", lambda: seq(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), x(1, 4)),
@@ -296,6 +302,30 @@ def _zero_state(m: Any, a: Tensor) -> Tensor:
     for t in range(a.shape[1]):
         h = (m.i(a[:, t]) + m.h(h)).tanh()
     return h
+
+
+def _experts(m: Any, a: Tensor) -> Tensor:
+    """Tokens are sent to one of two experts: a sample reaches each with none or several."""
+    tokens = a.reshape(-1, a.shape[-1])
+    scores = m.gate(tokens).softmax(-1)
+    chosen = scores.argmax(-1)
+    out = torch.zeros_like(tokens)
+    for expert in chosen.unique():
+        (places,) = torch.where(chosen == expert)
+        hidden = F.linear(m.norm(tokens[places]), m.w[expert]).tanh()
+        out.index_add_(0, places, hidden * scores[places, expert].unsqueeze(1))
+    return out.reshape(a.shape).sum(1)
+
+
+def _relative_bias(m: Any, a: Tensor) -> Tensor:
+    """A table of parameters looked up by place, with a mask repeated for every sample."""
+    n, t, d = a.shape
+    q = m.q(a).view(n, t, 2, d // 2).transpose(1, 2)
+    place = torch.arange(t)
+    bias = m.table[place[:, None] - place[None] + t - 1].permute(2, 0, 1).unsqueeze(0)
+    mask = torch.zeros(1, 1, t, t, dtype=a.dtype).repeat(n, 1, 1, 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=bias + mask).mean((1, 2))
 
 
 def _pruned(module: nn.Module) -> nn.Module:
