@@ -11,6 +11,7 @@ Extend a model and a loss, and compute quantities during ``loss.backward()``:
 from backpack import extensions
 from backpack.batch import Batch
 from backpack.capture import disable
+from backpack.compat import convert_module_to_backpack, memory_cleanup
 from backpack.engine import backpack
 from backpack.extend import extend, unextend
 from backpack.losses import loss_rule
@@ -21,10 +22,12 @@ __all__ = [
     "Batch",
     "backpack",
     "check",
+    "convert_module_to_backpack",
     "disable",
     "extend",
     "extensions",
     "loss_rule",
+    "memory_cleanup",
     "op_rule",
     "unextend",
 ]

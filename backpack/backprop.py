@@ -18,6 +18,17 @@ from backpack.capture import BORDER, LOSS, MIXES, TAPS, Border, LossRecord, Reco
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes.
 COLUMN_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
+# What a loss module may do to the model output before it calls a loss with a known Hessian without
+# adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
+# with constants.
+_LINEAR = frozenset(
+    """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
+    Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
+    Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Relu LeakyRelu Threshold Hardtanh
+    Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim""".split()
+)
+_PRODUCTS = frozenset({"Mul", "Div", "Mm", "Bmm", "Mv", "Addmm"})
+
 
 @dataclass(eq=False)
 class Graph:
@@ -25,7 +36,7 @@ class Graph:
 
     Attributes:
         taps: taps with their nodes, those nearer to the root first.
-        losses: losses with a known Hessian.
+        losses: losses with a known Hessian, with their nodes and the model outputs below them.
         outputs: model outputs that reach the root other than through such a loss.
         bare: whether a tap reaches the root neither through a known loss nor a model output.
         unseen: parameters that enter the model at a place that is not a tap, with that place.
@@ -36,14 +47,60 @@ class Graph:
     """
 
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
-    losses: list[LossRecord] = field(default_factory=list)
-    outputs: list[tuple[Node, Border]] = field(default_factory=list)
+    losses: dict[Node, tuple[LossRecord, dict[Node, list[Border]]]] = field(default_factory=dict)
+    outputs: dict[Node, list[Border]] = field(default_factory=dict)
     bare: bool = False
     unseen: list[tuple[Tensor, str]] = field(default_factory=list)
     outside: set[Tensor] = field(default_factory=set)
     mixing: str | None = None
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
+
+    def joint(self) -> tuple[dict[Node, list[Border]], set[Node]]:
+        """The model outputs whose Hessian no rule gives, and the known losses that add to it."""
+        outputs, absorbed, size = dict(self.outputs), set[Node](), -1
+        while len(outputs) > size:
+            size = len(outputs)
+            for node, (_, below) in self.losses.items():
+                if not outputs.keys().isdisjoint(below):
+                    absorbed.add(node)
+                    outputs |= below
+        return outputs, absorbed
+
+
+def _outputs(node: Node) -> list[Border]:
+    """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
+    found: dict[int, Border] = {}
+    for border in notes(node).get(BORDER, ()):
+        if border.batch is not None and not border.batch.lost and border.recording.taps:
+            found[border.place] = border
+    return list(found.values())
+
+
+def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[Border]], bool]:
+    """The model outputs that a known loss depends on, and whether by way of a curved function.
+
+    In that case its Hessian is not the one in the outputs.
+    """
+    found: dict[Node, list[Border]] = {}
+    curved = False
+    stack, seen = [(record.edge.node, False)], set()
+    while stack:
+        node, bent = stack.pop()
+        if (node, bent) in seen:
+            continue
+        seen.add((node, bent))
+        borders = _outputs(node)
+        if borders:
+            found[node] = borders
+            curved |= bent
+        elif TAPS not in notes(node):
+            children = [child for child, _ in node.next_functions if child is not None]
+            kind = node.name().rstrip("0123456789").removesuffix("Backward")
+            product = kind in _PRODUCTS and len(children) == 1
+            product &= kind != "Div" or node.next_functions[0][0] is not None
+            stack += [(child, bent or not (product or kind in _LINEAR)) for child in children]
+    return found, curved
 
 
 def survey(roots: Sequence[Node]) -> Graph:
@@ -70,16 +127,19 @@ def survey(roots: Sequence[Node]) -> Graph:
         data = notes(node)
         if MIXES in data:
             graph.mixing = data[MIXES]
-        if LOSS in data:
-            if not any(data[LOSS] is record for record in graph.losses):
-                graph.losses.append(data[LOSS])
+        if LOSS in data and not covered:
+            below, curved = _outputs_below(data[LOSS])
+            if curved and data[LOSS].module is not None:
+                # The user put the border there, by extending the loss; it stands by itself.
+                below, curved = {}, False
+            if not curved:
+                graph.losses[node] = data[LOSS], below
+                covered = True
+        outputs = _outputs(node)
+        if outputs and not covered:
+            graph.outputs[node] = outputs
             covered = True
         for border in data.get(BORDER, ()):
-            usable = border.batch is not None and not border.batch.lost
-            if usable and not covered:
-                if all(node is not n for n, _ in graph.outputs):
-                    graph.outputs.append((node, border))
-                covered = True
             inside = border.recording
             graph.recordings.append(inside)
         taps = data.get(TAPS)
@@ -137,20 +197,28 @@ def _below(nodes: list[Node], stops: Collection[Node] = ()) -> dict[Node, None]:
     return seen
 
 
-def carry(start: GradientEdge, targets: Sequence[GradientEdge], columns: Tensor) -> list[Tensor | None]:
+def carry(
+    start: GradientEdge | Sequence[GradientEdge],
+    targets: Sequence[GradientEdge],
+    columns: Tensor | Sequence[Tensor],
+) -> list[Tensor | None]:
     """Vector-Jacobian products of all columns, ``[v, *start.shape] -> [v, *target.shape]`` each.
+
+    With several starts, the ``v``-th column is that of all of them together.
 
     One column at a time on a CPU, where large temporaries cost more than they save; batched on
     other devices.
     """
+    starts = [start] if isinstance(start, GradientEdge) else start
+    columns = [columns] if isinstance(columns, Tensor) else columns
     create = torch.is_grad_enabled()
-    if columns.device.type != "cpu" and len(columns) > 1:
+    if columns[0].device.type != "cpu" and len(columns[0]) > 1:
         try:
             return list(
                 torch.autograd.grad(
-                    [start],
+                    list(starts),
                     list(targets),
-                    [columns],
+                    list(columns),
                     is_grads_batched=True,
                     retain_graph=True,
                     create_graph=create,
@@ -161,12 +229,12 @@ def carry(start: GradientEdge, targets: Sequence[GradientEdge], columns: Tensor)
             if "vmap" not in str(error) and "batching rule" not in str(error):
                 raise
     results: list[list[Tensor]] = [[] for _ in targets]
-    for column in columns:
+    for column in zip(*columns, strict=True):
         try:
             grads = torch.autograd.grad(
-                [start],
+                list(starts),
                 list(targets),
-                [column],
+                list(column),
                 retain_graph=True,
                 create_graph=create,
                 allow_unused=True,
@@ -183,6 +251,21 @@ def carry(start: GradientEdge, targets: Sequence[GradientEdge], columns: Tensor)
             if grad is not None:
                 result.append(grad)
     return [None if not r else r[0].unsqueeze(0) if len(r) == 1 else torch.stack(r) for r in results]
+
+
+@contextmanager
+def cut(nodes: Iterable[Node]) -> Iterator[None]:
+    """Nothing flows on below these nodes: what is differentiated depends on them as such only."""
+    handles = [node.register_prehook(_nothing) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
 
 
 @contextmanager

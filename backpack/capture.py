@@ -540,18 +540,23 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
         # others on torch's stack: it stays there, and passes everything on.
         _state.recorder, entered.axes = None, {}
-    if not (_state.enabled and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if compiling or not (_state.enabled and torch.is_grad_enabled()):
         return
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     debug = module.__dict__.get("_backpack_debug", False)
     recording = Recording(weakref.ref(module), None, batch_dim, debug)
     axes: dict[int, Batch] = {}
-    for tensor in _flatten((args, kwargs)):
+    tensors = list(_flatten((args, kwargs)))
+    # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.
+    leaves = [t for t in tensors if isinstance(t, nn.Parameter)]
+    own = list(module.parameters()) if len(leaves) == len(tensors) else leaves
+    for tensor in tensors:
         recording.arguments.append(tensor)
         if tensor.requires_grad:
             recording.entries.add(get_gradient_edge(tensor).node)
         batch = batch_of(tensor)
-        if batch is None and tensor.dim() > batch_dim and not isinstance(tensor, nn.Parameter):
+        if batch is None and tensor.dim() > batch_dim and not any(tensor is p for p in own):
             size = tensor.shape[batch_dim]
             first = recording.size is None
             if first or recording.size == size:

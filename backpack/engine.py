@@ -21,19 +21,20 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack import capture, hessian
+from backpack import capture, hessian, products
 from backpack.backprop import (
     COLUMN_BYTES,
     Graph,
     carry,
+    cut,
     leaves_below,
     pull_back,
     survey,
 )
-from backpack.capture import Border, LossRecord, Recording, Source, Tap
+from backpack.capture import LossRecord, Recording, Source, Tap
 from backpack.factors import Dense, Form, Pullback, merge
 from backpack.losses import differentiate_twice
-from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Variance
+from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product, Variance
 
 ExtensionHook = Callable[[nn.Module], None]
 
@@ -164,6 +165,9 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        products = any(ext.kind.name == "product" for ext in self.block.owner.extensions)
+        if products and func in (Tensor.backward, torch.autograd.grad) and not self.block.nested:
+            kwargs = {**kwargs, "retain_graph": True}
         if func is Tensor.backward:
             gradient = kwargs.get("gradient", args[1] if len(args) > 1 else None)
             return self._backward(func, args, kwargs, [args[0]], [gradient])
@@ -275,7 +279,7 @@ class Run:
         self.task = task
         self.keeps = keeps
         self.graph = Graph()
-        self.differentiated = False
+        self.absorbed: set[Node] = set()
         self.leaves: dict[Tensor, _Leaf] = {}
         self.uses: dict[Tap, list[tuple[_Leaf, Source]]] = {}
         self.modules: list[tuple[nn.Module, set[Tensor]]] = []
@@ -308,28 +312,55 @@ class Run:
                 stacklevel=2,
             )
         if graph.outputs and any(kind.name in ("exact", "sampled") for kind in self.second_order):
-            self.differentiated = True
-            for output, border in graph.outputs:
-                self._differentiate(roots, GradientEdge(output, border.place), border)
+            self._differentiate(roots, graph)
         if Kind("hessian") in self.second_order:
             self._hessian(roots)
+        if Kind("product") in self.second_order:
+            self._products(roots, graph)
 
-    def _differentiate(
-        self, roots: list[tuple[GradientEdge, Tensor]], edge: GradientEdge, border: Border
-    ) -> None:
-        """A loss without a rule: its Hessian by differentiating it twice."""
-        with self._nested(), torch.enable_grad():
-            (gradient,) = torch.autograd.grad(
+    def _products(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
+        """Functions that go through the graph again; ``_Watch`` made backward keep it."""
+        joint, absorbed = graph.joint()
+        outputs = [record.edge for node, (record, _) in graph.losses.items() if node not in absorbed]
+        outputs += [GradientEdge(node, b.place) for node, bs in joint.items() for b in bs]
+        for leaf in self.leaves.values():
+            for ext in self.second_order[Kind("product")]:
+                assert isinstance(ext, Product)
+                p = leaf.parameter
+                if ext.curvature == "hessian":
+                    function = products.hessian_product(roots, p)
+                elif ext.curvature == "ggn":
+                    function = products.ggn_product(roots, outputs, p)
+                else:
+                    function = products.positive_curvature_product(roots, outputs, p, ext.modify)
+                leaf.states[ext.savefield] = _quietly(function)
+
+    def _differentiate(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
+        """What has no rule: its Hessian, in all model outputs together, by differentiating twice.
+
+        Known losses of other outputs are left out, and are carried down when backward reaches them.
+        """
+        outputs, self.absorbed = graph.joint()
+        known = graph.losses.keys() - self.absorbed
+        places = [(GradientEdge(n, b.place), b.batch) for n, bs in outputs.items() for b in bs]
+        create = torch.is_grad_enabled()
+        with self._nested(), torch.enable_grad(), cut(outputs.keys() | known):
+            gradients = torch.autograd.grad(
                 [edge for edge, _ in roots],
-                [edge],
+                [edge for edge, _ in places],
                 [weight for _, weight in roots],
                 create_graph=True,
                 allow_unused=True,
             )
-            if gradient is None or border.batch is None:
+            found = [
+                (g, edge, batch)
+                for g, (edge, batch) in zip(gradients, places, strict=True)
+                if g is not None and batch is not None
+            ]
+            if not found:
                 return
-            loss = differentiate_twice(gradient, edge, border.batch)
-        self.columns(edge, loss, torch.ones((), dtype=gradient.dtype, device=gradient.device))
+            loss = differentiate_twice(found, create)
+        self.columns([edge for _, edge, _ in found], loss, found[0][0].new_ones(()).detach())
 
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
@@ -341,6 +372,7 @@ class Run:
         known = {id(tap) for _, tap in self.graph.taps}
         fresh = [(node, tap) for node, tap in graph.taps if id(tap) not in known]
         self.graph.taps += fresh
+        self.graph.losses |= graph.losses
         self.graph.outside |= graph.outside
         self.graph.nodes |= graph.nodes
         names = _Names(graph.recordings)
@@ -395,6 +427,11 @@ class Run:
                 )
         if graph.mixing and self.second_order | {e.kind: [] for e in self.first_order}:
             self._refuse_mixing(graph.mixing)
+        if Kind("product") in self.second_order and self.block.roots is None:
+            raise RuntimeError(
+                "products with curvature (GGNMP, HMP, PCHMP) keep the graph, for which the call must "
+                "be loss.backward(), not torch.autograd.backward(loss)"
+            )
         if self.second_order and (graph.bare or (graph.outputs and self.block.roots is None)):
             fields = ", ".join(e.savefield for es in self.second_order.values() for e in es)
             raise RuntimeError(
@@ -454,8 +491,10 @@ class Run:
 
     def loss(self, record: LossRecord, edge: GradientEdge, grad: Tensor) -> None:
         """Backward has reached a loss: carry its columns to all taps."""
-        if not self.differentiated:
-            self.columns(record.edge, record.hessian, grad)
+        node = edge.node
+        # A loss inside the model, or within another loss, is an operation like any other.
+        if node in self.graph.losses and node not in self.absorbed:
+            self.columns([record.edge], record.hessian, grad)
         if self.block.roots is None and Kind("hessian") in self.second_order:
             self._hessian([(edge, grad)])
         hook = self.block.owner.extension_hook
@@ -470,7 +509,7 @@ class Run:
             for leaf, form, sign in hessian.diagonal(starts, leaves, per_sample):
                 self._reduce(leaf, exts, form, sign)
 
-    def columns(self, start: GradientEdge, loss: Any, grad: Tensor) -> None:
+    def columns(self, starts: list[GradientEdge], loss: Any, grad: Tensor) -> None:
         """Carry the columns of one loss to all taps and reduce them there."""
         uses = (use for leaf in self.leaves.values() for use in leaf.uses)
         taps = list({id(tap): (node, tap) for node, tap, _ in uses}.values())
@@ -478,21 +517,26 @@ class Run:
         if not targets:
             return
         for kind, exts in self.second_order.items():
-            if kind.name == "hessian":
+            if kind.name in ("hessian", "product"):
                 continue
             if kind.name == "exact":
-                chunks: Iterable[Tensor] = loss.columns(grad, self._chunk(loss, targets))
+                chunks: Iterable[Any] = loss.columns(grad, self._chunk(loss, targets))
             else:
                 chunks = [loss.sampled(grad, kind.mc_samples, kind.generator)]
             for chunk in chunks:
                 with self._nested():
-                    arrived = carry(start, targets, chunk)
+                    parts = [chunk] if isinstance(chunk, Tensor) else chunk
+                    arrived = carry(starts, targets, parts)
                     at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
                     del arrived
                     for leaf in self.leaves.values():
                         form = self._form(leaf, at)
                         if form is not None:
                             self._reduce(leaf, exts, form)
+                            continue
+                        shape = (len(parts[0]), leaf.samples, *leaf.parameter.shape)
+                        zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
+                        self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
 
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
         if self.block.owner.chunk_size is not None:
@@ -635,7 +679,7 @@ class Run:
         self.leaves.clear()
         self.uses.clear()
         self.modules.clear()
-        self.graph = Graph()
+        self.graph, self.absorbed = Graph(), set()
 
 
 class _Nested:
@@ -649,6 +693,19 @@ class _Nested:
 
     def __exit__(self, *exc: object) -> None:
         self.block.nested -= 1
+
+
+def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function's own passes through the graph are no business of an open block."""
+
+    def product(mat: Tensor) -> Tensor:
+        block = _current_block()
+        if block is None:
+            return function(mat)
+        with _Nested(block):
+            return function(mat)
+
+    return product
 
 
 class _Names:

@@ -72,8 +72,8 @@ class Form(ABC):
             result = result + _signed(g * g, sign, v, n).sum((0, 1))
         return result
 
-    def centred_square_sum(self) -> tuple[Tensor, Tensor]:
-        """A centre ``c`` and ``sum_{v,n} (G - c)^2``, shapes ``p``.
+    def centred_square_sum(self) -> tuple[Tensor | None, Tensor]:
+        """A centre ``c`` (or ``None``: zero) and ``sum_{v,n} (G - c)^2``, shapes ``p``; a new tensor.
 
         The centre is a sample's gradient: squares of differences lose fewer digits than differences
         of squares.
@@ -89,7 +89,7 @@ class Form(ABC):
         """``sum_v sign_{vn} G^2``, shape ``[n, *p]``."""
         parts: dict[int, Tensor] = {}
         for v, n, g in self.blocks():
-            part = _signed(g * g, sign, v, n).sum(0)
+            part = _sum_first(_signed(g * g, sign, v, n))
             parts[n.start] = parts[n.start] + part if n.start in parts else part
         none = self.like.new_zeros(0, *self.shape)
         return torch.cat([parts[start] for start in sorted(parts)] or [none])
@@ -119,6 +119,10 @@ def _signed(squares: Tensor, sign: Tensor | None, v: slice, n: slice) -> Tensor:
     if sign is None:
         return squares
     return squares * sign[v, n].reshape(sign[v, n].shape + (1,) * (squares.dim() - 2))
+
+
+def _sum_first(x: Tensor) -> Tensor:
+    return x[0] if len(x) == 1 else x.sum(0)
 
 
 @dataclass(frozen=True)
@@ -186,33 +190,30 @@ class Outer(Form):
     def take(self, columns: slice, samples: slice | Tensor) -> Outer:
         return Outer(self.a[samples], self.g[columns][:, samples], self.layout)
 
-    def _matrices(self) -> Tensor:
-        return self.g.mT @ self.a
-
     def dense(self) -> Tensor:
-        return self.layout.store(self._matrices())
+        if self.positions == 1:
+            return self.layout.store(self.g.mT * self.a)
+        return self.layout.store(self.g.mT @ self.a)
 
     def total(self) -> Tensor:
-        g = self.g.sum(0).transpose(0, 1).flatten(1, 2)
+        g = _sum_first(self.g).transpose(0, 1).flatten(1, 2)
         return self.layout.store(g.mT @ self.a.transpose(0, 1).flatten(1, 2))
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
         if self.positions != 1:
             return super().square_sum(sign)
         g, a = self.g[:, :, :, 0], self.a[:, :, 0]
-        g = _signed(g * g, sign, slice(None), slice(None)).sum(0).transpose(0, 1)
+        g = _sum_first(_signed(g * g, sign, slice(None), slice(None))).transpose(0, 1)
         return self.layout.store(g.mT @ (a * a).transpose(0, 1))
 
-    def centred_square_sum(self) -> tuple[Tensor, Tensor]:
+    def centred_square_sum(self) -> tuple[Tensor | None, Tensor]:
         """About zero for one position, where centring would mean writing ``G`` out."""
-        if self.positions != 1:
-            return super().centred_square_sum()
-        return self.like.new_zeros(()), self.square_sum()
+        return super().centred_square_sum() if self.positions != 1 else (None, self.square_sum())
 
     def square_sum_per_sample(self, sign: Tensor | None = None) -> Tensor:
         if self.positions != 1:
             return super().square_sum_per_sample(sign)
-        g = _signed(self.g * self.g, sign, slice(None), slice(None)).sum(0)
+        g = _sum_first(_signed(self.g * self.g, sign, slice(None), slice(None)))
         return self.layout.store(g.mT @ (self.a * self.a))
 
     def squared_norms(self) -> Tensor:
@@ -228,7 +229,8 @@ class Outer(Form):
 
     def kronecker(self) -> list[Factor]:
         """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``."""
-        g = self.g.sum(3).flatten(2).flatten(0, 1)
+        g = self.g[:, :, :, 0] if self.positions == 1 else self.g.sum(3)
+        g = g.flatten(2).flatten(0, 1)
         a = self.a.flatten(0, 2)
         output = Factor(g.mT @ g, True)
         inputs = Factor(a.mT @ a / (self.samples * self.a.shape[1]), False)

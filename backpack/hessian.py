@@ -69,7 +69,7 @@ def diagonal(
     Yields:
         Parameter, form and sign ``[v, n]`` (``None``: all positive).
     """
-    path = _Path([edge.node for edge, _ in starts])
+    path = Path([edge.node for edge, _ in starts])
     clean, by_output, by_entry = [], [], []
     for leaf in leaves:
         single = len(leaf.uses) == 1
@@ -104,7 +104,7 @@ def _kind(node: Node) -> str:
     return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
-class _Path:
+class Path:
     """What lies between the starts and the taps.
 
     Attributes:
@@ -199,7 +199,7 @@ class _Path:
 
 
 def _columns(
-    starts: Sequence[tuple[GradientEdge, Tensor]], path: _Path, leaves: Sequence[Any]
+    starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaves: Sequence[Any]
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     uses = {id(tap): (node, tap) for leaf in leaves for node, tap, _ in leaf.uses}
     if not uses:
@@ -215,7 +215,7 @@ def _columns(
 
     places = [GradientEdge(node, 0) for node, _ in path.losses]
     places += [GradientEdge(node, 0) for node, _ in path.bends]
-    grads = _gradients(starts, places, create_graph=torch.is_grad_enabled())
+    grads = gradients(starts, places, create_graph=torch.is_grad_enabled())
     for (_, record), grad in zip(path.losses, grads, strict=False):
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
             if part is not None and bool((part > 0).any()):
@@ -225,16 +225,16 @@ def _columns(
     for (node, batch), grad in zip(path.bends, grads[len(path.losses) :], strict=True):
         if grad is None:
             continue
-        below = GradientEdge(*next((c, nr) for c, nr in node.next_functions if c is not None))
-        bend = _second_derivative(node, below, grad)
-        if bend is None:
+        found = bend(node, grad)
+        if found is None:
             continue
-        flat = batch.split(bend).flatten(1)
+        below, residual = found
+        flat = batch.split(residual).flatten(1)
         for k in _chunks(flat.abs().amax(0).nonzero().flatten()):
-            picked = torch.zeros(len(k), *flat.shape, dtype=bend.dtype, device=bend.device)
-            rows = torch.arange(len(k), device=bend.device)
+            picked = torch.zeros(len(k), *flat.shape, dtype=flat.dtype, device=flat.device)
+            rows = torch.arange(len(k), device=flat.device)
             picked[rows, :, k] = flat[:, k].T.abs().sqrt()
-            columns = batch.join(picked.reshape(len(k), *batch.split(bend).shape), 1)
+            columns = batch.join(picked.reshape(len(k), *batch.split(residual).shape), 1)
             yield from arrive(below, columns, flat[:, k].T.sign())
 
 
@@ -242,13 +242,14 @@ def _chunks(index: Tensor) -> Iterator[Tensor]:
     return (part for part in index.split(CHUNK) if len(part))
 
 
-def _gradients(
+def gradients(
     starts: Sequence[tuple[GradientEdge, Tensor]],
     places: Sequence[GradientEdge],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    if not places:
-        return []
+    """Gradients of ``sum weight * start`` at some places of the graph."""
+    if not places or not starts:
+        return [None] * len(places)
     return list(
         torch.autograd.grad(
             [edge for edge, _ in starts],
@@ -261,19 +262,24 @@ def _gradients(
     )
 
 
-def _second_derivative(node: Node, below: GradientEdge, grad: Tensor) -> Tensor | None:
-    """``phi''(x) * grad`` for an operation ``phi`` that acts on each entry."""
+def bend(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
+    """Where an operation ``phi`` on single entries has its input ``x``, and ``phi''(x) * grad``."""
+    below = GradientEdge(*next((c, nr) for c, nr in node.next_functions if c is not None))
     create = torch.is_grad_enabled()
     with torch.enable_grad():
+        # A differentiable gradient is itself a function of x: it is multiplied on afterwards.
+        weight = torch.ones_like(grad) if grad.requires_grad else grad
         (slope,) = torch.autograd.grad(
-            [GradientEdge(node, 0)], [below], [grad], create_graph=True, retain_graph=True
+            [GradientEdge(node, 0)], [below], [weight], create_graph=True, retain_graph=True
         )
         if not slope.requires_grad:
             return None
-        (bend,) = torch.autograd.grad(
+        (found,) = torch.autograd.grad(
             slope.sum(), [below], retain_graph=True, create_graph=create, allow_unused=True
         )
-    return bend
+    if found is None:
+        return None
+    return below, found * grad if grad.requires_grad else found
 
 
 # --------------------------------------------------------------------------------------
@@ -285,7 +291,7 @@ def _output_hessian(
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     ((node, tap, source),) = leaf.uses
     edge, batch = GradientEdge(node, tap.place), tap.batch
-    (gradient,) = _gradients(starts, [edge], create_graph=True)
+    (gradient,) = gradients(starts, [edge], create_graph=True)
     if gradient is None or not gradient.requires_grad:
         return
     shape = batch.split(gradient).shape
@@ -313,7 +319,7 @@ def _output_hessian(
 
 
 def _parameter_hessian(
-    starts: Sequence[tuple[GradientEdge, Tensor]], path: _Path, leaf: Leaf, per_sample: bool
+    starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaf: Leaf, per_sample: bool
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     parameter, create = leaf.parameter, torch.is_grad_enabled()
     place = get_gradient_edge(parameter)
@@ -324,7 +330,7 @@ def _parameter_hessian(
                 for gradient in _sample_gradients(starts, path, leaf, place)
             ]
         else:
-            (gradient,) = _gradients(starts, [place], create_graph=True)
+            (gradient,) = gradients(starts, [place], create_graph=True)
             # All samples' diagonal, put on the first.
             values = [_entries(gradient, parameter, place, create)]
             values += [torch.zeros_like(values[0])] * (leaf.samples - 1)
@@ -336,7 +342,7 @@ def _parameter_hessian(
 
 
 def _sample_gradients(
-    starts: Sequence[tuple[GradientEdge, Tensor]], path: _Path, leaf: Leaf, place: GradientEdge
+    starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaf: Leaf, place: GradientEdge
 ) -> Iterator[Tensor | None]:
     """Gradients of single samples, by masking the gradient at the model output."""
     if not path.losses:
@@ -346,7 +352,7 @@ def _sample_gradients(
         )
     edges = [record.edge for _, record in path.losses]
     batches = [record.hessian.batch for _, record in path.losses]
-    outputs = _gradients(starts, edges, create_graph=True)
+    outputs = gradients(starts, edges, create_graph=True)
     for n in range(leaf.samples):
         masked = []
         for gradient, batch in zip(outputs, batches, strict=True):
@@ -354,7 +360,7 @@ def _sample_gradients(
             mask = (batch.sample_ids(gradient.device) == n).to(gradient.dtype)
             mask = mask.reshape([-1 if d == batch.dim else 1 for d in range(gradient.dim())])
             masked.append(gradient * mask)
-        yield _gradients(list(zip(edges, masked, strict=True)), [place], create_graph=True)[0]
+        yield gradients(list(zip(edges, masked, strict=True)), [place], create_graph=True)[0]
 
 
 def _entries(gradient: Tensor | None, parameter: Tensor, place: GradientEdge, create: bool) -> Tensor:

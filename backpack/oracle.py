@@ -182,7 +182,7 @@ def _each(values: dict[str, Tensor], function: Callable[[Tensor], Tensor]) -> di
 
 
 def _sqrt_gram(sqrt: Tensor) -> Tensor:
-    flat = sqrt.reshape(sqrt.shape[0] * sqrt.shape[1], -1)
+    flat = sqrt.reshape(sqrt.shape[0] * sqrt.shape[1], sqrt.shape[2:].numel())
     return flat.T @ flat
 
 

@@ -23,7 +23,7 @@ from backpack.factors import Factor, Form
 class Kind(NamedTuple):
     """Which columns a quantity needs; equal kinds share one propagation."""
 
-    name: Literal["gradient", "exact", "sampled", "hessian"]
+    name: Literal["gradient", "exact", "sampled", "hessian", "product"]
     mc_samples: int = 0
     generator: torch.Generator | None = None
 
@@ -51,6 +51,21 @@ class BackpropExtension:
 
     savefield: str
     kind: Kind = Kind("gradient")
+    # Whether columns that do not reach a parameter are kept, as zeros.
+    every_column: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            raise NotImplementedError(
+                f"{type(self).__name__} takes no such arguments: quantities are not written once per "
+                "kind of module here. A quantity of your own is one subclass of BackpropExtension "
+                "with `savefield` and `reduce(form)`, for all modules at once"
+            )
+
+    def get_subsampling(self) -> Sequence[int] | None:
+        """The samples that are kept; ``None``: all."""
+        return self.subsampling
+
     subsampling: Sequence[int] | None = None
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
@@ -144,13 +159,17 @@ class Variance(BackpropExtension):
 
     savefield = "variance"
 
-    def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         return form.centred_square_sum()
 
-    def finish(self, state: tuple[Tensor, Tensor], context: Context) -> Tensor:
+    def finish(self, state: tuple[Tensor | None, Tensor], context: Context) -> Tensor:
         centre, squares = state
-        offset = context.gradient() / context.samples - centre
-        return (squares / context.samples - offset * offset).clamp(min=0)
+        n, offset = context.samples, context.gradient()
+        if centre is not None:
+            offset = offset - n * centre
+        if torch.is_grad_enabled():
+            return (squares / n - offset * offset / n**2).clamp(min=0)
+        return squares.div_(n).addcmul_(offset, offset, value=-1 / n**2).clamp_(min=0)
 
 
 # --------------------------------------------------------------------------------------
@@ -226,6 +245,8 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 
 
 class _SquareRoot(BackpropExtension):
+    every_column = True
+
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         index = _index(self.subsampling, form.samples)
         return form.take(slice(None), index).dense()
@@ -339,3 +360,70 @@ class BatchDiagHessian(_BatchDiagonal):
 
     savefield = "diag_h_batch"
     kind = Kind("hessian")
+
+
+# --------------------------------------------------------------------------------------
+# Products with curvature blocks
+
+
+class Product(BackpropExtension):
+    """A function saved to the parameter; the graph is kept for it."""
+
+    kind = Kind("product")
+    curvature: Literal["ggn", "hessian", "positive"]
+    modify = "clip"
+
+    def __init__(self, savefield: str | None = None) -> None:
+        if savefield is not None:
+            self.savefield = savefield
+
+    def zero(self, context: Context) -> Any:
+        return torch.zeros_like
+
+
+class GGNMP(Product):
+    """Products with the parameter's block of the generalized Gauss-Newton.
+
+    ``ggnmp(mat)`` maps ``[K, *p]`` (or one vector ``p``) to the same shape, after the ``with`` block
+    too: the graph is kept until the field is overwritten or deleted.
+
+    Args:
+        savefield: another name of the field.
+    """
+
+    savefield = "ggnmp"
+    curvature = "ggn"
+
+
+class HMP(Product):
+    """Products with the parameter's block of the Hessian, ``hmp(mat)``, as :class:`GGNMP`.
+
+    Args:
+        savefield: another name of the field.
+    """
+
+    savefield = "hmp"
+    curvature = "hessian"
+
+
+class PCHMP(Product):
+    """Products with the block of the positive-curvature Hessian (Chen et al., arXiv:1802.06502).
+
+    The generalized Gauss-Newton plus the curvature of activations, made positive entry by entry.
+
+    Args:
+        savefield: another name of the field.
+        modify: ``"clip"`` negative curvature of activations to zero, or take its ``"abs"`` value.
+
+    Raises:
+        KeyError: for another ``modify``.
+    """
+
+    savefield = "pchmp"
+    curvature = "positive"
+
+    def __init__(self, savefield: str | None = None, modify: str = "clip") -> None:
+        super().__init__(savefield)
+        if modify not in ("clip", "abs"):
+            raise KeyError(f"modify must be 'clip' or 'abs', got {modify!r}")
+        self.modify = modify

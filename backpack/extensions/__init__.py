@@ -1,8 +1,12 @@
 """The quantities, under the names users import."""
 
+from backpack.extensions._absent import HBP, KFRA
 from backpack.quantities import (
+    GGNMP,
+    HMP,
     KFAC,
     KFLR,
+    PCHMP,
     BackpropExtension,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -19,8 +23,13 @@ from backpack.quantities import (
 )
 
 __all__ = [
+    "GGNMP",
+    "HBP",
+    "HMP",
     "KFAC",
     "KFLR",
+    "KFRA",
+    "PCHMP",
     "BackpropExtension",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",

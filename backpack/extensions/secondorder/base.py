@@ -1,0 +1,5 @@
+"""A name of the original: its base class of curvature quantities."""
+
+from backpack.quantities import BackpropExtension as SecondOrderBackpropExtension
+
+__all__ = ["SecondOrderBackpropExtension"]

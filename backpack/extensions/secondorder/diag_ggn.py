@@ -1,0 +1,5 @@
+"""Diagonals of the generalized Gauss-Newton matrix."""
+
+from backpack.quantities import BatchDiagGGNExact, BatchDiagGGNMC, DiagGGNExact, DiagGGNMC
+
+__all__ = ["BatchDiagGGNExact", "BatchDiagGGNMC", "DiagGGNExact", "DiagGGNMC"]

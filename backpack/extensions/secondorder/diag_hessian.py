@@ -1,0 +1,5 @@
+"""Diagonals of the Hessian."""
+
+from backpack.quantities import BatchDiagHessian, DiagHessian
+
+__all__ = ["BatchDiagHessian", "DiagHessian"]

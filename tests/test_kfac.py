@@ -1,0 +1,188 @@
+"""Kronecker factors from their definition, with plain autograd, and where they are exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, extend
+from backpack.extensions import KFAC, KFLR
+from backpack.oracle import Oracle
+from tests.cases import Apply, Case, P, norm, seq, x
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+LOSSES = [
+    (nn.CrossEntropyLoss(), lambda f: torch.randint(f.shape[1], (len(f), *f.shape[2:]))),
+    (nn.MSELoss(), torch.randn_like),
+    (nn.MSELoss(reduction="sum"), torch.randn_like),
+    (nn.BCEWithLogitsLoss(), torch.rand_like),
+]
+
+
+def factors(
+    model: nn.Module, X: Tensor, kind: int = 0, quantity=KFLR
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Kronecker factors and GGN blocks of every parameter."""
+    model, X, lossfunc = model.double(), X.double(), LOSSES[kind][0]
+    y = LOSSES[kind][1](model(X).detach())
+    blocks = Oracle(model, lossfunc, X, y).ggn
+    extend(model)
+    ext = quantity()
+    with backpack(ext):
+        extend(lossfunc)(model(X), y).backward()
+    found = {name: getattr(p, ext.savefield) for name, p in model.named_parameters()}
+    return found, {name: block.detach() for name, block in blocks.items()}
+
+
+# --------------------------------------------------------------------------------------
+# Exact cases
+
+ONE_POSITION = [
+    Case("linear", lambda: seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), x(1, 3)),
+    Case("linear-3d", lambda: seq(nn.Linear(3, 4), nn.Flatten(), nn.Linear(4, 2)), x(1, 1, 3)),
+    Case("conv1d", lambda: seq(nn.Conv1d(2, 3, 4), nn.Flatten(), nn.Linear(3, 2)), x(1, 2, 4)),
+    Case("conv2d", lambda: seq(nn.Conv2d(2, 3, (2, 3)), nn.Tanh(), nn.Flatten()), x(1, 2, 2, 3)),
+    Case("conv2d-pad", lambda: seq(nn.Conv2d(2, 3, 3, 2, 1), nn.Flatten()), x(1, 2, 2, 2)),
+    Case("conv3d", lambda: seq(nn.Conv3d(1, 3, 2), nn.Flatten()), x(1, 1, 2, 2, 2)),
+    Case("matmul", lambda: Apply(lambda m, a: (a @ m.w).tanh() @ m.v, w=P(3, 4), v=P(4, 2)), x(1, 3)),
+    Case("addmm", lambda: Apply(lambda m, a: torch.addmm(m.b, a, m.w), b=P(4), w=P(3, 4)), x(1, 3)),
+    Case("left", lambda: Apply(lambda m, a: (m.w @ a.T).T.tanh(), w=P(4, 3)), x(1, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(len(LOSSES)))
+@pytest.mark.parametrize("case", ONE_POSITION, ids=lambda c: c.name)
+def test_exact_for_one_sample_and_position(case: Case, kind: int) -> None:
+    """In row-major order of the parameter, whichever its layout."""
+    found, blocks = factors(case.model(), case.inputs(), kind)
+    for name, matrices in found.items():
+        assert len(matrices) == (2 if "weight" in name or name in ("w", "v") else 1)
+        product = matrices[0] if len(matrices) == 1 else torch.kron(*matrices)
+        close(product, blocks[name])
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_transposed_convolution(ndim: int) -> None:
+    """The pair stands for ``weight.transpose(0, 1)``; exact for one sample and one position."""
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d)[ndim - 1](2, 3, 3, padding=1)
+    found, blocks = factors(
+        nn.Sequential(layer, nn.Tanh(), nn.Flatten()), torch.randn(1, 2, *[1] * ndim)
+    )
+    weight = layer.weight
+    place = torch.arange(weight.numel()).reshape(weight.shape).transpose(0, 1).flatten()
+    B, A = found["0.weight"]
+    assert (len(B), len(A)) == (3, 2 * 3**ndim)
+    close(torch.kron(B, A), blocks["0.weight"][place][:, place])
+    close(found["0.bias"][0], blocks["0.bias"])
+
+
+@pytest.mark.parametrize("kind", range(len(LOSSES)))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("linear", lambda: seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), x(N, 3)),
+        Case("linear-3d", lambda: seq(nn.Linear(3, 2), nn.Tanh(), nn.Flatten()), x(N, 2, 3)),
+        Case("conv", lambda: seq(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten()), x(N, 2, 3, 3)),
+        Case("conv-transposed", lambda: seq(nn.ConvTranspose2d(2, 2, 2), nn.Flatten()), x(N, 2, 1, 2)),
+        Case("layer-norm", lambda: seq(norm(nn.LayerNorm(3)), nn.Linear(3, 2)), x(N, 3)),
+        Case("group-norm", lambda: seq(norm(nn.GroupNorm(2, 4)), nn.Flatten()), x(N, 4, 3)),
+        Case("batch-norm", lambda: seq(norm(nn.BatchNorm2d(3)), nn.Flatten()), x(N, 3, 2, 2)),
+    ],
+    ids=lambda c: c.name,
+)
+def test_one_factor_is_the_exact_block(case: Case, kind: int) -> None:
+    """Biases and norm weights, for any number of samples and positions."""
+    found, blocks = factors(case.model(), case.inputs(), kind)
+    single = {name: f[0] for name, f in found.items() if len(f) == 1}
+    assert single
+    for name, matrix in single.items():
+        close(matrix, blocks[name])
+
+
+# --------------------------------------------------------------------------------------
+# Definitions
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"stride": 2, "padding": 2}]
+)
+def test_input_factor_of_a_convolution(options: dict[str, int]) -> None:
+    layer, X = nn.Conv2d(2, 3, (2, 3), **options), torch.randn(N, 2, 6, 7)
+    found, _ = factors(nn.Sequential(layer, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), X)
+    a = F.unfold(X.double(), (2, 3), **options).mT  # [N, positions, c * kernel]
+    close(found["0.weight"][1], torch.einsum("nsi,nsj->ij", a, a) / N)
+
+
+def test_input_factor_of_a_linear_layer() -> None:
+    X = torch.randn(N, 5, 3)
+    found, _ = factors(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Flatten()), X)
+    close(found["0.weight"][1], torch.einsum("nsi,nsj->ij", X.double(), X.double()) / N)
+
+
+@pytest.mark.parametrize("positions", [(), (3,), (2, 2)])
+def test_output_factor_is_the_bias_block(positions: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(2))
+    X = torch.randn(N, *positions, 3)
+    model(X)
+    found, blocks = factors(model, X)
+    close(found["0.weight"][0], found["0.bias"][0])
+    close(found["0.weight"][0], blocks["0.bias"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_exact_for_deep_linear_networks(depth: int, reduction: str) -> None:
+    """Square loss and no nonlinearity (Eschenhagen et al., 2023; arXiv:2507.05127), any N.
+
+    The block of a weight is ``sum_n (J^T H_n J) kron (a_n a_n^T)``. Here neither the Jacobian J of the
+    layers above nor the loss Hessian depends on the sample: ``B = sum_n J^T H_n J = N J^T H J`` and
+    ``A = 1/N sum_n a_n a_n^T`` give ``kron(B, A) = sum_n (J^T H J) kron (a_n a_n^T)``, the block.
+    """
+    sizes = [3, 4, 2, 3][: depth + 1]
+    layers = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)]
+    kind = 1 if reduction == "mean" else 2
+    found, blocks = factors(nn.Sequential(*layers), torch.randn(N, 3), kind)
+    for name, matrices in found.items():
+        close(matrices[0] if len(matrices) == 1 else torch.kron(*matrices), blocks[name])
+
+
+@pytest.mark.parametrize("kind", [0, 1, 3])
+def test_kfac_approaches_kflr(kind: int) -> None:
+    model, X = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(N, 3)
+    exact, _ = factors(model, X, kind)
+    errors = []
+    for samples in (40, 4000):
+        torch.manual_seed(0)
+        drawn = factors(model, X, kind, lambda s=samples: KFAC(mc_samples=s))[0]
+        torch.manual_seed(0)
+        pairs = [(d, e) for name in exact for d, e in zip(drawn[name], exact[name], strict=True)]
+        errors.append(max(float((d - e).norm() / e.norm()) for d, e in pairs))
+    assert errors[1] < 0.05 and errors[1] < 0.5 * errors[0]
+    for name, matrices in exact.items():  # inputs are no draws
+        close(drawn[name][-1], matrices[-1]) if len(matrices) == 2 else None
+
+
+def test_columns_layout_swaps_the_factors() -> None:
+    """``x @ w`` with ``w [in, out]`` gives ``[A, B]`` of the linear layer with weight ``w^T``."""
+    layer, X = nn.Linear(3, 2), torch.randn(N, 3)
+    weight = nn.Parameter(layer.weight.detach().T.clone())
+    other = Apply(lambda m, a: torch.addmm(m.b, a, m.w), w=weight, b=nn.Parameter(layer.bias.detach()))
+    torch.manual_seed(1)
+    B, A = factors(layer, X)[0]["weight"]
+    torch.manual_seed(1)
+    first, second = factors(other, X)[0]["w"]
+    close(first, A)
+    close(second, B)

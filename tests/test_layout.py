@@ -1,0 +1,79 @@
+"""One river: files import only from files above them, and the core needs nothing but torch."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import backpack
+from backpack import extensions
+
+ROOT = Path(backpack.__file__).parent
+RIVER = (
+    *("batch", "factors", "rules", "losses", "capture", "backprop", "hessian", "quantities"),
+    *("engine", "extend", "oracle"),
+)
+CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            assert node.module is not None
+            submodules = [a.name for a in node.names if _is_module(node.module, a.name)]
+            found |= {f"{node.module}.{name}" for name in submodules} or {node.module}
+    return found
+
+
+def _is_module(package: str, name: str) -> bool:
+    if not package.startswith("backpack"):
+        return False
+    place = ROOT.joinpath(*package.split(".")[1:], name)
+    return place.is_dir() or place.with_suffix(".py").exists()
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] == "backpack"}
+
+
+@pytest.mark.parametrize("name", RIVER)
+def test_imports_go_one_way(name: str) -> None:
+    above = RIVER[: RIVER.index(name)]
+    later = {f"backpack.{other}" for other in RIVER if other not in above}
+    assert ours(ROOT / f"{name}.py").isdisjoint(later)
+    assert "backpack" not in ours(ROOT / f"{name}.py")
+
+
+def test_no_cycles() -> None:
+    """Files that the river does not name take part in no cycle either."""
+    below = {name: {m.split(".")[1] for m in ours(ROOT / f"{name}.py") if "." in m} for name in CORE}
+    done: set[str] = set()
+    while len(done) < len(CORE):
+        ready = {name for name in CORE if name not in done and below[name] & set(CORE) <= done}
+        assert ready, f"a cycle among {sorted(set(CORE) - done)}"
+        done |= ready
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_needs_only_torch(path: Path) -> None:
+    allowed = {"backpack", "torch", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+    assert ast.get_docstring(ast.parse(path.read_text())), "no docstring"
+
+
+@pytest.mark.parametrize("space", [backpack, extensions], ids=lambda m: m.__name__)
+def test_public_names_are_documented(space) -> None:
+    assert len(set(space.__all__)) == len(space.__all__)
+    for name in space.__all__:
+        each = getattr(space, name)
+        if not inspect.ismodule(each):
+            assert (each.__doc__ or "").strip(), name
