@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.capture import BORDER, LOSS, MIXES, TAPS, Border, LossRecord, Recording, Tap, notes
+from backpack.capture import (
+    BORDER,
+    MIXES,
+    TAPS,
+    Border,
+    LossRecord,
+    Recording,
+    Tap,
+    loss_at,
+    notes,
+)
 
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes.
 COLUMN_BYTES = {"cpu": 2**28, "cuda": 2**31}
@@ -127,13 +137,14 @@ def survey(roots: Sequence[Node]) -> Graph:
         data = notes(node)
         if MIXES in data:
             graph.mixing = data[MIXES]
-        if LOSS in data and not covered:
-            below, curved = _outputs_below(data[LOSS])
-            if curved and data[LOSS].module is not None:
+        record = None if covered else loss_at(node)
+        if record is not None:
+            below, curved = _outputs_below(record)
+            if curved and record.module is not None:
                 # The user put the border there, by extending the loss; it stands by itself.
                 below, curved = {}, False
             if not curved:
-                graph.losses[node] = data[LOSS], below
+                graph.losses[node] = record, below
                 covered = True
         outputs = _outputs(node)
         if outputs and not covered:

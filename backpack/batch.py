@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MARK = "_backpack_batch"
+MARK = "_backpack_batch"
 
 
 class Rows:
@@ -91,7 +91,13 @@ class Batch:
 
     def moved(self, dim: int) -> Batch:
         """The same axis at another place."""
-        return self if dim == self.dim else replace(self, dim=dim)
+        return self.placed(dim, self.outer, self.inner)
+
+    def placed(self, dim: int, outer: int, inner: int) -> Batch:
+        """The same samples at another place or with other factors."""
+        if dim == self.dim and outer == self.outer and inner == self.inner:
+            return self
+        return Batch(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
 
     def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
         """The axis after some of its entries were picked."""
@@ -100,7 +106,10 @@ class Batch:
 
     def agrees(self, other: Batch) -> bool:
         """Whether two axes place the samples alike."""
-        return replace(self, tentative=False) == replace(other, tentative=False)
+        if self is other:
+            return True
+        mine = (self.size, self.dim, self.outer, self.inner, self.lost, self.picked)
+        return mine == (other.size, other.dim, other.outer, other.inner, other.lost, other.picked)
 
     def losing(self, why: str) -> Batch:
         """The axis after an operation that leaves its place unknown."""
@@ -165,21 +174,21 @@ entered = _Inputs()
 
 def batch_of(tensor: Tensor) -> Batch | None:
     """The sample axis of ``tensor``; ``None`` if it does not depend on the data."""
-    batch = getattr(tensor, _MARK, None)
+    batch = getattr(tensor, MARK, None)
     return entered.axes.get(id(tensor)) if batch is None else batch
 
 
 def mark(tensor: Tensor, batch: Batch) -> None:
     """Note the sample axis on the tensor object itself, so that nothing is kept alive."""
-    setattr(tensor, _MARK, batch)
+    setattr(tensor, MARK, batch)
 
 
 # --------------------------------------------------------------------------------------
 # How operations move the axis. A mover takes (batch, tensor before, result, args, kwargs).
 
 Mover = Callable[[Batch, Tensor, Tensor, tuple, dict], Batch]
-_MOVERS: dict[Any, Mover] = {}
-_ELEMENTWISE: set[Any] = set()
+MOVERS: dict[Any, Mover] = {}
+ELEMENTWISE: set[Any] = set()
 
 
 def _spellings(*names: str) -> list[Any]:
@@ -197,7 +206,7 @@ def _spellings(*names: str) -> list[Any]:
 def _mover(*names: str) -> Callable[[Mover], Mover]:
     def register(function: Mover) -> Mover:
         for func in _spellings(*names):
-            _MOVERS[func] = function
+            MOVERS[func] = function
         return function
 
     return register
@@ -257,31 +266,41 @@ def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
 @_mover("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze")
 @_mover("ravel", "atleast_2d", "atleast_3d")
 def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return reshaped(batch, old.shape, new.shape)
+
+
+def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     """Row-major order is kept: match the products of the axes before the samples."""
     if batch.picked is not None:
         return _reshape_picked(batch, old, new)
-    before = prod(old.shape[: batch.dim]) * batch.outer
-    after = prod(old.shape[batch.dim + 1 :]) * batch.inner
-    left = 1
-    for dim, length in enumerate(new.shape):
-        right = prod(new.shape[dim + 1 :])
+    if batch.dim == 0 and batch.outer == 1 and new and batch.size:
+        inner, rest = divmod(new[0], batch.size)
+        if inner and not rest:
+            return batch.placed(0, 1, inner)
+    before = prod(old[: batch.dim]) * batch.outer
+    after = prod(old[batch.dim + 1 :]) * batch.inner
+    left, found = 1, None
+    for dim, length in enumerate(new):
+        right = prod(new[dim + 1 :])
         covers = left * length * right == before * batch.size * after
         if covers and length and before % left == 0 and after % right == 0:
             outer, inner = before // left, after // right
             if outer * batch.size * inner == length:
-                return replace(batch, dim=dim, outer=outer, inner=inner)
+                if outer == inner == 1:  # one sample fits many axes: prefer one that holds no more
+                    return batch.placed(dim, 1, 1)
+                found = found or batch.placed(dim, outer, inner)
         left *= length
-    return batch.losing(f"reshape {tuple(old.shape)} -> {tuple(new.shape)} splits the sample axis")
+    return found or batch.losing(f"reshape {tuple(old)} -> {tuple(new)} splits the sample axis")
 
 
-def _reshape_picked(batch: Batch, old: Tensor, new: Tensor) -> Batch:
+def _reshape_picked(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     """An axis of picked entries may move, but not be split or merged."""
     left = 1
-    for dim, length in enumerate(new.shape):
-        if left == prod(old.shape[: batch.dim]) and length == batch.length:
+    for dim, length in enumerate(new):
+        if left == prod(old[: batch.dim]) and length == batch.length:
             return batch.moved(dim)
         left *= length
-    return batch.losing(f"reshape {tuple(old.shape)} -> {tuple(new.shape)} of picked samples")
+    return batch.losing(f"reshape {tuple(old)} -> {tuple(new)} of picked samples")
 
 
 @_mover("expand", "expand_as", "broadcast_to")
@@ -298,7 +317,7 @@ def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
     if batch.picked is not None and factor != 1:
         return batch.losing("repeating picked samples")
-    return replace(moved, outer=moved.outer * factor)
+    return moved.placed(moved.dim, moved.outer * factor, moved.inner)
 
 
 @_mover("repeat_interleave")
@@ -313,7 +332,7 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
         return batch.taking(
             torch.arange(batch.length, device=old.device).repeat_interleave(repeats), old
         )
-    return replace(batch, inner=batch.inner * repeats)
+    return batch.placed(batch.dim, batch.outer, batch.inner * repeats)
 
 
 @_mover("__getitem__")
@@ -420,7 +439,7 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
     parts = args[0]
     axes = [batch_of(p) for p in parts]
     if batch.picked is None and all(axis == batch for axis in axes):
-        return replace(batch, outer=batch.outer * len(parts))
+        return batch.placed(batch.dim, batch.outer * len(parts), batch.inner)
     samples = []
     for part, axis in zip(parts, axes, strict=True):
         if axis is None or axis.lost or axis.dim != batch.dim:
@@ -514,7 +533,7 @@ def _aligned(batch: Batch, old: Tensor, new: Tensor) -> Batch:
     return batch.moved(batch.dim + new.dim() - old.dim())
 
 
-_ELEMENTWISE.update(
+ELEMENTWISE.update(
     _spellings(
         *"add sub mul div true_divide divide multiply subtract rsub pow maximum minimum fmod".split(),
         *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_".split(),
@@ -543,6 +562,11 @@ def propagate(
         The result's axis, and the arguments that are taken for constants after all: those whose
         tentative axis disagrees with a certain one, or gets lost.
     """
+    if len(marked) == 1 and func not in MOVERS:  # nearly all calls
+        old, batch = marked[0]
+        same = func not in ELEMENTWISE or new.dim() == old.dim()
+        if same and batch.lost is None and batch.fits(new.shape):
+            return batch, []
     batch, demoted = _propagate(func, args, kwargs, new, marked)
     if batch.lost and batch.tentative:
         return None, [tensor for tensor, _ in marked]
@@ -552,20 +576,20 @@ def propagate(
 def _propagate(
     func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
 ) -> tuple[Batch, list[Tensor]]:
-    mover = _MOVERS.get(func)
+    mover = MOVERS.get(func)
     if len(marked) == 1:
         old, batch = marked[0]
         if batch.lost:
             return batch, []
         if mover is not None:
             batch = mover(batch, old, new, args, kwargs)
-        elif func in _ELEMENTWISE and new.dim() != old.dim():
+        elif func in ELEMENTWISE and new.dim() != old.dim():
             batch = batch.moved(batch.dim + new.dim() - old.dim())
         if not batch.lost and not batch.fits(new.shape):
             batch = batch.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
         return batch, []
 
-    aligns = mover is not None or func in _ELEMENTWISE
+    aligns = mover is not None or func in ELEMENTWISE
     chosen: Batch | None = None
     demoted: list[Tensor] = []
     for old, batch in sorted(marked, key=lambda pair: pair[1].tentative):
@@ -574,7 +598,7 @@ def _propagate(
         here = batch
         if mover is not None and not batch.lost:
             here = mover(batch, old, new, args, kwargs)
-        elif func in _ELEMENTWISE:
+        elif func in ELEMENTWISE:
             here = _aligned(batch, old, new)
         if not here.lost and not here.fits(new.shape):
             here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")

@@ -15,7 +15,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,17 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from backpack.batch import (
+    ELEMENTWISE,
     EXPANSIONS,
     FACTORIES,
+    MARK,
+    MOVERS,
     Batch,
     batch_of,
     entered,
     mark,
     propagate,
+    reshaped,
 )
 from backpack.factors import Dense, Form, Outer, Pullback
 from backpack.losses import LOSSES, LossHessian
@@ -46,8 +51,7 @@ def notes(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """What a tap is taken with respect to: a parameter, or a tensor made from parameters only.
 
     Attributes:
@@ -134,13 +138,36 @@ class Border:
     shape: torch.Size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class LossRecord:
-    """A loss with a known Hessian; ``module`` if an extended loss module computed it."""
+    """A loss for which there is a rule.
 
-    hessian: LossHessian
+    Attributes:
+        rule: gives its Hessian; asked only when a second-order quantity needs it.
+        edge: the model output.
+        module: the extended loss module that computed it, if one did.
+    """
+
+    rule: Callable[[], LossHessian | None]
     edge: GradientEdge
     module: nn.Module | None
+
+    @cached_property
+    def known(self) -> LossHessian | None:
+        """The Hessian; ``None`` if the rule does not cover this call."""
+        return self.rule()
+
+    @property
+    def hessian(self) -> LossHessian:
+        """The Hessian of a loss found by :func:`loss_at`."""
+        assert self.known is not None
+        return self.known
+
+
+def loss_at(node: Node) -> LossRecord | None:
+    """The loss with a known Hessian that a node computes."""
+    record = notes(node).get(LOSS)
+    return None if record is None or record.known is None else record
 
 
 # The engine listens here: called with the node that backward has reached.
@@ -204,41 +231,75 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
+        # Cleared when a forward pass ended without its hook: then everything is passed on.
+        self.live = True
+        module = recording.module()
+        assert module is not None
+        # Only the outermost call needs a hook behind it.
+        self.hook = module.register_forward_hook(after_forward, always_call=True)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _INPLACE:
-            return self._in_place(func, args, kwargs or {})
-        if _state.recorder is not self:
-            return func(*args, **(kwargs or {}))
-        if func in OPENED:
-            return self._open(func, args, kwargs or {})
-        if kwargs is None:
-            out = func(*args)
-            kwargs = {}
-        else:
-            out = func(*args, **kwargs)
-        kind = type(out)
-        if kind is Tensor:
-            marked, sources = _sort_arguments(args, kwargs)
+        route = _ROUTES.get(func)
+        if route is not None and self.live:
+            return route(self, func, args, kwargs or {})
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if type(out) is Tensor:
+            if not self.live:
+                return out
+            # Nearly all calls: one argument depends on the data, and no parameter is near.
+            first, several, sources = None, False, False
+            axes = entered.axes
+            for a in args:
+                if isinstance(a, Tensor):
+                    batch = getattr(a, MARK, None) or axes.get(id(a))
+                    if batch is None:
+                        sources = sources or a.requires_grad
+                    elif first is None:
+                        first, axis = a, batch
+                    else:
+                        several = True
+                elif type(a) is list or type(a) is tuple:
+                    several = several or not all(type(each) is int for each in a)
+            if kwargs or several or sources or func in _WATCHED or func in LOSSES:
+                self._look(func, args, kwargs or {}, out)
+            elif first is None:
+                if func in FACTORIES:
+                    self._note(func, args, kwargs or {}, out, 0, [], [])
+            elif axis.lost is None:
+                mover = MOVERS.get(func)
+                found: Batch | None = axis if mover is None else mover(axis, first, out, args, {})
+                if found is None or found.lost or not found.fits(out.shape) or func in ELEMENTWISE:
+                    found, _ = propagate(func, args, {}, out, [(first, axis)])
+                if found is not None:
+                    out._backpack_batch = found  # type: ignore[attr-defined]
+            elif first.requires_grad:
+                out._backpack_batch = axis  # type: ignore[attr-defined]
+        elif self.live and type(out) not in _PLAIN:
+            self._look(func, args, kwargs or {}, out)
+        return out
+
+    def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Look at a call with all its arguments and results."""
+        marked, sources = _sort_arguments(args, kwargs)
+        if isinstance(out, Tensor):
             if marked or not sources:
                 self._note(func, args, kwargs, out, 0, marked, sources)
             elif func in EXPANSIONS:
                 self._expansion(func, args, kwargs, out, sources)
-        elif kind in (tuple, list) or isinstance(out, tuple):
-            if kind is not torch.Size:
-                marked, sources = _sort_arguments(args, kwargs)
-                if marked:
-                    for place, each in enumerate(out):
-                        if isinstance(each, Tensor):
-                            self._note(func, args, kwargs, each, place, marked, sources)
-        elif isinstance(out, Tensor):
-            marked, sources = _sort_arguments(args, kwargs)
-            if marked:
-                self._note(func, args, kwargs, out, 0, marked, sources)
-        if func == _DATA and isinstance(args[0], Tensor) and args[0].requires_grad:
+        elif isinstance(out, (tuple, list)) and marked:
+            for place, each in enumerate(out):
+                if isinstance(each, Tensor):
+                    self._note(func, args, kwargs, each, place, marked, sources)
+
+    def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``parameter.data``, which autograd does not see."""
+        if args[0].requires_grad:
             self.recording.unseen.append(weakref.ref(args[0]))
+        out = func(*args, **kwargs)
+        if (axis := batch_of(args[0])) is not None:
+            mark(out, axis)
         return out
 
     def _note(
@@ -278,7 +339,13 @@ class _Recorder(TorchFunctionMode):
                 for t, _ in marked
                 if t.requires_grad and not any(t is s for s in sources)
             )
-            _tap(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs)
+            # F.linear may return a view of its result: in-place operations replace the view's node.
+            base = out._base
+            if base is not None and node.next_functions[0][0] is not base.grad_fn:
+                base = None
+            _tap(
+                recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs, base
+            )
 
     def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Operations with parameters inside are done by operations that can be seen."""
@@ -317,7 +384,7 @@ class _Recorder(TorchFunctionMode):
         """In-place operations: the node to remember is the one before."""
         marked, sources = _sort_arguments(args, kwargs)
         known = args and isinstance(args[0], Tensor) and marked
-        if not known or _state.recorder is not self:
+        if not known:
             return func(*args, **kwargs)
         target = args[0]
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
@@ -373,12 +440,10 @@ class _Recorder(TorchFunctionMode):
         axis = batch_of(f) if isinstance(f, Tensor) else None
         if f is None or axis is None or axis.lost or not f.requires_grad:
             return
-        hessian = LOSSES[func](axis, *args, **kwargs)
-        if hessian is None:
-            return
         owner = self.recording.module()
         is_loss = any(f is t for t in self.recording.arguments)
-        record = LossRecord(hessian, get_gradient_edge(f), owner if is_loss else None)
+        rule = partial(LOSSES[func], axis, *args, **kwargs)
+        record = LossRecord(rule, get_gradient_edge(f), owner if is_loss else None)
         notes(node)[LOSS] = record
         recording = self.recording
         node.register_prehook(lambda grads: _on_backward(recording, record, grads))
@@ -408,28 +473,34 @@ def _sort_arguments(
     """
     marked: list[tuple[Tensor, Batch]] = []
     sources: list[Tensor] = []
-
-    def sort(a: Tensor) -> None:
-        batch = batch_of(a)
-        if batch is not None and not (batch.lost and not a.requires_grad):
-            marked.append((a, batch))
-        elif batch is None and a.requires_grad:
-            sources.append(a)
-
-    for a in args:
+    axes = entered.axes
+    for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, Tensor):
-            sort(a)
+            batch = getattr(a, MARK, None) or axes.get(id(a))
+            if batch is not None:
+                if batch.lost is None or a.requires_grad:
+                    marked.append((a, batch))
+            elif a.requires_grad:
+                sources.append(a)
         elif type(a) in (tuple, list) and a and not isinstance(a[0], (int, slice)):
-            for each in _tensors(a):
-                sort(each)
-    if kwargs:
-        for each in _tensors(tuple(kwargs.values())):
-            sort(each)
+            more_marked, more_sources = _sort_arguments(tuple(_tensors(a)), {})
+            marked += more_marked
+            sources += more_sources
     return marked, sources
 
 
 def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+
+
+# Functions whose results need a second look, and types of results that need none.
+_WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
+_PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
+_ROUTES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_INPLACE, _Recorder._in_place),
+    **dict.fromkeys(OPENED, _Recorder._open),
+    _DATA: _Recorder._data,
+}
 
 
 # --------------------------------------------------------------------------------------
@@ -447,22 +518,33 @@ def _tap(
     batch: Batch,
     sources: list[Tensor],
     inputs: tuple[Node, ...],
+    base: Tensor | None = None,
 ) -> None:
-    unique = list({id(s): s for s in sources}.values())
     pairs: list[tuple[Tensor, ToForm]] = []
+    missing = {id(s): s for s in sources}
     rule = RULES.get(func)
-    if rule is not None and not batch.lost:
-        found = rule(batch, *args, **kwargs)
-        for tensor, form in found or ():
-            if tensor is not None and any(tensor is s for s in unique):
+    if rule is not None and batch.lost is None:
+        for tensor, form in rule(batch, *args, **kwargs) or ():
+            if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
-    missing = [s for s in unique if not any(s is t for t, _ in pairs)]
+        for tensor, _ in pairs:
+            missing.pop(id(tensor), None)
     linear = not missing or func in _LINEAR_FALLBACKS
-    if missing and batch.lost:
-        pairs += [(s, _lost_form) for s in missing]
+    if missing and batch.lost is not None:
+        pairs += [(s, _lost_form) for s in missing.values()]
     elif missing:
-        pairs += fallback(batch, place, func, args, kwargs, missing)  # type: ignore[arg-type]
+        pairs += fallback(batch, place, func, args, kwargs, list(missing.values()))  # type: ignore[arg-type]
+    if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
+        shape = node._input_metadata[0].shape
+        below = batch if batch.lost is not None else reshaped(batch, shape, base.shape)
+        if below.lost is None:
+            node, output_nr, batch = base.grad_fn, base.output_nr, below
+            pairs = [(t, _viewed(form, shape)) for t, form in pairs]
     _store(recording, func, node, output_nr, batch, pairs, inputs, linear)
+
+
+def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
+    return lambda g: form(g.reshape(len(g), *shape))
 
 
 def _lost_form(g: Tensor) -> Form:
@@ -482,7 +564,11 @@ def _store(
     name = getattr(func, "__name__", str(func))
     sources = [_source(tensor, form, linear) for tensor, form in pairs]
     tap = Tap(name, output_nr, batch, sources, inputs, recording)
-    notes(node).setdefault(TAPS, []).append(tap)
+    kept = notes(node)
+    if TAPS in kept:
+        kept[TAPS].append(tap)
+    else:
+        kept[TAPS] = [tap]
     recording.taps.append(weakref.ref(tap))
 
 
@@ -539,6 +625,8 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
             return
         # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
         # others on torch's stack: it stays there, and passes everything on.
+        recorder.live = False
+        recorder.hook.remove()
         _state.recorder, entered.axes = None, {}
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     if compiling or not (_state.enabled and torch.is_grad_enabled()):
@@ -604,6 +692,7 @@ def _close() -> None:
     recorder = _state.recorder
     assert recorder is not None
     _state.recorder = None
+    recorder.hook.remove()
     recorder.__exit__(None, None, None)
     entered.axes = {}
     recorder.recording.arguments.clear()

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from backpack.capture import after_forward, before_forward
+from backpack.capture import before_forward
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -18,7 +18,7 @@ def extend(
 ) -> Module:
     """Make a model or a loss function visible to :class:`backpack.backpack`.
 
-    The module is changed in place (two hooks on it and on each submodule) and returned. It computes
+    The module is changed in place (a hook on it and on each submodule) and returned. It computes
     what it did before; its ``state_dict`` is the same; copies and pickles of it are extended too.
     Extending again is harmless.
 
@@ -45,7 +45,6 @@ def extend(
             print(f"[DEBUG] Extending {each}")
         if "_backpack_extend" not in each.__dict__:
             each.register_forward_pre_hook(before_forward, with_kwargs=True)
-            each.register_forward_hook(after_forward, always_call=True)
         each.__dict__.update(_backpack_extend=True, _backpack_batch_dim=batch_dim)
         each.__dict__.update(_backpack_debug=debug)
     module.__dict__["_backpack_root"] = True
@@ -55,14 +54,10 @@ def extend(
 def unextend(module: Module) -> Module:
     """Undo :func:`extend` for a module and its submodules."""
     for each in module.modules():
-        for hooks, ours in (
-            (each._forward_pre_hooks, before_forward),
-            (each._forward_hooks, after_forward),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                each._forward_pre_hooks_with_kwargs.pop(key, None)
-                each._forward_hooks_always_called.pop(key, None)
+        hooks = each._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is before_forward]:
+            del hooks[key]
+            each._forward_pre_hooks_with_kwargs.pop(key, None)
         for name in _ATTRIBUTES:
             each.__dict__.pop(name, None)
     return module

@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backprop import carry, hooks_suspended
 from backpack.batch import Batch
-from backpack.capture import CURVED, LOSS, TAPS, LossRecord, Source, Tap, notes
+from backpack.capture import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
 from backpack.factors import Dense, Form, merge
 
 CHUNK = 32
@@ -127,7 +127,7 @@ class Path:
         known = {record.edge.node for _, record in self.losses}
         unknown_loss = not self.losses
         for node in order:
-            if LOSS in notes(node):
+            if loss_at(node) is not None:
                 curved = node in self.curved_above
                 bent = False
             else:
@@ -152,8 +152,9 @@ class Path:
                     self.bent_above.add(child)
 
     def _children(self, node: Node) -> list[Node]:
-        if LOSS in notes(node):
-            return [notes(node)[LOSS].edge.node]
+        record = loss_at(node)
+        if record is not None:
+            return [record.edge.node]
         return [child for child, _ in node.next_functions if child is not None]
 
     def _order(self, starts: list[Node]) -> list[Node]:
@@ -167,8 +168,9 @@ class Path:
                 done[node] = None
             elif node not in entered:
                 entered.add(node)
-                if LOSS in notes(node):
-                    self.losses.append((node, notes(node)[LOSS]))
+                record = loss_at(node)
+                if record is not None:
+                    self.losses.append((node, record))
                 stack.append((node, True))
                 stack += [(child, False) for child in self._children(node)]
         return list(reversed(done))

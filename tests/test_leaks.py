@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +188,14 @@ def test_many_steps(step: Step) -> None:
             step(loss, net, kept)
         return live(), memory()
 
-    tensors, size = run(WARM)
-    steps = STEPS // 2 if step in SLOW else STEPS
-    after, grown = run(steps)
-    assert after <= tensors, f"{after - tensors} tensors more after {steps} steps"
-    assert grown - size < GROWTH, f"{(grown - size) / 2**20:.1f} MiB more after {steps} steps"
+    # A leak grows all the time; the allocator's own pools grow now and then.
+    blocks = [run(WARM)]
+    for _ in range(4):
+        blocks.append(run((STEPS // 2 if step in SLOW else STEPS) // 4))
+    tensors, sizes = zip(*blocks, strict=True)
+    assert tensors[-1] <= tensors[0], f"live tensors after each block of steps: {tensors}"
+    growth = min(after - before for before, after in pairwise(sizes))
+    assert growth < GROWTH / 4, f"memory after each block of steps: {sizes}"
 
 
 def test_hessian_steps() -> None:
