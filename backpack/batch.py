@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -58,6 +59,7 @@ class Batch:
         lost: why the axis is no longer known, if it is not.
         picked: which sample each entry belongs to, where they follow no pattern (entries picked by an
             index, experts that see some tokens of each sample).
+        length: number of entries of the axis.
     """
 
     size: int
@@ -67,13 +69,12 @@ class Batch:
     tentative: bool = False
     lost: str | None = None
     picked: Rows | None = None
+    length: int = field(init=False, compare=False, default=0)
 
-    @property
-    def length(self) -> int:
-        """Number of entries of the axis."""
-        if self.picked is not None:
-            return len(self.picked.samples)
-        return self.outer * self.size * self.inner
+    def __post_init__(self) -> None:
+        regular = self.outer * self.size * self.inner
+        length = regular if self.picked is None else len(self.picked.samples)
+        object.__setattr__(self, "length", length)
 
     @property
     def width(self) -> int:
@@ -97,6 +98,8 @@ class Batch:
         """The same samples at another place or with other factors."""
         if dim == self.dim and outer == self.outer and inner == self.inner:
             return self
+        if self.picked is None and self.lost is None:
+            return regular_axis(self.size, dim, outer, inner, self.tentative)
         return Batch(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
 
     def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
@@ -158,6 +161,14 @@ class Batch:
             return self.picked.samples
         ids = torch.arange(self.size, device=device)
         return ids.repeat_interleave(self.inner).repeat(self.outer)
+
+
+@lru_cache(4096)
+def regular_axis(
+    size: int, dim: int = 0, outer: int = 1, inner: int = 1, tentative: bool = False
+) -> Batch:
+    """A sample axis in regular order; the same object for the same arguments."""
+    return Batch(size, dim, outer, inner, tentative)
 
 
 class _Inputs(threading.local):

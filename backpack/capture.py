@@ -34,6 +34,7 @@ from backpack.batch import (
     entered,
     mark,
     propagate,
+    regular_axis,
     reshaped,
 )
 from backpack.factors import Dense, Form, Outer, Pullback
@@ -316,7 +317,7 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             size = recording.size
             if func in FACTORIES and size and out.dim() and out.shape[0] == size:
-                mark(out, Batch(size, tentative=True))
+                mark(out, regular_axis(size, tentative=True))
             return
         batch, demoted = propagate(func, args, kwargs, out, marked)
         if batch is None:
@@ -418,7 +419,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         size = self.recording.size
         if batch_of(target) is None and size and target.dim() and target.shape[0] == size:
-            mark(target, Batch(size))
+            mark(target, regular_axis(size))
 
     def _expansion(
         self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor, sources: list[Tensor]
@@ -428,7 +429,7 @@ class _Recorder(TorchFunctionMode):
         old = args[0]
         grew = out.dim() > old.dim() or old.shape[0] == 1
         if size and size > 1 and node is not None and out.dim() and out.shape[0] == size and grew:
-            batch = Batch(size, tentative=True)
+            batch = regular_axis(size, tentative=True)
             mark(out, batch)
             shape = old.shape
             repeats = _repeats(old, out)
@@ -648,7 +649,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
             size = tensor.shape[batch_dim]
             first = recording.size is None
             if first or recording.size == size:
-                axes[id(tensor)] = Batch(size, batch_dim, tentative=not first)
+                axes[id(tensor)] = regular_axis(size, batch_dim, tentative=not first)
                 recording.size = size if first else recording.size
         elif batch is not None:
             recording.size = recording.size or batch.size
@@ -701,6 +702,8 @@ def _close() -> None:
 def _on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     if reached is not None:
         reached(recording, loss, grads)
+    elif not torch._C._autograd._get_current_graph_task_keep_graph():
+        recording.release()
 
 
 class disable:  # noqa: N801
