@@ -151,7 +151,7 @@ def test_clean_up_and_extend_again() -> None:
         CTX.remove_hooks()
         _switch_off(model)
         extend(model)
-    assert len(model[0]._forward_hooks) == 1
+    assert len(model[0]._forward_pre_hooks) == 1 and not model[0]._forward_hooks
     with backpack(DiagGGNExact()):
         lossfunc(model(X), y).backward()
     assert torch.equal(model[0].weight.diag_ggn_exact, before)
