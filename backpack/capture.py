@@ -103,7 +103,6 @@ class Recording:
         module: that module.
         size: number of samples.
         batch_dim: sample axis of the inputs.
-        debug: whether the module was extended with ``debug=True``.
         arguments: all tensors passed in, while the pass runs.
         taps: the taps found.
         unseen: parameters that were read through ``.data``.
@@ -114,7 +113,6 @@ class Recording:
     module: weakref.ref[nn.Module]
     size: int | None
     batch_dim: int = 0
-    debug: bool = False
     arguments: list[Tensor] = field(default_factory=list)
     taps: list[weakref.ref[Tap]] = field(default_factory=list)
     unseen: list[weakref.ref[Tensor]] = field(default_factory=list)
@@ -633,8 +631,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     if compiling or not (_state.enabled and torch.is_grad_enabled()):
         return
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
-    debug = module.__dict__.get("_backpack_debug", False)
-    recording = Recording(weakref.ref(module), None, batch_dim, debug)
+    recording = Recording(weakref.ref(module), None, batch_dim)
     axes: dict[int, Batch] = {}
     tensors = list(_flatten((args, kwargs)))
     # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.

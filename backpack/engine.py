@@ -288,8 +288,6 @@ class Run:
         self.done = False
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if ext.kind.name == "gradient"]
-        # BatchGrad's written-out form then serves the others.
-        self.first_order.sort(key=lambda ext: not isinstance(ext, BatchGrad))
         self.second_order: dict[Kind, list[BackpropExtension]] = {}
         for ext in exts:
             if ext.kind.name != "gradient":
@@ -618,7 +616,10 @@ class Run:
         if not forms:
             return
         form = merge(forms)
+        whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
         with self._nested():
+            if whole and len(self.first_order) > 1:
+                form = Dense(form.dense())  # written out anyway: it serves the others too
             self._reduce(leaf, self.first_order, form)
             if any(isinstance(ext, Variance) for ext in self.first_order):
                 if self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from backpack.capture import before_forward
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_ATTRIBUTES = ("_backpack_extend", "_backpack_root", "_backpack_batch_dim", "_backpack_debug")
+_ATTRIBUTES = ("_backpack_extend", "_backpack_root", "_backpack_batch_dim")
 
 
 def extend(
@@ -36,8 +37,6 @@ def extend(
             f"extend expects a torch.nn.Module instance, but got {module!r}"
             + ("; instantiate it first" if isinstance(module, type) else "")
         )
-    import torch
-
     for each in module.modules():
         if isinstance(each, torch.jit.ScriptModule):
             continue
@@ -46,7 +45,6 @@ def extend(
         if "_backpack_extend" not in each.__dict__:
             each.register_forward_pre_hook(before_forward, with_kwargs=True)
         each.__dict__.update(_backpack_extend=True, _backpack_batch_dim=batch_dim)
-        each.__dict__.update(_backpack_debug=debug)
     module.__dict__["_backpack_root"] = True
     return module
 

@@ -57,9 +57,6 @@ class Backward(NamedTuple):
     unprojected: Tensor | None = None
 
 
-Step = Callable[[Layer, Tensor, "tuple[Tensor, ...]"], "tuple[Tensor, ...]"]
-
-
 def _previous(h0: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([h0.unsqueeze(1), hidden[:, :-1]], 1)
 
@@ -190,28 +187,22 @@ def gru_cell(
     return n + z * (h - n)
 
 
-def rnn_tanh_cell(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """One step of a network with tanh."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
+def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def cell(
+        x: Tensor,
+        h: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        """One step of a network with one nonlinearity."""
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
+
+    return cell
 
 
-def rnn_relu_cell(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """One step of a network with ReLU."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
+rnn_tanh_cell, rnn_relu_cell = _rnn_cell(torch.tanh), _rnn_cell(torch.relu)
 
 
 def hidden_states(name: str, layer: Layer, x: Tensor, h0: Tensor, c0: Tensor | None) -> Tensor:
