@@ -441,11 +441,33 @@ class _Recorder(TorchFunctionMode):
             return
         owner = self.recording.module()
         is_loss = any(f is t for t in self.recording.arguments)
-        rule = partial(LOSSES[func], axis, *args, **kwargs)
+        rule = _without_logits(func, axis, args, kwargs, node)
         record = LossRecord(rule, get_gradient_edge(f), owner if is_loss else None)
         notes(node)[LOSS] = record
         recording = self.recording
         node.register_prehook(lambda grads: _on_backward(recording, record, grads))
+
+
+def _without_logits(
+    func: Any, axis: Batch, args: tuple, kwargs: dict[str, Any], node: Node
+) -> Callable[[], LossHessian | None]:
+    """The rule of a loss, holding no more than autograd does.
+
+    Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
+    """
+    logits_node = args[0].grad_fn if args else None
+    below: Node | None = node if func is torch.nn.functional.cross_entropy else None
+    while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
+        below = below.next_functions[0][0] if below.next_functions else None
+    if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
+        return partial(LOSSES[func], axis, *args, **kwargs)
+    logits, rest, saved = weakref.ref(args[0]), args[1:], below
+
+    def rule() -> LossHessian | None:
+        f = logits()
+        return LOSSES[func](axis, saved._saved_result if f is None else f, *rest, **kwargs)  # type: ignore[attr-defined]
+
+    return rule
 
 
 def _repeats(old: Tensor, out: Tensor) -> list[int]:
