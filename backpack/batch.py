@@ -116,7 +116,7 @@ class Batch:
 
     def losing(self, why: str) -> Batch:
         """The axis after an operation that leaves its place unknown."""
-        return replace(self, lost=why)
+        return _lost_axis(self, why) if self.picked is None else replace(self, lost=why)
 
     def split(self, tensor: Tensor, lead: int = 0) -> Tensor:
         """Bring samples to the front: ``[*lead, *shape] -> [*lead, N, k, *rest]``.
@@ -169,6 +169,11 @@ def regular_axis(
 ) -> Batch:
     """A sample axis in regular order; the same object for the same arguments."""
     return Batch(size, dim, outer, inner, tentative)
+
+
+@lru_cache(4096)
+def _lost_axis(batch: Batch, why: str) -> Batch:
+    return replace(batch, lost=why)
 
 
 class _Inputs(threading.local):

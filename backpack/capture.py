@@ -68,31 +68,67 @@ class Source(NamedTuple):
     linear: bool
 
 
-@dataclass(eq=False)
 class Tap:
     """One operation in which parameters meet data.
 
     Attributes:
-        op: name of the operation.
+        func: the operation.
         place: which of its node's outputs.
         batch: sample axis of the output.
-        sources: what it is differentiated with respect to; empty once released.
         inputs: nodes of the data-dependent inputs, where the graph goes on downwards.
         recording: the forward pass it belongs to.
+        released: whether autograd has passed and freed its buffers.
     """
 
-    op: str
-    place: int
-    batch: Batch
-    sources: list[Source]
-    inputs: tuple[Node, ...]
-    recording: Recording
-    released: bool = False
+    __slots__ = (
+        *("func", "place", "batch", "inputs", "recording", "released"),
+        *("_sources", "_args", "__weakref__"),
+    )
+
+    def __init__(
+        self,
+        func: Any,
+        place: int,
+        batch: Batch,
+        inputs: tuple[Node, ...],
+        recording: Recording,
+        sources: list[Source] | None = None,
+        args: tuple | None = None,
+    ) -> None:
+        self.func = func
+        self.place = place
+        self.batch = batch
+        self.inputs = inputs
+        self.recording = recording
+        self.released = False
+        self._sources = sources
+        # A plain layer: all else is known from its arguments, once it is asked for.
+        self._args = args
+
+    @property
+    def op(self) -> str:
+        """Name of the operation."""
+        return getattr(self.func, "__name__", str(self.func))
+
+    @property
+    def sources(self) -> list[Source]:
+        """What it is differentiated with respect to; empty once released."""
+        if self._sources is None:
+            assert self._args is not None
+            axes, entered.axes = entered.axes, {id(self._args[0]): self.batch}
+            pairs = RULES[self.func](self.batch, *self._args) or ()
+            entered.axes = axes
+            self._sources = [
+                Source(tensor, None, form, True)
+                for tensor, form in pairs
+                if tensor is not None and tensor.requires_grad
+            ]
+            self._args = None
+        return self._sources
 
     def release(self) -> None:
         """Let go of the inputs, as autograd does once it has passed."""
-        self.sources = []
-        self.released = True
+        self._sources, self._args, self.released = [], None, True
 
 
 @dataclass(slots=True, eq=False)
@@ -234,8 +270,16 @@ class _Recorder(TorchFunctionMode):
         self.live = True
         module = recording.module()
         assert module is not None
-        # Only the outermost call needs a hook behind it.
-        self.hook = module.register_forward_hook(after_forward, always_call=True)
+        # Modules extended by name have this hook; of the others only the outermost needs it.
+        self.hook: Any = None
+        if "_backpack_root" not in module.__dict__:
+            self.hook = module.register_forward_hook(after_forward, always_call=True)
+
+    def close(self) -> None:
+        """See no more."""
+        self.live = False
+        if self.hook is not None:
+            self.hook.remove()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -244,13 +288,13 @@ class _Recorder(TorchFunctionMode):
         if route is not None and self.live:
             return route(self, func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
+        if not self.live:
+            return out
         if type(out) is Tensor:
-            if not self.live:
-                return out
-            # Nearly all calls: one argument depends on the data, and no parameter is near.
+            # Nearly all calls: one argument depends on the data, the others are parameters or none.
             first, several, sources = None, False, False
             axes = entered.axes
-            for a in args:
+            for a in (*args, *kwargs.values()) if kwargs else args:
                 if isinstance(a, Tensor):
                     batch = getattr(a, MARK, None) or axes.get(id(a))
                     if batch is None:
@@ -261,23 +305,53 @@ class _Recorder(TorchFunctionMode):
                         several = True
                 elif type(a) is list or type(a) is tuple:
                     several = several or not all(type(each) is int for each in a)
-            if kwargs or several or sources or func in _WATCHED or func in LOSSES:
+            if several or func in _WATCHED or func in LOSSES:
                 self._look(func, args, kwargs or {}, out)
             elif first is None:
-                if func in FACTORIES:
+                if sources:
+                    self._look(func, args, kwargs or {}, out)
+                elif func in FACTORIES:
                     self._note(func, args, kwargs or {}, out, 0, [], [])
-            elif axis.lost is None:
+            elif axis.lost is not None:
+                if sources:
+                    self._look(func, args, kwargs or {}, out)
+                elif first.requires_grad:
+                    out._backpack_batch = axis  # type: ignore[attr-defined]
+            else:
                 mover = MOVERS.get(func)
-                found: Batch | None = axis if mover is None else mover(axis, first, out, args, {})
+                found: Batch | None = axis
+                if mover is not None:
+                    found = mover(axis, first, out, args, kwargs or {})
                 if found is None or found.lost or not found.fits(out.shape) or func in ELEMENTWISE:
-                    found, _ = propagate(func, args, {}, out, [(first, axis)])
+                    found, _ = propagate(func, args, kwargs or {}, out, [(first, axis)])
                 if found is not None:
-                    out._backpack_batch = found  # type: ignore[attr-defined]
-            elif first.requires_grad:
-                out._backpack_batch = axis  # type: ignore[attr-defined]
-        elif self.live and type(out) not in _PLAIN:
+                    if sources and (kwargs or not self._layer(func, args, out, found, first)):
+                        self._look(func, args, kwargs or {}, out)
+                    else:
+                        out._backpack_batch = found  # type: ignore[attr-defined]
+                elif sources:
+                    self._look(func, args, kwargs or {}, out)
+        elif type(out) not in _PLAIN:
             self._look(func, args, kwargs or {}, out)
         return out
+
+    def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
+        """The usual tap, a layer with a weight of its own; ``False``: look closer."""
+        if func not in _LAYERS or input is not args[0] or out._base is not None:
+            return False
+        weight, bias = args[1], args[2] if len(args) > 2 else None
+        if not weight.requires_grad or weight.grad_fn is not None:
+            return False
+        if bias is not None and bias.grad_fn is not None:
+            return False
+        inputs: tuple[Node, ...] = ()
+        if input.requires_grad:
+            inputs = (input.grad_fn or get_gradient_edge(input).node,)
+        recording = self.recording
+        tap = Tap(func, 0, batch, inputs, recording, args=args)
+        out.grad_fn.metadata[TAPS] = [tap]  # type: ignore[union-attr, index]
+        recording.taps.append(weakref.ref(tap))
+        return True
 
     def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call with all its arguments and results."""
@@ -327,7 +401,11 @@ class _Recorder(TorchFunctionMode):
         if node is None:
             return
         if func in LOSSES:
-            self._loss(func, args, kwargs, node, marked)
+            f = kwargs.get("input", args[0] if args else None)
+            axis = batch_of(f) if isinstance(f, Tensor) else None
+            own = any(f is t for t in recording.arguments)
+            module = recording.module() if own else None
+            _note_loss(recording, func, axis, args, kwargs, node, module)
         elif func in _BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in _BENDS and len(marked) == 1 and not batch.lost:
@@ -434,18 +512,24 @@ class _Recorder(TorchFunctionMode):
             forms: list[tuple[Tensor, ToForm]] = [(old, lambda g: Dense(_unexpand(g, shape, repeats)))]
             _store(self.recording, func, node, out.output_nr, batch, forms, (), True)
 
-    def _loss(self, func: Any, args: tuple, kwargs: dict[str, Any], node: Node, marked: list) -> None:
-        f = kwargs.get("input", args[0] if args else None)
-        axis = batch_of(f) if isinstance(f, Tensor) else None
-        if f is None or axis is None or axis.lost or not f.requires_grad:
-            return
-        owner = self.recording.module()
-        is_loss = any(f is t for t in self.recording.arguments)
-        rule = _without_logits(func, axis, args, kwargs, node)
-        record = LossRecord(rule, get_gradient_edge(f), owner if is_loss else None)
-        notes(node)[LOSS] = record
-        recording = self.recording
-        node.register_prehook(lambda grads: _on_backward(recording, record, grads))
+
+def _note_loss(
+    recording: Recording,
+    func: Any,
+    axis: Batch | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+    node: Node,
+    module: nn.Module | None,
+) -> None:
+    """Remember how to find the Hessian of a loss."""
+    f: Tensor = args[0] if args else kwargs["input"]
+    if axis is None or axis.lost or not f.requires_grad:
+        return
+    rule = _without_logits(func, axis, args, kwargs, node)
+    record = LossRecord(rule, get_gradient_edge(f), module)
+    notes(node)[LOSS] = record
+    node.register_prehook(lambda grads: _on_backward(recording, record, grads))
 
 
 def _without_logits(
@@ -514,6 +598,11 @@ def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
 
+# Layers: the input, a weight, perhaps a bias, and options; one node of one output.
+_LAYERS = frozenset(
+    {torch.nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}
+    | {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
+)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
@@ -582,9 +671,8 @@ def _store(
     inputs: tuple[Node, ...],
     linear: bool,
 ) -> None:
-    name = getattr(func, "__name__", str(func))
     sources = [_source(tensor, form, linear) for tensor, form in pairs]
-    tap = Tap(name, output_nr, batch, sources, inputs, recording)
+    tap = Tap(func, output_nr, batch, inputs, recording, sources)
     kept = notes(node)
     if TAPS in kept:
         kept[TAPS].append(tap)
@@ -646,18 +734,16 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
             return
         # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
         # others on torch's stack: it stays there, and passes everything on.
-        recorder.live = False
-        recorder.hook.remove()
+        recorder.close()
         _state.recorder, entered.axes = None, {}
-    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if compiling or not (_state.enabled and torch.is_grad_enabled()):
+    if not _recordable():
         return
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
     axes: dict[int, Batch] = {}
     tensors = list(_flatten((args, kwargs)))
     # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.
-    leaves = [t for t in tensors if isinstance(t, nn.Parameter)]
+    leaves = [t for t in tensors if type(t) is not Tensor and isinstance(t, nn.Parameter)]
     own = list(module.parameters()) if len(leaves) == len(tensors) else leaves
     for tensor in tensors:
         recording.arguments.append(tensor)
@@ -675,6 +761,11 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     entered.axes = axes
     _state.recorder = _Recorder(recording)
     _state.recorder.__enter__()
+
+
+def _recordable() -> bool:
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _state.enabled and torch.is_grad_enabled() and not compiling
 
 
 def _calls_running(module: nn.Module | None) -> int:
@@ -703,16 +794,46 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
         node = tensor.grad_fn
         if node is None:
             continue
-        border = Border(recording, tensor.output_nr, batch_of(tensor), tensor.shape)
-        notes(node).setdefault(BORDER, []).append(border)
-        node.register_prehook(lambda grads: _on_backward(recording, None, grads))
+        border, kept = Border(recording, tensor.output_nr, batch_of(tensor), tensor.shape), notes(node)
+        kept.setdefault(BORDER, []).append(border)
+        if LOSS not in kept:  # which is listened to
+            node.register_prehook(lambda grads: _on_backward(recording, None, grads))
+
+
+# Loss modules that do nothing but call one function: by their hook, without a mode.
+LOSS_MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (
+        torch.nn.functional.cross_entropy,
+        ("weight", "ignore_index", "reduction", "label_smoothing"),
+    ),
+    nn.MSELoss: (torch.nn.functional.mse_loss, ("reduction",)),
+    nn.BCEWithLogitsLoss: (
+        torch.nn.functional.binary_cross_entropy_with_logits,
+        ("weight", "pos_weight", "reduction"),
+    ),
+}
+
+
+def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook of extended loss modules in :data:`LOSS_MODULES`."""
+    node = output.grad_fn
+    if node is None or _state.recorder is not None or not _recordable():
+        return
+    func, names = LOSS_MODULES[type(module)]
+    f = args[0] if args else kwargs["input"]
+    axis, dim = batch_of(f), module.__dict__.get("_backpack_batch_dim", 0)
+    if axis is None and f.dim() > dim:
+        axis = regular_axis(f.shape[dim], dim)
+    recording = Recording(weakref.ref(module), None, dim)
+    options = {name: getattr(module, name) for name in names}
+    _note_loss(recording, func, axis, args, {**kwargs, **options}, node, module)
 
 
 def _close() -> None:
     recorder = _state.recorder
     assert recorder is not None
     _state.recorder = None
-    recorder.hook.remove()
+    recorder.close()
     recorder.__exit__(None, None, None)
     entered.axes = {}
     recorder.recording.arguments.clear()

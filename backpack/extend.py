@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from backpack.capture import before_forward
+from backpack.capture import LOSS_MODULES, after_forward, after_loss, before_forward
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_HOOKS = (before_forward, after_forward, after_loss)
 _ATTRIBUTES = ("_backpack_extend", "_backpack_root", "_backpack_batch_dim")
 
 
@@ -19,9 +20,9 @@ def extend(
 ) -> Module:
     """Make a model or a loss function visible to :class:`backpack.backpack`.
 
-    The module is changed in place (a hook on it and on each submodule) and returned. It computes
-    what it did before; its ``state_dict`` is the same; copies and pickles of it are extended too.
-    Extending again is harmless.
+    The module is changed in place (hooks on it and on each submodule with parameters) and returned.
+    It computes what it did before; its ``state_dict`` is the same; copies and pickles of it are
+    extended too. Extending again is harmless.
 
     Args:
         module: any module.
@@ -42,20 +43,35 @@ def extend(
             continue
         if debug:
             print(f"[DEBUG] Extending {each}")
-        if "_backpack_extend" not in each.__dict__:
-            each.register_forward_pre_hook(before_forward, with_kwargs=True)
+        if each is module or next(each.parameters(), None) is not None:
+            _arm(each)
         each.__dict__.update(_backpack_extend=True, _backpack_batch_dim=batch_dim)
-    module.__dict__["_backpack_root"] = True
+    if before_forward in module._forward_pre_hooks.values() and "_backpack_root" not in module.__dict__:
+        module.register_forward_hook(after_forward, always_call=True)
+        module.__dict__["_backpack_root"] = True
     return module
+
+
+def _arm(module: nn.Module) -> None:
+    if type(module) in LOSS_MODULES:
+        if after_loss not in module._forward_hooks.values():
+            module.register_forward_hook(after_loss, with_kwargs=True)
+    elif before_forward not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before_forward, with_kwargs=True)
 
 
 def unextend(module: Module) -> Module:
     """Undo :func:`extend` for a module and its submodules."""
     for each in module.modules():
-        hooks = each._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is before_forward]:
-            del hooks[key]
-            each._forward_pre_hooks_with_kwargs.pop(key, None)
+        before = (each._forward_pre_hooks, each._forward_pre_hooks_with_kwargs)
+        after = (
+            *(each._forward_hooks, each._forward_hooks_with_kwargs),
+            each._forward_hooks_always_called,
+        )
+        for hooks, *marks in (before, after):
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                for kept in (hooks, *marks):
+                    kept.pop(key, None)  # type: ignore[attr-defined]
         for name in _ATTRIBUTES:
             each.__dict__.pop(name, None)
     return module

@@ -1,9 +1,10 @@
 """What ``extend`` alone costs: forward and backward, plain and extended in turns.
 
-    python -m benchmarks.overhead [--rounds 200] [--profile]
+    python -m benchmarks.overhead [--models cnn gpt2] [--rounds 200] [--profile]
 
-Ratios of the fastest and of the median round. Both models do the same work in the same process, in
-turns whose order alternates, so that other processes slow down both.
+Three copies do the same work in the same process, in turns whose order rotates: two plain ones and an
+extended one. Ratios to the first plain copy of the fastest round, and one plus the median of the
+differences within a round; the second plain copy shows how far such numbers are to be trusted.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ MODELS = {
 }
 
 
-def steps(make: Callable[[], tuple]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The same training step with a plain and an extended copy."""
+def steps(make: Callable[[], tuple]) -> list[Callable[[], None]]:
+    """The same training step with two plain copies and an extended one."""
 
     def step(model: nn.Module, lossfunc: nn.Module) -> Callable[[], None]:
         def run() -> None:
@@ -68,22 +69,31 @@ def steps(make: Callable[[], tuple]) -> tuple[Callable[[], None], Callable[[], N
 
     torch.manual_seed(0)
     model, lossfunc, X, y = make()
-    return step(copy.deepcopy(model), copy.deepcopy(lossfunc)), step(extend(model), extend(lossfunc))
+    copies = [copy.deepcopy((model, lossfunc)) for _ in range(3)]
+    copies[2] = (extend(copies[2][0]), extend(copies[2][1]))
+    return [step(*each) for each in copies]
 
 
-def measure(pair: tuple[Callable[[], None], Callable[[], None]], rounds: int) -> tuple[list, list]:
-    """Seconds of every round of both."""
-    times: tuple[list[float], list[float]] = ([], [])
+def measure(runs: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of every round of each."""
+    times: list[list[float]] = [[] for _ in runs]
     gc.collect()
     gc.disable()
     for j in range(-5, rounds):
-        for which in (0, 1) if j % 2 else (1, 0):
+        order = [(j + k) % len(runs) for k in range(len(runs))]
+        for which in order if j % 2 else reversed(order):
             start = time.perf_counter()
-            pair[which]()
+            runs[which]()
             if j >= 0:
                 times[which].append(time.perf_counter() - start)
     gc.enable()
     return times
+
+
+def ratios(plain: list[float], other: list[float]) -> str:
+    """Fastest to fastest, and from the median difference within a round."""
+    difference = median(b - a for a, b in zip(plain, other, strict=True))
+    return f"{min(other) / min(plain):10.3f}{1 + difference / median(plain):8.3f}"
 
 
 def profile(step: Callable[[], None], count: int = 50) -> None:
@@ -99,23 +109,25 @@ def profile(step: Callable[[], None], count: int = 50) -> None:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    print(f"{'model':8}{'plain ms':>10}{'extended':>10}{'min ratio':>11}{'median':>8}{'target':>8}")
-    for name, (make, target) in MODELS.items():
-        pair = steps(make)
+    print(f"{'':10}{'plain':>10}{'plain again':>18}{'extended':>18}{'':>8}")
+    print(f"{'model':10}{'median ms':>10}" + f"{'fastest':>10}{'median':>8}" * 2 + f"{'target':>8}")
+    for name in arguments.models:
+        make, target = MODELS[name]
+        runs = steps(make)
         for _ in range(arguments.repeats):
-            plain, extended = measure(pair, arguments.rounds)
-            fastest, middle = min(extended) / min(plain), median(extended) / median(plain)
+            plain, again, extended = measure(runs, arguments.rounds)
             print(
-                f"{name:8}{1e3 * min(plain):10.2f}{1e3 * min(extended):10.2f}"
-                f"{fastest:11.3f}{middle:8.3f}{target:8.2f}"
+                f"{name:10}{1e3 * median(plain):10.2f}{ratios(plain, again)}{ratios(plain, extended)}"
+                f"{target:8.2f}"
             )
         if arguments.profile:
-            profile(pair[1])
+            profile(runs[2])
 
 
 if __name__ == "__main__":
