@@ -21,7 +21,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack import capture, hessian, products
+from backpack import capture, chain, hessian, products
 from backpack.backprop import (
     COLUMN_BYTES,
     Graph,
@@ -33,10 +33,11 @@ from backpack.backprop import (
 )
 from backpack.capture import LossRecord, Recording, Source, Tap
 from backpack.factors import Dense, Form, Pullback, merge
-from backpack.losses import differentiate_twice
+from backpack.losses import Differentiated, differentiate_twice
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product, Variance
 
 ExtensionHook = Callable[[nn.Module], None]
+_BY_COLUMNS = ("exact", "sampled", "averaged")
 
 
 class backpack:  # noqa: N801
@@ -309,10 +310,9 @@ class Run:
                 "compute (extend(model) before its forward pass, which must not run in disable())",
                 stacklevel=2,
             )
-        if graph.outputs and any(kind.name in ("exact", "sampled") for kind in self.second_order):
+        if graph.outputs and any(kind.name in _BY_COLUMNS for kind in self.second_order):
             self._differentiate(roots, graph)
-        if Kind("hessian") in self.second_order:
-            self._hessian(roots)
+        self._hessian(roots)
         if Kind("product") in self.second_order:
             self._products(roots, graph)
 
@@ -493,7 +493,7 @@ class Run:
         # A loss inside the model, or within another loss, is an operation like any other.
         if node in self.graph.losses and node not in self.absorbed:
             self.columns([record.edge], record.hessian, grad)
-        if self.block.roots is None and Kind("hessian") in self.second_order:
+        if self.block.roots is None:
             self._hessian([(edge, grad)])
         hook = self.block.owner.extension_hook
         if hook is not None and record.module is not None:
@@ -501,40 +501,75 @@ class Run:
 
     def _hessian(self, starts: list[tuple[GradientEdge, Tensor]]) -> None:
         leaves = list(self.leaves.values())
-        exts = self.second_order[Kind("hessian")]
-        per_sample = any(ext.savefield == "diag_h_batch" for ext in exts)
-        with self._nested():
-            for leaf, form, sign in hessian.diagonal(starts, leaves, per_sample):
-                self._reduce(leaf, exts, form, sign)
+        for kind, exts in self.second_order.items():
+            per_sample = any(ext.savefield.endswith("_batch") for ext in exts)
+            with self._nested():
+                if kind.name == "hessian":
+                    found = hessian.diagonal(starts, leaves, per_sample)
+                elif kind.name == "sampled_hessian":
+                    found = hessian.sampled(starts, leaves, per_sample, *kind[1:])
+                else:
+                    continue
+                for leaf, form, sign in found:
+                    self._reduce(leaf, exts, form, sign)
 
     def columns(self, starts: list[GradientEdge], loss: Any, grad: Tensor) -> None:
         """Carry the columns of one loss to all taps and reduce them there."""
         uses = (use for leaf in self.leaves.values() for use in leaf.uses)
         taps = list({id(tap): (node, tap) for node, tap, _ in uses}.values())
-        targets = [GradientEdge(node, tap.place) for node, tap in taps]
-        if not targets:
+        if not taps:
             return
+        targets = [GradientEdge(node, tap.place) for node, tap in taps]
         for kind, exts in self.second_order.items():
-            if kind.name in ("hessian", "product"):
+            if kind.name not in _BY_COLUMNS:
                 continue
-            if kind.name == "exact":
-                chunks: Iterable[Any] = loss.columns(grad, self._chunk(loss, targets))
+            if kind.name == "averaged":
+                self._averaged(starts, loss, grad, [tap for _, tap in taps], exts)
+                continue
+            drawn = [loss.sampled(grad, *kind[1:])] if kind.name == "sampled" else None
+            for refining in (False, True):
+                some = [ext for ext in exts if ext.refines] if refining else exts
+                chunks = drawn or loss.columns(grad, self._chunk(loss, targets))
+                for chunk in chunks if some else ():
+                    with self._nested():
+                        parts = [chunk] if isinstance(chunk, Tensor) else chunk
+                        arrived = carry(starts, targets, parts)
+                        at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
+                        del arrived
+                        self._arrived(at, len(parts[0]), some, refining)
+
+    def _arrived(
+        self, at: dict[int, Tensor | None], columns: int, exts: list[BackpropExtension], refining: bool
+    ) -> None:
+        """Reduce columns that have arrived at all taps."""
+        for leaf in self.leaves.values():
+            form = self._form(leaf, at)
+            if refining:
+                for ext in exts:
+                    if form is not None:
+                        state = leaf.states[ext.savefield]
+                        leaf.states[ext.savefield] = ext.refine(state, form)
+            elif form is not None:
+                self._reduce(leaf, exts, form)
             else:
-                chunks = [loss.sampled(grad, kind.mc_samples, kind.generator)]
-            for chunk in chunks:
-                with self._nested():
-                    parts = [chunk] if isinstance(chunk, Tensor) else chunk
-                    arrived = carry(starts, targets, parts)
-                    at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
-                    del arrived
-                    for leaf in self.leaves.values():
-                        form = self._form(leaf, at)
-                        if form is not None:
-                            self._reduce(leaf, exts, form)
-                            continue
-                        shape = (len(parts[0]), leaf.samples, *leaf.parameter.shape)
-                        zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
-                        self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
+                shape = (columns, leaf.samples, *leaf.parameter.shape)
+                zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
+                self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
+
+    def _averaged(
+        self,
+        starts: list[GradientEdge],
+        loss: Any,
+        grad: Tensor,
+        taps: list[Tap],
+        exts: list[BackpropExtension],
+    ) -> None:
+        if len(starts) > 1 or isinstance(loss, Differentiated):
+            raise NotImplementedError("kfra needs one model output and a loss with a known Hessian")
+        with self._nested():
+            columns = loss.columns(grad, self._chunk(loss, starts))
+            at = chain.averaged(starts[0], loss.batch.size, columns, taps)
+            self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
 
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
         if self.block.owner.chunk_size is not None:
@@ -617,10 +652,12 @@ class Run:
             return
         form = merge(forms)
         whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
+        others = [ext for ext in self.first_order if ext.written_out]
         with self._nested():
-            if whole and len(self.first_order) > 1:
+            self._reduce(leaf, [ext for ext in self.first_order if not ext.written_out], form)
+            if whole and len(others) > 1:
                 form = Dense(form.dense())  # written out anyway: it serves the others too
-            self._reduce(leaf, self.first_order, form)
+            self._reduce(leaf, others, form)
             if any(isinstance(ext, Variance) for ext in self.first_order):
                 if self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside:
                     leaf.total = form.total()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from torch import Tensor
 # A block of G is squared and summed while it is in the processor's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 LARGEST_FACTOR = 2**14
+
+
+# How positions that share a weight enter its Kronecker factors; None: as in the original library.
+Sharing = Literal["expand", "reduce"] | None
 
 
 class Factor(NamedTuple):
@@ -102,7 +106,7 @@ class Form(ABC):
             parts[n.start] = parts[n.start] + part if n.start in parts else part
         return torch.cat([parts[start] for start in sorted(parts)] or [self.like.new_zeros(0)])
 
-    def kronecker(self) -> list[Factor]:
+    def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """Factors whose Kronecker product is, or approximates, ``sum_{v,n} G G^T``."""
         size = self.shape.numel()
         if size > LARGEST_FACTOR:
@@ -113,6 +117,25 @@ class Form(ABC):
             )
         g = self.dense().reshape(-1, size)
         return [Factor(g.mT @ g, True)]
+
+    def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
+        """``sum_{v,n} (Q_1^T G Q_2)^2``, ``G`` as the matrix that the factors of :meth:`kronecker` fit.
+
+        Args:
+            bases: for every factor a matrix of its size, with orthonormal columns.
+
+        Returns:
+            One number for each pair of columns of the bases (each column, for one factor).
+        """
+        sizes = [len(basis) for basis in bases]
+        result = self.like.new_zeros(sizes)
+        for _, _, g in self.blocks():
+            result = result + _rotated(g.reshape(*g.shape[:2], *sizes), bases).square().sum((0, 1))
+        return result
+
+
+def _rotated(g: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    return g @ bases[0] if len(bases) == 1 else bases[0].mT @ g @ bases[1]
 
 
 def _signed(squares: Tensor, sign: Tensor | None, v: slice, n: slice) -> Tensor:
@@ -227,14 +250,36 @@ class Outer(Form):
             return (gram * (self.a @ self.a.mT)).sum((1, 2, 3))
         return super().squared_norms()
 
-    def kronecker(self) -> list[Factor]:
-        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``."""
-        g = self.g[:, :, :, 0] if self.positions == 1 else self.g.sum(3)
-        g = g.flatten(2).flatten(0, 1)
-        a = self.a.flatten(0, 2)
-        output = Factor(g.mT @ g, True)
-        inputs = Factor(a.mT @ a / (self.samples * self.a.shape[1]), False)
+    def kronecker(self, sharing: Sharing = None) -> list[Factor]:
+        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``.
+
+        With ``"expand"``, ``B = sum_{v,n,s} g g^T`` and ``A`` is divided by ``s`` too; with
+        ``"reduce"``, ``A = 1/(N q) sum_{n,q} (mean_s a)(mean_s a)^T``.
+        """
+        a, g, count = self.a, self.g, self.samples * self.a.shape[1]
+        if sharing == "expand":
+            g, count = g.transpose(2, 3).flatten(1, 2), count * max(self.positions, 1)
+        else:
+            g = g[:, :, :, 0] if self.positions == 1 else g.sum(3)
+        if sharing == "reduce":
+            a = a.mean(2, keepdim=True)
+        g, a = g.flatten(2).flatten(0, 1), a.flatten(0, 2)
+        output, inputs = Factor(g.mT @ g, True), Factor(a.mT @ a / count, False)
         return [inputs, output] if self.layout.kind == "columns" else [output, inputs]
+
+    def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
+        """Of one group, by rotating its sides."""
+        columns = self.layout.kind == "columns"
+        outputs, inputs = reversed(bases) if columns else bases
+        if self.g.shape[2] == 1:
+            shape = torch.Size((len(outputs), len(inputs)))
+            squares = Outer(self.a @ inputs, self.g @ outputs, Layout(shape)).square_sum()
+        else:
+            squares = self.like.new_zeros(len(outputs), len(inputs))
+            for g in self.g:
+                matrix = (g.mT @ self.a).flatten(1, 2)
+                squares = squares + _rotated(matrix, (outputs, inputs)).square().sum(0)
+        return squares.mT if columns else squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,13 +369,19 @@ class Lookup(Form):
         samples, _, g = self._touched()
         return g.new_zeros(self.samples).index_add(0, samples, (g * g).sum((0, 2)))
 
-    def kronecker(self) -> list[Factor]:
+    def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """As for a matrix that multiplies one-hot vectors: ``[A, B]``, ``A`` the row frequencies."""
         if self.shape[0] > LARGEST_FACTOR:
             return super().kronecker()
-        g = self.g.sum(2).flatten(0, 1)
+        positions = self.index.shape[1]
+        g = (self.g.flatten(1, 2) if sharing == "expand" else self.g.sum(2)).flatten(0, 1)
+        if sharing == "reduce":
+            ones = g.new_full(self.index.shape, 1 / max(positions, 1))
+            a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
+            return [Factor(a.mT @ a / self.samples, False), Factor(g.mT @ g, True)]
         counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
-        return [Factor(torch.diag(counts / self.samples), False), Factor(g.mT @ g, True)]
+        count = self.samples * (max(positions, 1) if sharing == "expand" else 1)
+        return [Factor(torch.diag(counts / count), False), Factor(g.mT @ g, True)]
 
 
 @dataclass(frozen=True, eq=False)

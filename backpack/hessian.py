@@ -11,11 +11,14 @@ exact ways, from cheap to general:
 * *output Hessian*: for a parameter that enters linearly and once, ``sum_k (J^T e_k)(J^T H e_k)``,
   with ``H e_k`` by differentiating twice at the tap's output, for all samples at once.
 * *parameter Hessian*: entry by entry, by differentiating the gradient.
+
+And one by chance, :func:`sampled`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -72,10 +75,8 @@ def diagonal(
     path = Path([edge.node for edge, _ in starts])
     clean, by_output, by_entry = [], [], []
     for leaf in leaves:
-        single = len(leaf.uses) == 1
-        linear = all(s.linear and s.edge is None for _, _, s in leaf.uses)
-        apart = single or not path.nested({node for node, _, _ in leaf.uses})
-        if linear and apart and all(node not in path.curved_above for node, _, _ in leaf.uses):
+        linear, single = path.linear_in(leaf), len(leaf.uses) == 1
+        if linear and all(node not in path.curved_above for node, _, _ in leaf.uses):
             clean.append(leaf)
         elif linear and single:
             by_output.append(leaf)
@@ -92,7 +93,7 @@ def diagonal(
     for leaf in by_output:
         yield from _output_hessian(starts, leaf)
     for leaf in by_entry:
-        yield from _parameter_hessian(starts, path, leaf, per_sample)
+        yield from _parameter_hessian(starts, path, leaf, per_sample, _entries)
 
 
 def _output_size(leaf: Leaf) -> int:
@@ -174,6 +175,11 @@ class Path:
                 stack.append((node, True))
                 stack += [(child, False) for child in self._children(node)]
         return list(reversed(done))
+
+    def linear_in(self, leaf: Leaf) -> bool:
+        """Whether a parameter enters linearly, and not on top of another use of it."""
+        linear = all(s.linear and s.edge is None for _, _, s in leaf.uses)
+        return linear and not (len(leaf.uses) > 1 and self.nested({node for node, _, _ in leaf.uses}))
 
     def nested(self, nodes: set[Node]) -> bool:
         """Whether one of the nodes lies below another."""
@@ -305,15 +311,103 @@ def _output_hessian(
         (curved,) = carry(get_gradient_edge(gradient), [edge], basis)
         if curved is None:
             return
-        # a b = ((a + b)^2 - (a - b)^2) / 4, with a and b of one size per sample
-        norms = batch.split(curved, 1).flatten(2).norm(dim=2)
-        balance = torch.where(norms > 0, norms, 1).sqrt() / 2**0.5
-        scale = batch.join(
-            balance.reshape(len(k), shape[0], *(1 for _ in shape[1:])).expand(len(k), *shape), 1
+        pairs, sign = _polarised([(batch, basis, curved)])
+        yield leaf, source.form(pairs[0]), sign
+
+
+def _polarised(
+    products: Sequence[tuple[Batch, Tensor, Tensor]],
+) -> tuple[list[Tensor], Tensor]:
+    """Products of columns as signed squares: ``2 a b = ((a + b)^2 - (a - b)^2) / 2``.
+
+    Args:
+        products: sample axis and columns ``a``, ``b`` of every operation, ``[v, *output.shape]``.
+
+    Returns:
+        Columns ``[2 v, *output.shape]`` for each, and their signs ``[2 v, n]``.
+    """
+
+    def norms(which: int) -> Tensor:
+        parts = [batch.split(ab[which], 1).flatten(2).square().sum(2) for batch, *ab in products]
+        return sum(parts[1:], parts[0]).sqrt()
+
+    # a and b of one size per sample: the difference of squares loses few digits
+    a, b = norms(0), norms(1)
+    ratio = torch.where((a > 0) & (b > 0), b, 1) / torch.where((a > 0) & (b > 0), a, 1)
+    balance = ratio.sqrt() / 2**0.5
+    columns = []
+    for batch, left, right in products:
+        shape = batch.split(left, 1).shape
+        scale = balance.reshape(*shape[:2], *(1 for _ in shape[2:])).expand(shape)
+        scale = batch.join(scale, 1)
+        left, right = left * scale, right / (2 * scale)
+        columns.append(torch.cat([left + right, left - right]))
+    sign = torch.ones_like(balance)
+    return columns, torch.cat([sign, -sign]) / 2
+
+
+# --------------------------------------------------------------------------------------
+# By random signs
+
+
+def sampled(
+    starts: Sequence[tuple[GradientEdge, Tensor]],
+    leaves: Sequence[Any],
+    per_sample: bool,
+    count: int,
+    generator: torch.Generator | None,
+) -> Iterator[tuple[Any, Form, Tensor | None]]:
+    """Forms whose signed squares sum to an unbiased estimate of the Hessian diagonal.
+
+    ``u`` is drawn at the outputs of operations that are linear in a parameter, and at the parameter
+    itself where one is not: ``E[(J^T u) (J^T H u)] = diag(J^T H J)``, with ``J^T`` linear.
+
+    Args:
+        starts: where backward starts, with the gradients there.
+        leaves: parameters and their uses.
+        per_sample: whether the diagonals of single samples are needed.
+        count: number of draws.
+        generator: source of randomness.
+
+    Yields:
+        Parameter, form and sign ``[v, n]``.
+    """
+    create = torch.is_grad_enabled()
+    path = Path([edge.node for edge, _ in starts])
+    by_output = [leaf for leaf in leaves if path.linear_in(leaf)]
+    taps = {id(tap): (node, tap) for leaf in by_output for node, tap, _ in leaf.uses}
+    edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
+    found = gradients(starts, edges, create_graph=True)
+    known = [g for g in found if g is not None and g.requires_grad]
+    for _ in range(count if known else 0):
+        signs = [None if g is None else _signs(g, generator) for g in found]
+        drawn = [u for u, g in zip(signs, found, strict=True) if g is not None and g.requires_grad]
+        curved = torch.autograd.grad(
+            known, edges, drawn, retain_graph=True, create_graph=create, allow_unused=True
         )
-        a, b = basis * scale, curved / (2 * scale)
-        sign = torch.ones_like(norms)
-        yield leaf, source.form(torch.cat([a + b, a - b])), torch.cat([sign, -sign]) / 2
+        at = {
+            key: (u, torch.zeros_like(u) if c is None else c)
+            for key, u, c in zip(taps, signs, curved, strict=True)
+            if u is not None
+        }
+        for leaf in by_output:
+            uses = [(tap, source) for _, tap, source in leaf.uses if id(tap) in at]
+            if uses:
+                products = [
+                    (tap.batch, *(each.unsqueeze(0) for each in at[id(tap)])) for tap, _ in uses
+                ]
+                columns, sign = _polarised(products)  # type: ignore[arg-type]
+                forms = [source.form(g) for (_, source), g in zip(uses, columns, strict=True)]
+                yield leaf, merge(forms), sign / count
+    for leaf in leaves:
+        if leaf not in by_output:
+            draws = partial(_drawn_entries, count=count, generator=generator)
+            yield from _parameter_hessian(starts, path, leaf, per_sample, draws)
+
+
+def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    bits = torch.randint(2, like.shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)
 
 
 # --------------------------------------------------------------------------------------
@@ -321,20 +415,24 @@ def _output_hessian(
 
 
 def _parameter_hessian(
-    starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaf: Leaf, per_sample: bool
+    starts: Sequence[tuple[GradientEdge, Tensor]],
+    path: Path,
+    leaf: Leaf,
+    per_sample: bool,
+    entries: Callable[[Tensor | None, Tensor, GradientEdge, bool], Tensor],
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     parameter, create = leaf.parameter, torch.is_grad_enabled()
     place = get_gradient_edge(parameter)
     with hooks_suspended(parameter), torch.enable_grad():
         if per_sample:
             values = [
-                _entries(gradient, parameter, place, create)
+                entries(gradient, parameter, place, create)
                 for gradient in _sample_gradients(starts, path, leaf, place)
             ]
         else:
             (gradient,) = gradients(starts, [place], create_graph=True)
             # All samples' diagonal, put on the first.
-            values = [_entries(gradient, parameter, place, create)]
+            values = [entries(gradient, parameter, place, create)]
             values += [torch.zeros_like(values[0])] * (leaf.samples - 1)
         diagonals = torch.stack(values)
     parts = torch.stack([diagonals.clamp(min=0).sqrt(), (-diagonals).clamp(min=0).sqrt()])
@@ -376,3 +474,23 @@ def _entries(gradient: Tensor | None, parameter: Tensor, place: GradientEdge, cr
         )
         found.append(diagonal[j] if row is None else row.flatten()[j])
     return torch.stack(found).reshape(parameter.shape)
+
+
+def _drawn_entries(
+    gradient: Tensor | None,
+    parameter: Tensor,
+    place: GradientEdge,
+    create: bool,
+    count: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    diagonal = torch.zeros_like(parameter)
+    if gradient is None or not gradient.requires_grad:
+        return diagonal
+    for _ in range(count):
+        u = _signs(gradient, generator)
+        (product,) = torch.autograd.grad(
+            *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
+        )
+        diagonal = diagonal if product is None else diagonal + u * product / count
+    return diagonal

@@ -17,13 +17,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from backpack.factors import Factor, Form
+from backpack.factors import Factor, Form, Sharing
 
 
 class Kind(NamedTuple):
     """Which columns a quantity needs; equal kinds share one propagation."""
 
-    name: Literal["gradient", "exact", "sampled", "hessian", "product"]
+    name: Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
     mc_samples: int = 0
     generator: torch.Generator | None = None
 
@@ -53,6 +53,10 @@ class BackpropExtension:
     kind: Kind = Kind("gradient")
     # Whether columns that do not reach a parameter are kept, as zeros.
     every_column: bool = False
+    # Whether a written-out form is as good as a factored one.
+    written_out: bool = True
+    # Whether the columns are looked at again, by `refine`.
+    refines: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
@@ -75,6 +79,10 @@ class BackpropExtension:
     def add(self, state: Any, other: Any) -> Any:
         """The state for the columns of both."""
         return state + other
+
+    def refine(self, state: Any, form: Form) -> Any:
+        """The state after a second look at columns; once :meth:`reduce` has seen all of them."""
+        raise NotImplementedError
 
     def finish(self, state: Any, context: Context) -> Any:
         """The value to save."""
@@ -179,10 +187,12 @@ class Variance(BackpropExtension):
 class _Sampled(BackpropExtension):
     """Monte-Carlo columns."""
 
+    columns: Literal["sampled", "sampled_hessian"] = "sampled"
+
     def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
-        self.kind = Kind("sampled", mc_samples, generator)
+        self.kind = Kind(self.columns, mc_samples, generator)
 
     def get_num_mc_samples(self) -> int:
         """Number of Monte-Carlo samples per data point."""
@@ -298,8 +308,16 @@ class SqrtGGNMC(_Sampled, _SquareRoot):
 
 
 class _Kronecker(BackpropExtension):
+    written_out = False
+    kfac_approx: Sharing = None
+
+    def _choose(self, kfac_approx: Sharing) -> None:
+        if kfac_approx not in (None, "expand", "reduce"):
+            raise ValueError(f"kfac_approx must be 'expand', 'reduce' or None, got {kfac_approx!r}")
+        self.kfac_approx = kfac_approx
+
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Factor]:
-        return form.kronecker()
+        return form.kronecker(self.kfac_approx)
 
     def add(self, state: list[Factor], other: list[Factor]) -> list[Factor]:
         return [
@@ -307,10 +325,10 @@ class _Kronecker(BackpropExtension):
             for a, b in zip(state, other, strict=True)
         ]
 
-    def finish(self, state: list[Factor], context: Context) -> list[Tensor]:
+    def finish(self, state: list[Factor], context: Context) -> Any:
         return [factor.matrix for factor in state]
 
-    def zero(self, context: Context) -> list[Tensor]:
+    def zero(self, context: Context) -> Any:
         p = context.parameter
         sizes = [p.shape[0], p.shape[1:].numel()] if p.dim() > 1 else [p.numel()]
         return [p.new_zeros(size, size) for size in sizes]
@@ -324,10 +342,25 @@ class KFLR(_Kronecker):
     ``a [n, s, i]``: ``B = sum_{v,n} (sum_s g)(sum_s g)^T``, which carries the loss's reduction and is
     the block of the layer's bias; ``A = 1/N sum_{n,s} a a^T``. Exact for one sample and one position.
     For transposed convolutions the pair approximates the block of ``weight.transpose(0, 1)``.
+
+    Args:
+        kfac_approx: what to make of the ``S`` positions that share a weight (Eschenhagen et al., 2023,
+            arXiv:2311.00636). ``None``: as above, the original library's scale. ``"expand"``: they
+            are further samples, ``B = sum_{v,n,s} g g^T`` and ``A = 1/(N S) sum_{n,s} a a^T``;
+            exact for deep linear networks with a square loss at every position.
+            ``"reduce"``: they are averaged, ``A = 1/N sum_n (mean_s a)(mean_s a)^T`` and ``B`` as
+            above; exact for deep linear networks that average positions, with a square
+            loss.
+
+    Raises:
+        ValueError: for another ``kfac_approx``.
     """
 
     savefield = "kflr"
     kind = Kind("exact")
+
+    def __init__(self, kfac_approx: Sharing = None) -> None:
+        self._choose(kfac_approx)
 
 
 class KFAC(_Sampled, _Kronecker):
@@ -336,9 +369,109 @@ class KFAC(_Sampled, _Kronecker):
     Args:
         mc_samples: draws per data point.
         generator: source of randomness.
+        kfac_approx: see :class:`KFLR`.
     """
 
     savefield = "kfac"
+
+    def __init__(
+        self,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        kfac_approx: Sharing = None,
+    ) -> None:
+        super().__init__(mc_samples, generator)
+        self._choose(kfac_approx)
+
+
+class KFRA(_Kronecker):
+    """Kronecker factors by a batch-averaged recursion (Botev, Ritter, Barber, 2017).
+
+    Layout as :class:`KFLR`. The matrix that goes down, ``M = sum_n H_n`` at the model output, is
+    averaged over the batch after each operation, ``M <- 1/N sum_n J_n^T M J_n``. Equal to KFLR for the
+    last layer, and for linear networks whose loss Hessian does not depend on the sample.
+
+    ``M`` has as many rows as a sample has numbers at that place: feasible for small networks only.
+
+    Raises:
+        NotImplementedError: in the backward pass, if operations do not form a chain.
+    """
+
+    savefield = "kfra"
+    kind = Kind("averaged")
+
+
+class EmpiricalKFAC(_Kronecker):
+    """Kronecker factors of the empirical Fisher, ``kfac_empirical``; layout as :class:`KFLR`.
+
+    The column is the gradient itself: ``kron(B, A) ~ sum_n g_n g_n^T``, ``g_n = d l_n / d p`` as scaled
+    by the loss's reduction, of which :class:`SumGradSquared` is the diagonal (for a mean over ``N``
+    samples, ``N`` times this has the scale of the other curvature matrices).
+
+    Args:
+        kfac_approx: see :class:`KFLR`.
+    """
+
+    savefield = "kfac_empirical"
+
+    def __init__(self, kfac_approx: Sharing = None) -> None:
+        self._choose(kfac_approx)
+
+
+class Eigen(NamedTuple):
+    """A symmetric matrix ``Q diag(eigenvalues) Q^T``, ``Q = kron(*eigenvectors)``.
+
+    Attributes:
+        eigenvectors: for a weight ``[Q_B, Q_A]``; for other parameters one matrix.
+        eigenvalues: ``[len(Q_B), len(Q_A)]``, or a vector.
+    """
+
+    eigenvectors: list[Tensor]
+    eigenvalues: Tensor
+
+
+class _EigenvalueCorrected(_Kronecker):
+    refines = True
+
+    def refine(self, state: list[Factor] | Eigen, form: Form) -> Eigen:
+        if not isinstance(state, Eigen):
+            bases = [torch.linalg.eigh(factor.matrix).eigenvectors for factor in state]
+            return Eigen(bases, form.rotated_square_sum(bases))
+        more = form.rotated_square_sum(state.eigenvectors)
+        return Eigen(state.eigenvectors, state.eigenvalues + more)
+
+    def finish(self, state: Eigen, context: Context) -> Eigen:  # type: ignore[override]
+        return state
+
+    def zero(self, context: Context) -> Eigen:
+        bases = [torch.eye(len(each)).to(each) for each in super().zero(context)]
+        return Eigen(bases, context.parameter.new_zeros([len(basis) for basis in bases]))
+
+
+class EKFLR(_EigenvalueCorrected, KFLR):
+    """:class:`KFLR` with corrected eigenvalues (George et al., 2018, arXiv:1806.03884).
+
+    ``p.ekflr`` has ``eigenvectors [Q_B, Q_A]`` of the Kronecker factors and ``eigenvalues``, the
+    diagonal of the GGN block in that basis: ``sum_{v,n} (Q_B^T G_{vn} Q_A)^2``. Of all matrices with
+    these eigenvectors it is the nearest to the block in Frobenius norm.
+
+    Args:
+        kfac_approx: see :class:`KFLR`.
+    """
+
+    savefield = "ekflr"
+
+
+class EKFAC(_EigenvalueCorrected, KFAC):
+    """:class:`EKFLR` from Monte-Carlo columns, ``p.ekfac``; factors and eigenvalues share the draws.
+
+    Args:
+        mc_samples: draws per data point.
+        generator: source of randomness.
+        kfac_approx: see :class:`KFLR`.
+    """
+
+    savefield = "ekfac"
 
 
 # --------------------------------------------------------------------------------------
@@ -360,6 +493,33 @@ class BatchDiagHessian(_BatchDiagonal):
 
     savefield = "diag_h_batch"
     kind = Kind("hessian")
+
+
+class DiagHessianMC(_Sampled, _Diagonal):
+    """Unbiased estimate of :class:`DiagHessian` (Hutchinson, 1990; Bekas et al., 2007), ``diag_h_mc``.
+
+    Random signs ``u`` at the outputs of the operations in which parameters meet data give
+    ``E[(J^T u) (J^T H u)] = diag(J^T H J)``: two passes through the graph for each draw.
+
+    Args:
+        mc_samples: draws.
+        generator: source of randomness.
+    """
+
+    savefield = "diag_h_mc"
+    columns = "sampled_hessian"
+
+
+class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
+    """Unbiased estimate of :class:`BatchDiagHessian`, ``diag_h_mc_batch``, shape ``[N, *p]``.
+
+    Args:
+        mc_samples: draws.
+        generator: source of randomness.
+    """
+
+    savefield = "diag_h_mc_batch"
+    columns = "sampled_hessian"
 
 
 # --------------------------------------------------------------------------------------

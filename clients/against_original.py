@@ -16,7 +16,7 @@ from backpack.custom_module.branching import Parallel
 from backpack.custom_module.reduce_tuple import ReduceTuple
 
 QUANTITIES = """BatchGrad BatchL2Grad SumGradSquared Variance DiagGGNExact BatchDiagGGNExact DiagHessian
-BatchDiagHessian SqrtGGNExact KFLR GGNMP HMP""".split()
+BatchDiagHessian SqrtGGNExact KFLR KFRA GGNMP HMP""".split()
 N = 4
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend
-from backpack.extensions import KFAC, KFLR
+from backpack import backpack, disable, extend
+from backpack.extensions import (
+    EKFAC,
+    EKFLR,
+    KFAC,
+    KFLR,
+    KFRA,
+    BatchGrad,
+    EmpiricalKFAC,
+    SumGradSquared,
+)
 from backpack.oracle import Oracle
-from tests.cases import Apply, Case, P, norm, seq, x
+from tests.cases import Apply, Case, P, flat, norm, seq, x
 
 N = 4
 
@@ -186,3 +199,195 @@ def test_columns_layout_swaps_the_factors() -> None:
     first, second = factors(other, X)[0]["w"]
     close(first, A)
     close(second, B)
+
+
+# --------------------------------------------------------------------------------------
+# Weight sharing, batch-averaged recursion, eigenvalue correction, empirical Fisher
+
+
+def test_expand_is_exact_for_deep_linear_networks() -> None:
+    """Square loss at every position, no nonlinearity: positions are as good as samples."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Flatten())
+    found, blocks = factors(model, torch.randn(N, 5, 3), 1, lambda: KFLR(kfac_approx="expand"))
+    for name in ("0.weight", "1.weight"):
+        close(torch.kron(*found[name]), blocks[name])
+    assert found["0.weight"][1].isfinite().all()
+
+
+class Average(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a.mean(1)
+
+
+def test_reduce_is_exact_for_deep_linear_networks() -> None:
+    """Square loss of averaged positions, no nonlinearity."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), Average())
+    found, blocks = factors(model, torch.randn(N, 5, 3), 1, lambda: KFLR(kfac_approx="reduce"))
+    for name in ("0.weight", "1.weight"):
+        close(torch.kron(*found[name]), blocks[name])
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+def test_embedding_is_a_linear_layer_of_one_hot_vectors(approx) -> None:
+    index = torch.randint(5, (N, 3))
+    table, head = nn.Embedding(5, 4), nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
+    linear = nn.Linear(5, 4, bias=False)
+    linear.weight.data = table.weight.data.T.clone()
+    y, found = torch.randint(2, (N,)), []
+    for layer, X in ((table, index), (linear, F.one_hot(index, 5).double())):
+        model = extend(nn.Sequential(layer, *copy.deepcopy(head)).double())
+        with backpack(KFLR(kfac_approx=approx)):
+            extend(nn.CrossEntropyLoss())(model(X), y).backward()
+        found.append(layer.weight.kflr)
+    (A, B), (b, a) = found
+    close(A, a)
+    close(B, b)
+
+
+def test_kfac_approx_is_checked() -> None:
+    with pytest.raises(ValueError, match="kfac_approx"):
+        KFAC(kfac_approx="expanded")  # type: ignore[arg-type]
+
+
+CHAINS = [
+    Case("mlp", lambda: seq(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 3), nn.ReLU()), x(N, 3)),
+    Case("conv", lambda: flat(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.MaxPool2d(2)), x(N, 1, 4, 3)),
+    Case("sequence", lambda: flat(nn.Linear(3, 2), nn.Softmax(2), nn.Linear(2, 2)), x(N, 2, 3)),
+    Case("norm", lambda: seq(nn.Linear(3, 4), norm(nn.LayerNorm(4)), nn.Linear(4, 2)), x(N, 3)),
+]
+
+
+@pytest.mark.parametrize("kind", range(len(LOSSES)))
+@pytest.mark.parametrize("case", CHAINS, ids=lambda c: c.name)
+def test_kfra_by_definition(case: Case, kind: int) -> None:
+    """The recursion from layer to layer with Jacobians of single samples."""
+    torch.manual_seed(0)
+    model, X = case.model().double(), case.inputs().double()
+    lossfunc, outputs = LOSSES[kind][0], [X]
+    for layer in model:
+        outputs.append(layer(outputs[-1]).detach())
+    y = LOSSES[kind][1](outputs[-1])
+    jacobian = torch.autograd.functional.jacobian
+    hessian = torch.autograd.functional.hessian(lambda f: lossfunc(f, y), outputs[-1])
+    size = outputs[-1][0].numel()
+    averaged = torch.einsum("ncnd->cd", hessian.reshape(N, size, N, size))
+    expected: dict[str, Tensor] = {}
+
+    def pulled(function: Callable[[Tensor], Tensor], at: Tensor, matrix: Tensor) -> Tensor:
+        J = jacobian(function, at).reshape(len(matrix), -1)
+        return J.T @ matrix @ J / N
+
+    for index in reversed(range(len(model))):
+        layer, a = model[index], outputs[index].unsqueeze(1)
+        if getattr(layer, "bias", None) is not None:
+            for one in a:
+                of = partial(with_bias, layer, one)
+                more = pulled(of, layer.bias.detach(), averaged)
+                expected[f"{index}.bias"] = expected.get(f"{index}.bias", 0) + more
+        averaged = sum(pulled(layer, one, averaged) for one in a)
+    extend(model)
+    with backpack(KFRA(), KFLR()):
+        extend(copy.deepcopy(lossfunc))(model(X), y).backward()
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            close(p.kfra[1], p.kflr[1])
+            close(p.kfra[0], expected[name.replace("weight", "bias")])
+        elif "bias" in name:
+            close(p.kfra[0], expected[name])
+
+
+def with_bias(layer: nn.Module, a: Tensor, bias: Tensor) -> Tensor:
+    return torch.func.functional_call(layer, {"bias": bias}, (a,))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Apply(lambda m, a: m.f(a) + m.g(a), f=nn.Linear(3, 2), g=nn.Linear(3, 2)), "joins branches"),
+        (
+            Apply(lambda m, a: m.g(m.f(a).T.sin().T), f=nn.Linear(3, 2), g=nn.Linear(2, 2)),
+            "not in front",
+        ),
+        (Apply(lambda m, a: m.g(m.f(a).T.sin().T), f=nn.Linear(3, 8), g=nn.Linear(8, 2)), "moves the"),
+    ],
+    ids=["branches", "transposed", "transposed-square"],
+)
+def test_kfra_is_for_chains(model: nn.Module, why: str) -> None:
+    model, lossfunc = extend(model), extend(nn.CrossEntropyLoss())
+    loss = lossfunc(model(torch.randn(N, 3)), torch.randint(2, (N,)))
+    with backpack(KFRA()), pytest.raises(NotImplementedError, match=why):
+        loss.backward()
+    assert not any(hasattr(p, "kfra") for p in model.parameters())
+
+
+def test_kfra_refuses_huge_matrices() -> None:
+    model, lossfunc = extend(nn.Sequential(nn.Linear(1, 10**4), nn.ReLU())), extend(nn.MSELoss())
+    loss = lossfunc(model(torch.randn(N, 1)), torch.randn(N, 10**4))
+    with backpack(KFRA()), pytest.raises((ValueError, NotImplementedError), match="kfra"):
+        loss.backward()
+
+
+EIGEN = [
+    Case("mlp", lambda: seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), x(N, 3)),
+    Case("conv", lambda: flat(nn.Conv2d(2, 4, 2, groups=2), nn.Tanh()), x(N, 2, 3, 2)),
+    Case("sequence", lambda: seq(nn.Linear(3, 2), nn.Tanh(), nn.Flatten()), x(N, 2, 3)),
+    Case("matmul", lambda: Apply(lambda m, a: (a @ m.w).tanh() @ m.v, w=P(3, 4), v=P(4, 2)), x(N, 3)),
+    Case("twice", lambda: Apply(lambda m, a: m.f(m.f(a).tanh()), f=nn.Linear(3, 3)), x(N, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("kind", range(len(LOSSES)))
+@pytest.mark.parametrize("case", EIGEN, ids=lambda c: c.name)
+def test_corrected_eigenvalues(case: Case, kind: int, chunk_size: int | None) -> None:
+    """The diagonal of the block in the factors' eigenbasis."""
+    model, X, lossfunc = case.model().double(), case.inputs().double(), LOSSES[kind][0]
+    y = LOSSES[kind][1](model(X).detach())
+    blocks = Oracle(model, lossfunc, X, y).ggn
+    extend(model)
+    with backpack(EKFLR(), KFLR(), chunk_size=chunk_size):
+        extend(lossfunc)(model(X), y).backward()
+    for name, p in model.named_parameters():
+        bases, values = p.ekflr
+        for basis, factor in zip(bases, p.kflr, strict=True):
+            rotated = basis.T @ factor @ basis
+            close(rotated, torch.diag(rotated.diagonal()))
+        basis = bases[0] if len(bases) == 1 else torch.kron(*bases)
+        block = blocks[name].detach()
+        torch.testing.assert_close(
+            values.flatten(), (basis.T @ block @ basis).diagonal(), rtol=1e-8, atol=1e-12
+        )
+
+
+def test_ekfac_shares_its_draws() -> None:
+    """With one sample and one draw the GGN estimate has rank one, and so have the eigenvalues."""
+    model, X = extend(nn.Linear(3, 4).double()), torch.randn(1, 3).double()
+    torch.manual_seed(3)
+    with backpack(EKFAC(mc_samples=1)):
+        extend(nn.CrossEntropyLoss())(model(X), torch.tensor([1])).backward()
+    values = model.weight.ekfac.eigenvalues.flatten().sort().values
+    assert values[-1] > 0
+    close(values[:-1], torch.zeros_like(values[:-1]))
+
+
+@pytest.mark.parametrize("approx", [None, "expand", "reduce"])
+def test_empirical_fisher(approx) -> None:
+    """KFLR with the gradients for columns; not disturbed by quantities that write them out."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    X, y = torch.randn(N, 2, 3).double(), torch.randint(2, (N,))
+    extend(model)
+    with disable():
+        outputs = model[0](X)
+        (g,) = torch.autograd.grad(nn.CrossEntropyLoss()(model[1:](outputs), y), outputs)
+    with backpack(EmpiricalKFAC(kfac_approx=approx), BatchGrad(), SumGradSquared()):
+        extend(nn.CrossEntropyLoss())(model(X), y).backward()
+    rows = g.flatten(0, 1) if approx == "expand" else g.sum(1)
+    a = X.mean(1) if approx == "reduce" else X.flatten(0, 1)
+    B, A = model[0].weight.kfac_empirical
+    close(B, rows.T @ rows)
+    close(A, a.T @ a / (2 * N if approx == "expand" else N))
+    bias = model[3].bias
+    close(bias.kfac_empirical[0], bias.grad_batch.T @ bias.grad_batch)
+    close(bias.kfac_empirical[0].diagonal(), bias.sum_grad_squared)

@@ -14,7 +14,7 @@ from backpack import extensions
 
 ROOT = Path(backpack.__file__).parent
 RIVER = (
-    *("batch", "factors", "rules", "losses", "capture", "backprop", "hessian", "quantities"),
+    *("batch", "factors", "rules", "losses", "capture", "backprop", "hessian", "chain", "quantities"),
     *("engine", "extend", "oracle"),
 )
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")

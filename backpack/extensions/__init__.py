@@ -1,21 +1,27 @@
 """The quantities, under the names users import."""
 
-from backpack.extensions._absent import HBP, KFRA
+from backpack.extensions._absent import HBP
 from backpack.quantities import (
+    EKFAC,
+    EKFLR,
     GGNMP,
     HMP,
     KFAC,
     KFLR,
+    KFRA,
     PCHMP,
     BackpropExtension,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
+    BatchDiagHessianMC,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
+    DiagHessianMC,
+    EmpiricalKFAC,
     SqrtGGNExact,
     SqrtGGNMC,
     SumGradSquared,
@@ -23,6 +29,8 @@ from backpack.quantities import (
 )
 
 __all__ = [
+    "EKFAC",
+    "EKFLR",
     "GGNMP",
     "HBP",
     "HMP",
@@ -34,11 +42,14 @@ __all__ = [
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
     "BatchDiagHessian",
+    "BatchDiagHessianMC",
     "BatchGrad",
     "BatchL2Grad",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "DiagHessianMC",
+    "EmpiricalKFAC",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",

@@ -32,9 +32,3 @@ class HBP(_Absent):
     """The original's undocumented base of KFAC, KFLR and KFRA."""
 
     remedy = "choose by name, KFAC (sampled loss Hessian) or KFLR (exact loss Hessian)"
-
-
-class KFRA(_Absent):
-    """Kronecker factors by a batch-averaged recursion."""
-
-    remedy = "use KFLR, whose factors are not averaged on the way"
