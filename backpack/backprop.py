@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.capture import (
     BORDER,
+    LOSS,
     MIXES,
     TAPS,
     Border,
@@ -25,8 +26,9 @@ from backpack.capture import (
     notes,
 )
 
-# Columns are carried in chunks whose outputs at all taps stay below this many bytes.
-COLUMN_BYTES = {"cpu": 2**28, "cuda": 2**31}
+# Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
+# memory costs more than it saves: columns go together only if they are small.
+COLUMN_BYTES = {"cpu": 2**24, "cuda": 2**31}
 
 # What a loss module may do to the model output before it calls a loss with a known Hessian without
 # adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
@@ -113,8 +115,11 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[Border]], bool]:
     return found, curved
 
 
-def survey(roots: Sequence[Node]) -> Graph:
-    """Walk the graph below ``roots``, where a backward pass starts or has arrived."""
+def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
+    """Walk the graph below ``roots``, where a backward pass starts or has arrived.
+
+    Without ``curvature`` losses are not asked for their Hessian.
+    """
     graph = Graph()
     tapped: set[Node] = set()
     # (node, whether a known loss was passed, the forward pass it belongs to)
@@ -137,8 +142,13 @@ def survey(roots: Sequence[Node]) -> Graph:
         data = notes(node)
         if MIXES in data:
             graph.mixing = data[MIXES]
-        record = None if covered else loss_at(node)
-        if record is not None:
+        record = None
+        if not covered:
+            record = loss_at(node) if curvature else data.get(LOSS)
+        if record is not None and not curvature:
+            graph.losses[node] = record, {}
+            covered = True
+        elif record is not None:
             below, curved = _outputs_below(record)
             if curved and record.module is not None:
                 # The user put the border there, by extending the loss; it stands by itself.

@@ -32,9 +32,10 @@ from backpack.backprop import (
     survey,
 )
 from backpack.capture import LossRecord, Recording, Source, Tap
-from backpack.factors import Dense, Form, Pullback, merge
+from backpack.factors import Dense, Form, Pullback, merge, products_kept
 from backpack.losses import Differentiated, differentiate_twice
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product, Variance
+from backpack.rules import patches_kept
 
 ExtensionHook = Callable[[nn.Module], None]
 _BY_COLUMNS = ("exact", "sampled", "averaged")
@@ -302,7 +303,7 @@ class Run:
         roots = self.block.roots
         if roots is None:
             return
-        graph = survey([edge.node for edge, _ in roots])
+        graph = survey([edge.node for edge, _ in roots], bool(self.second_order))
         self.listen(graph)
         if not graph.taps:
             warnings.warn(
@@ -363,7 +364,7 @@ class Run:
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
         if self.block.roots is None and node not in self.graph.nodes:
-            self.listen(survey([node]))
+            self.listen(survey([node], bool(self.second_order)))
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
@@ -519,42 +520,54 @@ class Run:
         taps = list({id(tap): (node, tap) for node, tap, _ in uses}.values())
         if not taps:
             return
+        with patches_kept():
+            for kind, exts in self.second_order.items():
+                if kind.name in _BY_COLUMNS:
+                    self._carry(kind, exts, starts, loss, grad, taps)
+
+    def _carry(
+        self,
+        kind: Kind,
+        exts: list[BackpropExtension],
+        starts: list[GradientEdge],
+        loss: Any,
+        grad: Tensor,
+        taps: list[tuple[Node, Tap]],
+    ) -> None:
+        if kind.name == "averaged":
+            self._averaged(starts, loss, grad, [tap for _, tap in taps], exts)
+            return
         targets = [GradientEdge(node, tap.place) for node, tap in taps]
-        for kind, exts in self.second_order.items():
-            if kind.name not in _BY_COLUMNS:
-                continue
-            if kind.name == "averaged":
-                self._averaged(starts, loss, grad, [tap for _, tap in taps], exts)
-                continue
-            drawn = [loss.sampled(grad, *kind[1:])] if kind.name == "sampled" else None
-            for refining in (False, True):
-                some = [ext for ext in exts if ext.refines] if refining else exts
-                chunks = drawn or loss.columns(grad, self._chunk(loss, targets))
-                for chunk in chunks if some else ():
-                    with self._nested():
-                        parts = [chunk] if isinstance(chunk, Tensor) else chunk
-                        arrived = carry(starts, targets, parts)
-                        at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
-                        del arrived
-                        self._arrived(at, len(parts[0]), some, refining)
+        drawn = [loss.sampled(grad, *kind[1:])] if kind.name == "sampled" else None
+        exact = loss if any(ext.every_column for ext in exts) else loss.fewest()
+        for refining in (False, True):
+            some = [ext for ext in exts if ext.refines] if refining else exts
+            chunks = drawn or exact.columns(grad, self._chunk(loss, targets))
+            for chunk in chunks if some else ():
+                with self._nested():
+                    parts = [chunk] if isinstance(chunk, Tensor) else chunk
+                    arrived = carry(starts, targets, parts)
+                    at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
+                    del arrived
+                    self._arrived(at, len(parts[0]), some, refining)
 
     def _arrived(
         self, at: dict[int, Tensor | None], columns: int, exts: list[BackpropExtension], refining: bool
     ) -> None:
         """Reduce columns that have arrived at all taps."""
-        for leaf in self.leaves.values():
-            form = self._form(leaf, at)
-            if refining:
-                for ext in exts:
-                    if form is not None:
+        with products_kept():
+            for leaf in self.leaves.values():
+                form = self._form(leaf, at)
+                if form is None:
+                    shape = (columns, leaf.samples, *leaf.parameter.shape)
+                    zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
+                    self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
+                elif refining:
+                    for ext in exts:
                         state = leaf.states[ext.savefield]
                         leaf.states[ext.savefield] = ext.refine(state, form)
-            elif form is not None:
-                self._reduce(leaf, exts, form)
-            else:
-                shape = (columns, leaf.samples, *leaf.parameter.shape)
-                zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
-                self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
+                else:
+                    self._reduce(leaf, exts, form)
 
     def _averaged(
         self,
@@ -567,7 +580,7 @@ class Run:
         if len(starts) > 1 or isinstance(loss, Differentiated):
             raise NotImplementedError("kfra needs one model output and a loss with a known Hessian")
         with self._nested():
-            columns = loss.columns(grad, self._chunk(loss, starts))
+            columns = loss.fewest().columns(grad, self._chunk(loss, starts))
             at = chain.averaged(starts[0], loss.batch.size, columns, taps)
             self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
 
@@ -607,9 +620,10 @@ class Run:
         sign: Tensor | None = None,
     ) -> None:
         for ext in exts:
-            state = ext.reduce(form, sign)
             if ext.savefield in leaf.states:
-                state = ext.add(leaf.states[ext.savefield], state)
+                state = ext.update(leaf.states[ext.savefield], form, sign)
+            else:
+                state = ext.reduce(form, sign)
             leaf.states[ext.savefield] = state
 
     def _nested(self) -> _Nested:

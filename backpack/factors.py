@@ -11,8 +11,10 @@ forms override those they can do without writing anything out.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -21,7 +23,12 @@ from torch import Tensor
 
 # A block of G is squared and summed while it is in the processor's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+# On a CPU, one sample's product of matrices is done by itself, into the same memory each time, if it is
+# large enough (multiplications) for its call not to count.
+ALONE = 2**18
 LARGEST_FACTOR = 2**14
+# Products that may serve a weight and its bias are kept up to this size.
+LARGEST_KEPT = 2**11
 
 
 # How positions that share a weight enter its Kronecker factors; None: as in the original library.
@@ -31,7 +38,7 @@ Sharing = Literal["expand", "reduce"] | None
 class Factor(NamedTuple):
     """One Kronecker factor; ``grows`` if contributions of further columns add to it."""
 
-    matrix: Tensor
+    matrix: Callable[[], Tensor]
     grows: bool
 
 
@@ -56,10 +63,14 @@ class Form(ABC):
         """``G [v, n, *p]``, written out."""
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Pieces of ``G`` of one column and some samples each, small enough for the cache."""
+        """Pieces of ``G`` of one column and some samples each, small enough for the cache, or all."""
         like = self.like
         limit = BLOCK_BYTES.get(like.device.type, 2**20)
         step = max(1, limit // max(1, self.shape.numel() * like.element_size()))
+        if self.columns * self.samples <= step:
+            if self.columns * self.samples:
+                yield slice(0, self.columns), slice(0, self.samples), self.dense()
+            return
         for v in range(self.columns):
             for n in range(0, self.samples, step):
                 column, sample = slice(v, v + 1), slice(n, min(n + step, self.samples))
@@ -115,8 +126,7 @@ class Form(ABC):
                 f"{size} x {size} matrix; leave the parameter out (requires_grad_(False)) or use a "
                 "diagonal quantity"
             )
-        g = self.dense().reshape(-1, size)
-        return [Factor(g.mT @ g, True)]
+        return [Factor(lambda: gram(self.dense().reshape(-1, size)), True)]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         """``sum_{v,n} (Q_1^T G Q_2)^2``, ``G`` as the matrix that the factors of :meth:`kronecker` fit.
@@ -132,6 +142,52 @@ class Form(ABC):
         for _, _, g in self.blocks():
             result = result + _rotated(g.reshape(*g.shape[:2], *sizes), bases).square().sum((0, 1))
         return result
+
+
+class _Grams(threading.local):
+    """Products already made of columns at one place, while they are reduced for several parameters."""
+
+    known: list[tuple[Tensor, Tensor]] | None = None
+
+
+_grams = _Grams()
+
+
+@contextmanager
+def products_kept() -> Iterator[None]:
+    """Within the block, :func:`gram` of the same entries is computed once."""
+    outer, _grams.known = _grams.known, []
+    try:
+        yield
+    finally:
+        _grams.known = outer
+
+
+def gram(x: Tensor) -> Tensor:
+    """``x^T x``, a new tensor."""
+    known = _grams.known if x.shape[1] <= LARGEST_KEPT and not torch.is_grad_enabled() else None
+    for y, product in known or ():
+        if (y.data_ptr(), y.shape, y.stride()) == (x.data_ptr(), x.shape, x.stride()):
+            return product.clone()
+    product = _gram(x)
+    if known is not None:
+        known.append((x, product))
+        return product.clone()
+    return product
+
+
+def _gram(x: Tensor) -> Tensor:
+    """On a CPU by blocks, of which those above the diagonal are mirrored."""
+    rows, size = x.shape
+    if x.device.type != "cpu" or size < 192 or rows < 64 or torch.is_grad_enabled():
+        return x.mT @ x
+    product = x.new_empty(size, size)
+    step = -(-size // 4)
+    for i in range(0, size, step):
+        strip = product[i : i + step, : i + step]
+        torch.mm(x[:, i : i + step].mT, x[:, : i + step], out=strip)
+        product[:i, i : i + step] = strip[:, :i].mT
+    return product
 
 
 def _rotated(g: Tensor, bases: Sequence[Tensor]) -> Tensor:
@@ -222,16 +278,48 @@ class Outer(Form):
         g = _sum_first(self.g).transpose(0, 1).flatten(1, 2)
         return self.layout.store(g.mT @ self.a.transpose(0, 1).flatten(1, 2))
 
+    @property
+    def _alone(self) -> bool:
+        """Whether samples are multiplied one by one, into memory used again."""
+        work = self.positions * self.g.shape[-1] * self.a.shape[-1]
+        return work >= ALONE and self.g.device.type == "cpu" and not torch.is_grad_enabled()
+
+    def _matrices(self, centre: Tensor | None = None) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Column, sample, group and ``g^T a - centre``, in memory that the next one overwrites."""
+        matrix = self.g.new_empty(self.g.shape[-1], self.a.shape[-1])
+        for n, a in enumerate(self.a):
+            for v in range(self.columns):
+                for q, (left, right) in enumerate(zip(self.g[v, n], a, strict=True)):
+                    if centre is None:
+                        torch.mm(left.mT, right, out=matrix)
+                    else:
+                        torch.addmm(centre[q], left.mT, right, beta=-1, out=matrix)
+                    yield v, n, q, matrix
+
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
         if self.positions != 1:
-            return super().square_sum(sign)
+            if not self._alone:
+                return super().square_sum(sign)
+            result = self.g.new_zeros(self.g.shape[2], self.g.shape[-1], self.a.shape[-1])
+            for v, n, q, matrix in self._matrices():
+                weight = 1.0 if sign is None else float(sign[v, n])
+                result[q].addcmul_(matrix, matrix, value=weight)
+            return self.layout.store(result)
         g, a = self.g[:, :, :, 0], self.a[:, :, 0]
         g = _sum_first(_signed(g * g, sign, slice(None), slice(None))).transpose(0, 1)
         return self.layout.store(g.mT @ (a * a).transpose(0, 1))
 
     def centred_square_sum(self) -> tuple[Tensor | None, Tensor]:
         """About zero for one position, where centring would mean writing ``G`` out."""
-        return super().centred_square_sum() if self.positions != 1 else (None, self.square_sum())
+        if self.positions == 1:
+            return None, self.square_sum()
+        if not self._alone:
+            return super().centred_square_sum()
+        centre = self.g[0, 0].mT @ self.a[0]
+        result = torch.zeros_like(centre)
+        for _, _, q, matrix in self._matrices(centre):
+            result[q].addcmul_(matrix, matrix)
+        return self.layout.store(centre), self.layout.store(result)
 
     def square_sum_per_sample(self, sign: Tensor | None = None) -> Tensor:
         if self.positions != 1:
@@ -246,9 +334,14 @@ class Outer(Form):
             norms = (self.g * self.g).sum((0, 3, 4)) * (self.a * self.a).sum((2, 3))
             return norms.sum(1)
         if s * (o + i + 1) < o * i:
-            gram = torch.stack([g @ g.mT for g in self.g]).sum(0)
-            return (gram * (self.a @ self.a.mT)).sum((1, 2, 3))
-        return super().squared_norms()
+            similar = _sum_first(self.g @ self.g.mT)
+            return (similar * (self.a @ self.a.mT)).sum((1, 2, 3))
+        if not self._alone:
+            return super().squared_norms()
+        sums = [0.0] * self.samples
+        for _, n, _, matrix in self._matrices():
+            sums[n] += float(torch.dot(matrix.flatten(), matrix.flatten()))
+        return self.g.new_tensor(sums)
 
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``.
@@ -264,7 +357,7 @@ class Outer(Form):
         if sharing == "reduce":
             a = a.mean(2, keepdim=True)
         g, a = g.flatten(2).flatten(0, 1), a.flatten(0, 2)
-        output, inputs = Factor(g.mT @ g, True), Factor(a.mT @ a / count, False)
+        output, inputs = Factor(lambda: gram(g), True), Factor(lambda: _gram(a) / count, False)
         return [inputs, output] if self.layout.kind == "columns" else [output, inputs]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
@@ -378,10 +471,10 @@ class Lookup(Form):
         if sharing == "reduce":
             ones = g.new_full(self.index.shape, 1 / max(positions, 1))
             a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
-            return [Factor(a.mT @ a / self.samples, False), Factor(g.mT @ g, True)]
+            return [Factor(lambda: a.mT @ a / self.samples, False), Factor(lambda: gram(g), True)]
         counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
         count = self.samples * (max(positions, 1) if sharing == "expand" else 1)
-        return [Factor(torch.diag(counts / count), False), Factor(g.mT @ g, True)]
+        return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from math import prod
 from typing import Any
@@ -84,6 +84,10 @@ class LossHessian(ABC):
     @abstractmethod
     def root(self) -> Tensor:
         """Square root of all blocks, ``[r, *f.shape]``, without the incoming gradient."""
+
+    def fewest(self) -> LossHessian:
+        """The same Hessian with a root of as few columns as there are."""
+        return self
 
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         """``count`` random columns with expected outer product the blocks, ``[count, *f.shape]``."""
@@ -183,9 +187,20 @@ class _Softmax(LossHessian):
 
     weight: Tensor  # broadcastable to f, class axis of size one
     reduced: bool
+    triangular: bool = False
+
+    def fewest(self) -> LossHessian:
+        # The diagonal of the triangular root is no smooth function where a probability vanishes.
+        return self if torch.is_grad_enabled() else replace(self, triangular=True)
+
+    @property
+    def rank(self) -> int:
+        return super().rank - self.triangular
 
     def root(self) -> Tensor:
         dim = self.block[0]
+        if self.triangular:
+            return self._triangular(self.f.softmax(dim).movedim(dim, 0), dim) * _root(self.weight)
         log_p = self.f.log_softmax(dim)
         p = log_p.exp()
         eye = torch.eye(p.shape[dim], dtype=p.dtype, device=p.device)
@@ -193,6 +208,23 @@ class _Softmax(LossHessian):
         eye = eye.reshape(-1, *shape)
         root = (log_p / 2).exp().movedim(dim, 0).unsqueeze(dim + 1) * (eye - p)
         return root * _root(self.weight)
+
+    def _triangular(self, p: Tensor, dim: int) -> Tensor:
+        """``diag(p) - p p^T`` has rank ``C - 1`` and the Cholesky factor (Tanabe, Sagae, 1992).
+
+        ``L_jj = sqrt(p_j q_j / q_{j-1})``, ``L_ij = -p_i sqrt(p_j / (q_j q_{j-1}))`` for ``i > j``,
+        ``q_j = sum_{k > j} p_k``.
+        """
+        below = p.flip(0).cumsum(0).flip(0)  # q_{j-1}
+        q, p_j, tiny = below[1:], p[:-1], torch.finfo(p.dtype).tiny
+        share = (p_j / below[:-1].clamp(min=tiny)).sqrt()
+        later = p.unsqueeze(0) * (share / q.clamp(min=tiny).sqrt()).unsqueeze(1)
+        columns = torch.arange(len(p), device=p.device)
+        columns = columns.reshape(1, -1, *(1 for _ in p.shape[1:]))
+        rows = columns[:, :-1].transpose(0, 1)
+        root = torch.where(columns > rows, -later, 0)
+        root = torch.where(columns == rows, (share * q.sqrt()).unsqueeze(1), root)
+        return root.movedim(1, dim + 1)
 
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         dim = self.block[0]
@@ -609,6 +641,10 @@ class Differentiated:
     def columns(self, grad: Tensor, chunk: int) -> Iterator[list[Tensor]]:
         """Exact columns, ``[<= chunk, *output.shape]`` at a time for every output."""
         return (self._parts(part) for part in self.root.split(chunk) if len(part))
+
+    def fewest(self) -> Differentiated:
+        """As few columns as there are."""
+        return self
 
     def sampled(self, grad: Tensor, count: int, generator: torch.Generator | None) -> list[Tensor]:
         """``count`` Monte-Carlo columns, ``[count, *output.shape]`` for every output."""

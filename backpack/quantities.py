@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from backpack.factors import Factor, Form, Sharing
+from backpack.factors import Form, Sharing
 
 
 class Kind(NamedTuple):
@@ -79,6 +79,10 @@ class BackpropExtension:
     def add(self, state: Any, other: Any) -> Any:
         """The state for the columns of both."""
         return state + other
+
+    def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
+        """The state with further columns."""
+        return self.add(state, self.reduce(form, sign))
 
     def refine(self, state: Any, form: Form) -> Any:
         """The state after a second look at columns; once :meth:`reduce` has seen all of them."""
@@ -257,12 +261,12 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 class _SquareRoot(BackpropExtension):
     every_column = True
 
-    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
         index = _index(self.subsampling, form.samples)
-        return form.take(slice(None), index).dense()
+        return [form.take(slice(None), index).dense()]
 
-    def add(self, state: Tensor, other: Tensor) -> Tensor:
-        return torch.cat([state, other])
+    def finish(self, state: list[Tensor], context: Context) -> Tensor:
+        return state[0] if len(state) == 1 else torch.cat(state)
 
     def zero(self, context: Context) -> Tensor:
         full = context.parameter.new_zeros(0, *_samples_shape(context))
@@ -316,17 +320,15 @@ class _Kronecker(BackpropExtension):
             raise ValueError(f"kfac_approx must be 'expand', 'reduce' or None, got {kfac_approx!r}")
         self.kfac_approx = kfac_approx
 
-    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Factor]:
-        return form.kronecker(self.kfac_approx)
+    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
+        return [factor.matrix() for factor in form.kronecker(self.kfac_approx)]
 
-    def add(self, state: list[Factor], other: list[Factor]) -> list[Factor]:
+    def update(self, state: list[Tensor], form: Form, sign: Tensor | None = None) -> list[Tensor]:
+        factors = form.kronecker(self.kfac_approx)
         return [
-            Factor(a.matrix + b.matrix if a.grows else a.matrix, a.grows)
-            for a, b in zip(state, other, strict=True)
+            old + factor.matrix() if factor.grows else old
+            for old, factor in zip(state, factors, strict=True)
         ]
-
-    def finish(self, state: list[Factor], context: Context) -> Any:
-        return [factor.matrix for factor in state]
 
     def zero(self, context: Context) -> Any:
         p = context.parameter
@@ -433,9 +435,9 @@ class Eigen(NamedTuple):
 class _EigenvalueCorrected(_Kronecker):
     refines = True
 
-    def refine(self, state: list[Factor] | Eigen, form: Form) -> Eigen:
+    def refine(self, state: list[Tensor] | Eigen, form: Form) -> Eigen:
         if not isinstance(state, Eigen):
-            bases = [torch.linalg.eigh(factor.matrix).eigenvectors for factor in state]
+            bases = [torch.linalg.eigh(factor).eigenvectors for factor in state]
             return Eigen(bases, form.rotated_square_sum(bases))
         more = form.rotated_square_sum(state.eigenvectors)
         return Eigen(state.eigenvectors, state.eigenvalues + more)

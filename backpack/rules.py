@@ -13,9 +13,11 @@ differentiates the operation sample by sample.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,11 @@ def _outer(a: Tensor, g: Tensor, layout: Layout) -> Outer:
     return Outer(a.unsqueeze(1), g.unsqueeze(2), layout)
 
 
+def _position_sum(g: Tensor) -> Tensor:
+    """``[v, n, s, o] -> [v, n, o]``."""
+    return g.squeeze(2) if g.shape[2] == 1 else g.sum(2)
+
+
 @op_rule(F.linear)
 def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pairs | None:
     if batch_of(input) is None or weight.dim() != 2:
@@ -67,7 +74,7 @@ def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = No
     layout = Layout(weight.shape)
     return [
         (weight, lambda g: _outer(batch.rows(input), batch.rows(g, 1), layout)),
-        (bias, lambda g: Dense(batch.rows(g, 1).sum(2))),
+        (bias, lambda g: Dense(_position_sum(batch.rows(g, 1)))),
     ]
 
 
@@ -119,6 +126,43 @@ def addmm(
 
 # --------------------------------------------------------------------------------------
 # Convolutions
+
+
+# Patches are kept while the columns of a loss are carried, up to this many bytes.
+KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+class _Kept(threading.local):
+    values: dict[Any, Tensor] | None = None
+    size: int = 0
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def patches_kept() -> Iterator[None]:
+    """Within the block, patches of the same input are made once, as far as memory goes."""
+    outer = _kept.values, _kept.size
+    _kept.values, _kept.size = {}, 0
+    try:
+        yield
+    finally:
+        _kept.values, _kept.size = outer
+
+
+def kept(key: Any, compute: Callable[[], Tensor]) -> Tensor:
+    """A tensor computed once within :func:`patches_kept`."""
+    if _kept.values is None or torch.is_grad_enabled():
+        return compute()
+    if key in _kept.values:
+        return _kept.values[key]
+    value = compute()
+    size = value.numel() * value.element_size()
+    if _kept.size + size <= KEPT_BYTES.get(value.device.type, 2**28):
+        _kept.values[key] = value
+        _kept.size += size
+    return value
 
 
 def _tuple(value: Any, length: int) -> tuple[int, ...]:
@@ -181,8 +225,12 @@ def _conv(ndim: int) -> Rule:
                 margins = [(w // 2, w - w // 2) for w in widths]
             else:
                 margins = [(p, p) for p in _tuple(0 if padding == "valid" else padding, ndim)]
-            patches = unfold(input, kernel, step, margins, spread)
-            return Outer(_patches(batch, patches, ndim, groups), _channels(batch, g, groups), layout)
+
+            def patches() -> Tensor:
+                return _patches(batch, unfold(input, kernel, step, margins, spread), ndim, groups)
+
+            a = kept((id(input), id(weight), step, *margins, spread), patches)
+            return Outer(a, _channels(batch, g, groups), layout)
 
         return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
 
