@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 STAMPS := $(VENV)/stamps
 CLIENTS := .venv-clients
+PEERS := .venv-peers
+ZOO := .venv-zoo
 
-.PHONY: demo test test-slow clients lint format clean
+.PHONY: demo test test-slow clients zoo support bench bench-quick bench-regressions lint format clean
 
 demo: $(STAMPS)/demo
 	$(BIN)/python -m demo.digits
@@ -24,6 +26,27 @@ test-slow: $(STAMPS)/test
 clients: $(CLIENTS)/original/stamp $(CLIENTS)/ours/stamp
 	$(BIN)/python clients/compare.py $(foreach each,$(^D),$(each)/bin/python) --brief
 
+# Every quantity on published architectures, in tiny sizes, against brute force.
+zoo: $(ZOO)/stamp
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest -n $(WORKERS) -m zoo tests/zoo
+
+# Run the cases of the tests for each quantity on its own, and write what came out.
+support: $(ZOO)/stamp
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -W ignore -m tests.zoo.support docs/support.md
+
+# What quantities cost, beside other libraries; options in BENCH, as in `make bench BENCH="--problems mlp"`.
+bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp $(PEERS)/curvlinops/stamp
+	$(BIN)/python -m benchmarks.suite $(BENCH)
+
+bench-quick: override BENCH += --quick
+bench-quick: bench
+
+# The same quantities from commit to commit.
+bench-regressions: $(STAMPS)/bench
+	$(BIN)/python -m pytest benchmarks/regressions.py -W default --benchmark-storage=$(VENV)/benchmarks \
+		$(if $(wildcard $(VENV)/benchmarks/*),--benchmark-compare --benchmark-compare-fail=min:25%) \
+		--benchmark-autosave --benchmark-columns=min,median,rounds --benchmark-group-by=param:problem
+
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +57,7 @@ format: $(STAMPS)/lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(PEERS) build dist *.egg-info demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: empty files that are newer than what they were installed from.
@@ -47,7 +70,7 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
 	$(PIP) --editable ".[$*]"
 	@touch $@
 
@@ -59,4 +82,17 @@ $(CLIENTS)/%/stamp: constraints.txt clients/dependencies.txt clients/requirement
 	$(@D)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt -r clients/dependencies.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps -r clients/requirements.txt $(LIBRARY)
+	@touch $@
+
+$(ZOO)/stamp: constraints.txt tests/zoo/dependencies.txt tests/zoo/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt -r tests/zoo/dependencies.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps -r tests/zoo/requirements.txt
+	@touch $@
+
+# Libraries to measure beside this one: folders without torch, which processes of this environment add.
+$(PEERS)/%/stamp: benchmarks/peers/%.txt $(STAMPS)/torch
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r $<
 	@touch $@
