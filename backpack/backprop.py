@@ -6,8 +6,9 @@ Letters: ``v`` columns.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from backpack.capture import (
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
 # memory costs more than it saves: columns go together only if they are small.
 COLUMN_BYTES = {"cpu": 2**24, "cuda": 2**31}
+SEVERAL, SMALL_COLUMN = 5, (2**16, 2**19)
 
 # What a loss module may do to the model output before it calls a loss with a known Hessian without
 # adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
@@ -218,6 +220,12 @@ def _below(nodes: list[Node], stops: Collection[Node] = ()) -> dict[Node, None]:
     return seen
 
 
+def bytes_at(places: Sequence[GradientEdge]) -> int:
+    """Memory that one column takes at these places."""
+    sizes = (edge.node._input_metadata[edge.output_nr] for edge in places)
+    return sum(prod(size.shape) * size.dtype.itemsize for size in sizes)
+
+
 def carry(
     start: GradientEdge | Sequence[GradientEdge],
     targets: Sequence[GradientEdge],
@@ -227,14 +235,17 @@ def carry(
 
     With several starts, the ``v``-th column is that of all of them together.
 
-    One column at a time on a CPU, where large temporaries cost more than they save; batched on
-    other devices.
+    One column at a time on a CPU, where large temporaries cost more than they save, and batching tiny
+    ones too; batched in between and on other devices.
     """
     starts = [start] if isinstance(start, GradientEdge) else start
     columns = [columns] if isinstance(columns, Tensor) else columns
     create = torch.is_grad_enabled()
-    if columns[0].device.type != "cpu" and len(columns[0]) > 1:
-        try:
+    count = len(columns[0])
+    small = count >= SEVERAL and SMALL_COLUMN[0] <= bytes_at(targets) <= SMALL_COLUMN[1]
+    if count > 1 and (small or columns[0].device.type != "cpu"):
+        # Some operations cannot be batched, or only with errors of all kinds: then one by one.
+        with suppress(RuntimeError):
             return list(
                 torch.autograd.grad(
                     list(starts),
@@ -246,9 +257,6 @@ def carry(
                     allow_unused=True,
                 )
             )
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "batching rule" not in str(error):
-                raise
     results: list[list[Tensor]] = [[] for _ in targets]
     for column in zip(*columns, strict=True):
         try:

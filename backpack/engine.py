@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from backpack import capture, chain, hessian, products
 from backpack.backprop import (
     COLUMN_BYTES,
     Graph,
+    bytes_at,
     carry,
     cut,
     leaves_below,
@@ -492,7 +492,8 @@ class Run:
         """Backward has reached a loss: carry its columns to all taps."""
         node = edge.node
         # A loss inside the model, or within another loss, is an operation like any other.
-        if node in self.graph.losses and node not in self.absorbed:
+        wanted = any(kind.name in _BY_COLUMNS for kind in self.second_order)
+        if wanted and node in self.graph.losses and node not in self.absorbed:
             self.columns([record.edge], record.hessian, grad)
         if self.block.roots is None:
             self._hessian([(edge, grad)])
@@ -587,10 +588,7 @@ class Run:
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
         if self.block.owner.chunk_size is not None:
             return self.block.owner.chunk_size
-        per_column = sum(
-            prod(m.shape) * m.dtype.itemsize
-            for m in (edge.node._input_metadata[edge.output_nr] for edge in targets)
-        )
+        per_column = bytes_at(targets)
         return max(1, COLUMN_BYTES.get(loss.f.device.type, 2**28) // max(per_column, 1))
 
     def _form(self, leaf: _Leaf, at: dict[int, Tensor | None]) -> Form | None:

@@ -200,6 +200,12 @@ def _signed(squares: Tensor, sign: Tensor | None, v: slice, n: slice) -> Tensor:
     return squares * sign[v, n].reshape(sign[v, n].shape + (1,) * (squares.dim() - 2))
 
 
+def _squared_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if torch.is_grad_enabled():  # a norm is not smooth at zero
+        return (x * x).sum(dims)
+    return torch.linalg.vector_norm(x, dim=dims).square()
+
+
 def _sum_first(x: Tensor) -> Tensor:
     return x[0] if len(x) == 1 else x.sum(0)
 
@@ -331,8 +337,7 @@ class Outer(Form):
         """By Gram matrices over positions where they are smaller than the weight."""
         s, o, i = self.positions, self.g.shape[-1], self.a.shape[-1]
         if s == 1:
-            norms = (self.g * self.g).sum((0, 3, 4)) * (self.a * self.a).sum((2, 3))
-            return norms.sum(1)
+            return (_squared_norm(self.g, (0, 3, 4)) * _squared_norm(self.a, (2, 3))).sum(1)
         if s * (o + i + 1) < o * i:
             similar = _sum_first(self.g @ self.g.mT)
             return (similar * (self.a @ self.a.mT)).sum((1, 2, 3))
