@@ -142,6 +142,11 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
                 graph.unseen.append((leaf, "its use"))
             continue
         data = notes(node)
+        if inside is not None and node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=True) hides what happens inside "
+                "it; pass use_reentrant=False"
+            )
         if MIXES in data:
             graph.mixing = data[MIXES]
         record = None

@@ -105,14 +105,22 @@ class Batch:
     def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
         """The axis after some of its entries were picked."""
         samples = self.sample_ids(tensor.device)[index]
+        if len(samples) == self.size and bool((samples[1:] - samples[:-1] == 1).all()):
+            return regular_axis(self.size, self.dim, tentative=self.tentative)
         return Batch(self.size, self.dim, tentative=self.tentative, picked=Rows(samples, self.size))
 
     def agrees(self, other: Batch) -> bool:
         """Whether two axes place the samples alike."""
         if self is other:
             return True
-        mine = (self.size, self.dim, self.outer, self.inner, self.lost, self.picked)
-        return mine == (other.size, other.dim, other.outer, other.inner, other.lost, other.picked)
+        if (self.size, self.dim, self.lost) != (other.size, other.dim, other.lost):
+            return False
+        if self.picked is None and other.picked is None:
+            return (self.outer, self.inner) == (other.outer, other.inner)
+        picked = self.picked or other.picked
+        assert picked is not None
+        device = picked.samples.device
+        return torch.equal(self.sample_ids(device), other.sample_ids(device))
 
     def losing(self, why: str) -> Batch:
         """The axis after an operation that leaves its place unknown."""
@@ -374,7 +382,7 @@ def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
         elif isinstance(i, (Tensor, list)) and not (isinstance(i, Tensor) and i.dim() == 0):
             width = i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
             if before <= batch.dim < before + width:
-                return _pick(batch.moved(after), i, width, index, new)
+                return _pick(batch, i, width, index, old, new)
             ndim = 1 if isinstance(i, list) or i.dtype == torch.bool else i.dim()
             advanced.append((before, ndim))
             before += width
@@ -401,13 +409,37 @@ def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
     return batch.moved(batch.dim - before + after)
 
 
-def _pick(batch: Batch, i: Any, width: int, index: tuple, new: Tensor) -> Batch:
-    """Entries of the sample axis picked by a list, a mask, or a vector of places."""
-    others = [j for j in index if isinstance(j, (Tensor, list, int)) and j is not i]
+def _is_pick(i: Any) -> bool:
+    """Whether an index picks entries by a list or tensor (a scalar selects, and drops its axis)."""
+    return isinstance(i, list) or (isinstance(i, Tensor) and i.dim() > 0)
+
+
+def _pick(batch: Batch, i: Any, width: int, index: tuple, old: Tensor, new: Tensor) -> Batch:
+    """Entries of the sample axis picked by a list, a mask, or a vector of places.
+
+    Other axes may be picked from with as many places: then one entry is picked for each.
+    """
     picks = i if isinstance(i, Tensor) else torch.as_tensor(i, device=new.device)
-    if others or width != 1 or picks.dim() != 1:
+    others = [torch.as_tensor(j) for j in index if _is_pick(j) and j is not i]
+    mask = picks.dtype == torch.bool or any(j.dtype == torch.bool for j in others)
+    if width != 1 or picks.dim() != 1 or any(j.dim() != 1 for j in others) or (mask and others):
         return batch.losing("indexing along the sample axis together with other axes")
-    return batch.taking(picks, new)
+    if others:
+        picks = picks.expand(max(len(j) for j in (picks, *others)))
+    # Picked axes land where the first of them stood, in front if they stood apart.
+    taken = sum(j is not None and j is not Ellipsis and not isinstance(j, bool) for j in index)
+    place, out, apart = -1, 0, False
+    for j in index:
+        if _is_pick(j):
+            if place >= 0 and out > place + 1:
+                apart = True
+            elif place < 0:
+                place, out = out, out + 1
+        elif j is Ellipsis:
+            out += old.dim() - taken
+        elif j is None or isinstance(j, (bool, slice)):
+            out += 1
+    return batch.taking(picks, new).moved(0 if apart else place)
 
 
 @_mover("select", "select_copy")
@@ -504,16 +536,21 @@ def _along_dims(batch: Batch, old: Tensor, dims: Any) -> Batch:
 
 @_mover("linear")
 def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if not args or old is not args[0]:
+    if old is not _argument(args, kwargs, 0, "input"):
         return batch.losing("a weight that depends on the data")
     if batch.dim == old.dim() - 1:
         return batch.losing("a product over the sample axis mixes samples")
     return batch
 
 
+# Names of the tensors in products, in the order of their places.
+_FACTORS = ("input", "mat1", "batch1", "mat", "mat2", "batch2", "vec", "vec2", "other", "tensor")
+
+
 @_mover("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
 def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    tensors = [a for a in args if isinstance(a, Tensor)]
+    named = (kwargs[name] for name in _FACTORS if name in kwargs)
+    tensors = [a for a in (*args, *named) if isinstance(a, Tensor)]
     if len(tensors) == 3 and old is tensors[0]:
         return _aligned(batch, old, new)
     left, right = tensors[-2:]

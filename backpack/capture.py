@@ -337,7 +337,8 @@ class _Recorder(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
-        if func not in _LAYERS or input is not args[0] or out._base is not None:
+        node = out.grad_fn
+        if func not in _LAYERS or node is None or input is not args[0] or out._base is not None:
             return False
         weight, bias = args[1], args[2] if len(args) > 2 else None
         if not weight.requires_grad or weight.grad_fn is not None:
@@ -349,7 +350,7 @@ class _Recorder(TorchFunctionMode):
             inputs = (input.grad_fn or get_gradient_edge(input).node,)
         recording = self.recording
         tap = Tap(func, 0, batch, inputs, recording, args=args)
-        out.grad_fn.metadata[TAPS] = [tap]  # type: ignore[union-attr, index]
+        notes(node)[TAPS] = [tap]
         recording.taps.append(weakref.ref(tap))
         return True
 

@@ -372,6 +372,8 @@ class Run:
         fresh = [(node, tap) for node, tap in graph.taps if id(tap) not in known]
         self.graph.taps += fresh
         self.graph.losses |= graph.losses
+        self.graph.outputs |= graph.outputs
+        self.graph.recordings += graph.recordings
         self.graph.outside |= graph.outside
         self.graph.nodes |= graph.nodes
         names = _Names(graph.recordings)
@@ -503,13 +505,25 @@ class Run:
 
     def _hessian(self, starts: list[tuple[GradientEdge, Tensor]]) -> None:
         leaves = list(self.leaves.values())
+        joint, absorbed = self.graph.joint()
+        outputs = [
+            (GradientEdge(node, border.place), border.batch)
+            for node, borders in joint.items()
+            for border in borders
+            if border.batch is not None
+        ]
+        outputs += [
+            (record.edge, record.hessian.batch)
+            for node, (record, _) in self.graph.losses.items()
+            if node not in absorbed and self.second_order
+        ]
         for kind, exts in self.second_order.items():
             per_sample = any(ext.savefield.endswith("_batch") for ext in exts)
             with self._nested():
                 if kind.name == "hessian":
-                    found = hessian.diagonal(starts, leaves, per_sample)
+                    found = hessian.diagonal(starts, leaves, per_sample, outputs)
                 elif kind.name == "sampled_hessian":
-                    found = hessian.sampled(starts, leaves, per_sample, *kind[1:])
+                    found = hessian.sampled(starts, leaves, per_sample, outputs, *kind[1:])
                 else:
                     continue
                 for leaf, form, sign in found:
@@ -580,6 +594,13 @@ class Run:
     ) -> None:
         if len(starts) > 1 or isinstance(loss, Differentiated):
             raise NotImplementedError("kfra needs one model output and a loss with a known Hessian")
+        names = _Names(self.graph.recordings)
+        for leaf in self.leaves.values():
+            if len(leaf.uses) > 1:
+                raise NotImplementedError(
+                    f"kfra: its recursion is defined for chains of operations only, but parameter "
+                    f"{names(leaf.parameter)} is used several times; use KFLR or KFAC"
+                )
         with self._nested():
             columns = loss.fewest().columns(grad, self._chunk(loss, starts))
             at = chain.averaged(starts[0], loss.batch.size, columns, taps)

@@ -60,7 +60,10 @@ class Leaf(Protocol):
 
 
 def diagonal(
-    starts: Sequence[tuple[GradientEdge, Tensor]], leaves: Sequence[Any], per_sample: bool
+    starts: Sequence[tuple[GradientEdge, Tensor]],
+    leaves: Sequence[Any],
+    per_sample: bool,
+    outputs: Sequence[tuple[GradientEdge, Batch]] = (),
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     """Forms whose signed squares sum to the Hessian diagonal of ``sum weight * start``.
 
@@ -68,11 +71,12 @@ def diagonal(
         starts: where backward starts, with the gradients there.
         leaves: parameters and their uses.
         per_sample: whether the diagonals of single samples are needed.
+        outputs: model outputs, with their sample axes.
 
     Yields:
         Parameter, form and sign ``[v, n]`` (``None``: all positive).
     """
-    path = Path([edge.node for edge, _ in starts])
+    path = Path([edge.node for edge, _ in starts], outputs)
     clean, by_output, by_entry = [], [], []
     for leaf in leaves:
         linear, single = path.linear_in(leaf), len(leaf.uses) == 1
@@ -110,22 +114,26 @@ class Path:
 
     Attributes:
         losses: losses with a known Hessian, with their nodes.
+        outputs: model outputs, with their sample axes.
         bends: nodes that curve each entry by itself, with their sample axes.
         bent_above: nodes below such a node.
         curved_above: nodes below an operation that is curved in another way.
     """
 
-    def __init__(self, starts: list[Node]) -> None:
+    def __init__(
+        self, starts: list[Node], outputs: Sequence[tuple[GradientEdge, Batch]] = ()
+    ) -> None:
         self.losses: list[tuple[Node, LossRecord]] = []
         self.bends: list[tuple[Node, Batch]] = []
         self.bent_above: set[Node] = set()
         self.curved_above: set[Node] = set()
         order = self._order(starts)
+        self.outputs = list(outputs)
         active: dict[Node, bool] = {}
         for node in reversed(order):
             children = self._children(node)
             active[node] = TAPS in notes(node) or any(active.get(c, False) for c in children)
-        known = {record.edge.node for _, record in self.losses}
+        below_loss = {record.edge.node for _, record in self.losses}
         unknown_loss = not self.losses
         for node in order:
             if loss_at(node) is not None:
@@ -149,7 +157,7 @@ class Path:
             for child in self._children(node):
                 if curved:
                     self.curved_above.add(child)
-                if bent and child not in known:
+                if bent and child not in below_loss:
                     self.bent_above.add(child)
 
     def _children(self, node: Node) -> list[Node]:
@@ -354,6 +362,7 @@ def sampled(
     starts: Sequence[tuple[GradientEdge, Tensor]],
     leaves: Sequence[Any],
     per_sample: bool,
+    outputs: Sequence[tuple[GradientEdge, Batch]],
     count: int,
     generator: torch.Generator | None,
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
@@ -366,6 +375,7 @@ def sampled(
         starts: where backward starts, with the gradients there.
         leaves: parameters and their uses.
         per_sample: whether the diagonals of single samples are needed.
+        outputs: model outputs, with their sample axes.
         count: number of draws.
         generator: source of randomness.
 
@@ -373,7 +383,7 @@ def sampled(
         Parameter, form and sign ``[v, n]``.
     """
     create = torch.is_grad_enabled()
-    path = Path([edge.node for edge, _ in starts])
+    path = Path([edge.node for edge, _ in starts], outputs)
     by_output = [leaf for leaf in leaves if path.linear_in(leaf)]
     taps = {id(tap): (node, tap) for leaf in by_output for node, tap, _ in leaf.uses}
     edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
@@ -445,22 +455,22 @@ def _sample_gradients(
     starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaf: Leaf, place: GradientEdge
 ) -> Iterator[Tensor | None]:
     """Gradients of single samples, by masking the gradient at the model output."""
-    if not path.losses:
+    if not path.outputs:
         raise NotImplementedError(
-            "the Hessian diagonal of single samples of a parameter that is used several times needs "
-            "a loss with a known Hessian; use DiagHessian, or an extended loss module"
+            "the Hessian diagonal of single samples of a parameter that is used several times needs to "
+            "know the model output; call loss.backward(), or use DiagHessian"
         )
-    edges = [record.edge for _, record in path.losses]
-    batches = [record.hessian.batch for _, record in path.losses]
+    edges, batches = zip(*path.outputs, strict=True)
     outputs = gradients(starts, edges, create_graph=True)
     for n in range(leaf.samples):
         masked = []
-        for gradient, batch in zip(outputs, batches, strict=True):
-            assert gradient is not None
+        for edge, gradient, batch in zip(edges, outputs, batches, strict=True):
+            if gradient is None:
+                continue
             mask = (batch.sample_ids(gradient.device) == n).to(gradient.dtype)
             mask = mask.reshape([-1 if d == batch.dim else 1 for d in range(gradient.dim())])
-            masked.append(gradient * mask)
-        yield gradients(list(zip(edges, masked, strict=True)), [place], create_graph=True)[0]
+            masked.append((edge, gradient * mask))
+        yield gradients(masked, [place], create_graph=True)[0]
 
 
 def _entries(gradient: Tensor | None, parameter: Tensor, place: GradientEdge, create: bool) -> Tensor:

@@ -79,10 +79,13 @@ def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = No
 
 
 @op_rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, Tensor.__rmatmul__)
-def matmul(batch: Batch, left: Tensor, right: Tensor) -> Pairs | None:
-    if batch_of(right) is None:
-        return _times_matrix(batch, left, right)
-    return _matrix_times(batch, left, right)
+def matmul(
+    batch: Batch, input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None
+) -> Pairs | None:
+    right = mat2 if other is None else other
+    if right is None:
+        return None
+    return (_times_matrix if batch_of(right) is None else _matrix_times)(batch, input, right)
 
 
 def _times_matrix(batch: Batch, x: Tensor, w: Tensor, scale: float = 1.0) -> Pairs | None:
@@ -549,6 +552,21 @@ def fallback(
                 found = torch.stack([one(*sample) for sample in each])
             return found.transpose(0, 1)
 
+        def whole(g: Tensor) -> Tensor:
+            """The operation on the whole batch, once for each sample's columns."""
+
+            def run(p: Tensor) -> Tensor:
+                here = [p if j in where else x for j, x in enumerate(leaves)]
+                new_args, new_kwargs = tree_unflatten(here, spec)
+                result = func(*new_args, **new_kwargs)
+                return result if isinstance(result, Tensor) else result[place]
+
+            vjp, ids, found = torch.func.vjp(run, source)[1], batch.sample_ids(g.device), []
+            for n in range(batch.size):
+                own = (ids == n).reshape([-1 if d == batch.dim else 1 for d in range(g.dim() - 1)])
+                found.append(torch.stack([vjp(c * own)[0] for c in g]))
+            return torch.stack(found, 1)
+
         def form(g: Tensor) -> Form:
             for x, axis, version in zip(leaves, axes, versions, strict=True):
                 if axis is not None and x._version != version:
@@ -558,9 +576,12 @@ def fallback(
                     )
             try:
                 return Dense(values(g, own=False))
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError) as error:
                 if not batch.fits(source.shape):
-                    raise
+                    if "random" in str(error):
+                        raise
+                    # The source may have rows for each sample on an axis that is not known.
+                    return Dense(whole(g))
             # The source has rows of its own for each sample: [v, n, N, k, ...], zero but for N = n.
             rows = values(g, own=True).movedim(2 + batch.dim, 2)
             diagonal = torch.zeros(
