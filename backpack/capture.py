@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +58,23 @@ class Source(NamedTuple):
     Attributes:
         leaf: the parameter, or ``None`` for a derived tensor.
         edge: a derived tensor's place in the graph, or ``None`` for a parameter.
-        form: columns at the tap's output -> form of the source.
+        to_form: columns at the tap's output -> form of the source.
         linear: whether the operation is known to be linear in the source.
     """
 
     leaf: Tensor | None
     edge: GradientEdge | None
-    form: ToForm
+    to_form: ToForm
     linear: bool
+
+    def form(self, g: Tensor) -> Form:
+        """The form for columns ``g``, in the precision of the source (autocast may have left it)."""
+        if self.leaf is not None:
+            dtype = self.leaf.dtype
+        else:
+            assert self.edge is not None
+            dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
+        return self.to_form(g if g.dtype == dtype else g.to(dtype))
 
 
 class Tap:
@@ -78,11 +87,12 @@ class Tap:
         inputs: nodes of the data-dependent inputs, where the graph goes on downwards.
         recording: the forward pass it belongs to.
         released: whether autograd has passed and freed its buffers.
+        args: arguments of the operation, if it is a plain layer.
     """
 
     __slots__ = (
         *("func", "place", "batch", "inputs", "recording", "released"),
-        *("_sources", "_args", "__weakref__"),
+        *("args", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -103,7 +113,7 @@ class Tap:
         self.released = False
         self._sources = sources
         # A plain layer: all else is known from its arguments, once it is asked for.
-        self._args = args
+        self.args = args
 
     @property
     def op(self) -> str:
@@ -111,24 +121,28 @@ class Tap:
         return getattr(self.func, "__name__", str(self.func))
 
     @property
+    def rule(self) -> str:
+        """How its forms are found."""
+        return "by its rule" if self.func in {**RULES, **SEVERAL_OUTPUTS} else "sample by sample"
+
+    @property
     def sources(self) -> list[Source]:
         """What it is differentiated with respect to; empty once released."""
         if self._sources is None:
-            assert self._args is not None
-            axes, entered.axes = entered.axes, {id(self._args[0]): self.batch}
-            pairs = RULES[self.func](self.batch, *self._args) or ()
+            assert self.args is not None
+            axes, entered.axes = entered.axes, {id(self.args[0]): self.batch}
+            pairs = RULES[self.func](self.batch, *self.args) or ()
             entered.axes = axes
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs
                 if tensor is not None and tensor.requires_grad
             ]
-            self._args = None
         return self._sources
 
     def release(self) -> None:
         """Let go of the inputs, as autograd does once it has passed."""
-        self._sources, self._args, self.released = [], None, True
+        self._sources, self.args, self.released = [], None, True
 
 
 @dataclass(slots=True, eq=False)
@@ -181,16 +195,19 @@ class LossRecord:
         rule: gives its Hessian; asked only when a second-order quantity needs it.
         edge: the model output.
         module: the extended loss module that computed it, if one did.
+        device: kind of device it is on.
     """
 
     rule: Callable[[], LossHessian | None]
     edge: GradientEdge
     module: nn.Module | None
+    device: str = "cpu"
 
     @cached_property
     def known(self) -> LossHessian | None:
         """The Hessian; ``None`` if the rule does not cover this call."""
-        return self.rule()
+        with torch.autocast(self.device, enabled=False):
+            return self.rule()
 
     @property
     def hessian(self) -> LossHessian:
@@ -528,7 +545,7 @@ def _note_loss(
     if axis is None or axis.lost or not f.requires_grad:
         return
     rule = _without_logits(func, axis, args, kwargs, node)
-    record = LossRecord(rule, get_gradient_edge(f), module)
+    record = LossRecord(rule, get_gradient_edge(f), module, f.device.type)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: _on_backward(recording, record, grads))
 
@@ -545,14 +562,20 @@ def _without_logits(
     while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
         below = below.next_functions[0][0] if below.next_functions else None
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
-        return partial(LOSSES[func], axis, *args, **kwargs)
+        return lambda: LOSSES[func](axis, *map(_widened, args), **kwargs)
     logits, rest, saved = weakref.ref(args[0]), args[1:], below
 
     def rule() -> LossHessian | None:
         f = logits()
-        return LOSSES[func](axis, saved._saved_result if f is None else f, *rest, **kwargs)  # type: ignore[attr-defined]
+        f = saved._saved_result if f is None else f  # type: ignore[attr-defined]
+        return LOSSES[func](axis, _widened(f), *rest, **kwargs)
 
     return rule
+
+
+def _widened(x: Any) -> Any:
+    """Half precision, in which autocast leaves model outputs, is too little for a Hessian."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in _HALVES else x
 
 
 def _repeats(old: Tensor, out: Tensor) -> list[int]:
@@ -604,6 +627,7 @@ _LAYERS = frozenset(
     {torch.nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}
     | {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 )
+_HALVES = (torch.float16, torch.bfloat16)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})

@@ -9,8 +9,10 @@ of one such pass.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -287,6 +289,9 @@ class Run:
         self.modules: list[tuple[nn.Module, set[Tensor]]] = []
         self.handles: list[Any] = []
         self.saved: list[tuple[Tensor, str]] = []
+        self.costs: dict[Tensor | str, float] = {}
+        # Calls of plain layers, for the extension hook.
+        self.calls: dict[Tensor, tuple[Any, tuple]] = {}
         self.done = False
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if ext.kind.name == "gradient"]
@@ -485,7 +490,26 @@ class Run:
     def _print(self, fresh: Iterable[tuple[Node, Tap]], names: _Names) -> None:
         for _, tap in fresh:
             who = ", ".join(names(p) for s in tap.sources for p in _parameters(s))
-            print(f"[DEBUG] tap {tap.op}: {who} (samples {tap.batch.size}, axis {tap.batch.dim})")
+            place = f"samples {tap.batch.size}, axis {tap.batch.dim}"
+            print(f"[DEBUG] tap {tap.op}: {who} ({place}), {tap.rule}")
+
+    @contextmanager
+    def _timed(self, what: Tensor | str) -> Iterator[None]:
+        """In debug mode, add up what is spent inside the block."""
+        if not self.block.owner.debug:
+            yield
+            return
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.costs[what] = self.costs.get(what, 0.0) + time.perf_counter() - start
+
+    def _print_costs(self) -> None:
+        names = _Names(self.graph.recordings)
+        for what, seconds in self.costs.items():
+            name = what if isinstance(what, str) else f"quantities of {names(what)}"
+            print(f"[DEBUG] {name}: {1e3 * seconds:.2f} ms")
 
     # ----------------------------------------------------------------------------------
     # Second order
@@ -561,7 +585,8 @@ class Run:
             for chunk in chunks if some else ():
                 with self._nested():
                     parts = [chunk] if isinstance(chunk, Tensor) else chunk
-                    arrived = carry(starts, targets, parts)
+                    with self._timed("columns carried to all taps"):
+                        arrived = carry(starts, targets, parts)
                     at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
                     del arrived
                     self._arrived(at, len(parts[0]), some, refining)
@@ -572,17 +597,27 @@ class Run:
         """Reduce columns that have arrived at all taps."""
         with products_kept():
             for leaf in self.leaves.values():
-                form = self._form(leaf, at)
-                if form is None:
-                    shape = (columns, leaf.samples, *leaf.parameter.shape)
-                    zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
-                    self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
-                elif refining:
-                    for ext in exts:
-                        state = leaf.states[ext.savefield]
-                        leaf.states[ext.savefield] = ext.refine(state, form)
-                else:
-                    self._reduce(leaf, exts, form)
+                with self._timed(leaf.parameter):
+                    self._arrived_at(leaf, at, columns, exts, refining)
+
+    def _arrived_at(
+        self,
+        leaf: _Leaf,
+        at: dict[int, Tensor | None],
+        columns: int,
+        exts: list[BackpropExtension],
+        refining: bool,
+    ) -> None:
+        form = self._form(leaf, at)
+        if form is None:
+            shape = (columns, leaf.samples, *leaf.parameter.shape)
+            zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
+            self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
+        elif refining:
+            for ext in exts:
+                leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
+        else:
+            self._reduce(leaf, exts, form)
 
     def _averaged(
         self,
@@ -670,9 +705,13 @@ class Run:
                 if not leaf.waiting:
                     ready.append(leaf)
         for leaf in ready:
-            self._contract(leaf)
-        if not self.keeps:
-            for tap in taps:
+            with self._timed(leaf.parameter):
+                self._contract(leaf)
+        for tap in taps:
+            if self.block.owner.extension_hook is not None and tap.args is not None:
+                for leaf, _ in self.uses.get(tap, ()):
+                    self.calls.setdefault(leaf.parameter, (tap.func, tap.args))
+            if not self.keeps:
                 tap.release()
 
     def _contract(self, leaf: _Leaf) -> None:
@@ -725,7 +764,10 @@ class Run:
             if leaf.parameter in waiting:
                 waiting.discard(leaf.parameter)
                 if not waiting:
-                    hook(module)
+                    own = module.parameters(recurse=False)
+                    calls = [self.calls.pop(p) for p in own if p in self.calls]
+                    with _Exposed(module, *calls[0]) if calls else nullcontext():
+                        hook(module)
 
     # ----------------------------------------------------------------------------------
     # Ending
@@ -733,6 +775,7 @@ class Run:
     def end(self) -> None:
         """The backward pass is over."""
         self.done = True
+        self._print_costs()
         self._clear()
         self.block.runs.pop(self.task, None)
 
@@ -750,6 +793,7 @@ class Run:
         self.leaves.clear()
         self.uses.clear()
         self.modules.clear()
+        self.calls.clear()
         self.graph, self.absorbed = Graph(), set()
 
 
@@ -764,6 +808,44 @@ class _Nested:
 
     def __exit__(self, *exc: object) -> None:
         self.block.nested -= 1
+
+
+class _Exposed:
+    """``module.input0`` and ``module.output`` while an extension hook looks at a plain layer.
+
+    The output is no longer there, as nothing in backward needs it: it is computed if it is asked for.
+    ``torch.nn.Module`` looks for attributes it does not have among its buffers.
+    """
+
+    def __init__(self, module: nn.Module, func: Any, args: tuple) -> None:
+        self.module, self.func, self.args = module, func, args
+
+    def __enter__(self) -> None:
+        self.module.__dict__["input0"] = self.args[0]
+        self.module.__dict__["_buffers"] = _Buffers(self.module._buffers)
+        self.module.__dict__["_buffers"].compute = self.output
+
+    def output(self) -> Tensor:
+        with torch.no_grad():
+            return self.func(*self.args)
+
+    def __exit__(self, *exc: object) -> None:
+        self.module.__dict__.pop("input0", None)
+        self.module.__dict__["_buffers"] = dict(self.module._buffers)
+
+
+class _Buffers(dict):
+    """A module's buffers and its output."""
+
+    compute: Callable[[], Tensor]
+
+    def __contains__(self, name: object) -> bool:
+        return name == "output" or super().__contains__(name)
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "output":
+            raise KeyError(name)
+        return self.compute()
 
 
 def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

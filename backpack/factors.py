@@ -251,6 +251,10 @@ class Outer(Form):
     g: Tensor
     layout: Layout
 
+    def __post_init__(self) -> None:
+        if self.a.dtype != self.g.dtype:  # after autocast
+            object.__setattr__(self, "a", self.a.to(self.g.dtype))
+
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.layout.shape

@@ -120,9 +120,7 @@ class Path:
         curved_above: nodes below an operation that is curved in another way.
     """
 
-    def __init__(
-        self, starts: list[Node], outputs: Sequence[tuple[GradientEdge, Batch]] = ()
-    ) -> None:
+    def __init__(self, starts: list[Node], outputs: Sequence[tuple[GradientEdge, Batch]] = ()) -> None:
         self.losses: list[tuple[Node, LossRecord]] = []
         self.bends: list[tuple[Node, Batch]] = []
         self.bent_above: set[Node] = set()

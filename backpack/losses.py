@@ -358,6 +358,26 @@ class _Elementwise(LossHessian):
         return grad if self.axis is None or grad.dim() == 0 else grad.unsqueeze(self.axis)
 
 
+def elementwise(
+    f: Tensor,
+    batch: Batch,
+    second: Callable[[Tensor], Tensor],
+    scale: Tensor | float = 1.0,
+    noise: Callable[[Tensor, torch.Generator | None], Tensor] | None = None,
+) -> LossHessian:
+    """The Hessian of a loss that acts on each entry of the model output by itself.
+
+    Args:
+        f: the model output.
+        batch: its sample axis.
+        second: second derivative of one entry's loss.
+        scale: weights and the reduction's factor, broadcastable to ``f``.
+        noise: draws would-be gradients whose expected square is ``second(f)``; default standard normal
+            numbers times its root.
+    """
+    return _Elementwise(f, batch, (), second, scale, noise)
+
+
 def _reduction_scale(reduction: str, shape: torch.Size) -> float:
     return 1.0 / max(shape.numel(), 1) if reduction == "mean" else 1.0
 

@@ -517,14 +517,21 @@ def fallback(
     def make(source: Tensor) -> ToForm:
         where = [j for j, x in enumerate(leaves) if x is source]
 
+        def alike(x: Any) -> Any:
+            """In the source's precision, which autocast may have left."""
+            other = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != source.dtype
+            return x.to(source.dtype) if other else x
+
         def values(g: Tensor, own: bool) -> Tensor:
             """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
-            data = [_samples_apart(axis, x) for axis, x in zip(axes, leaves, strict=True) if axis]
+            data = [
+                _samples_apart(axis, alike(x)) for axis, x in zip(axes, leaves, strict=True) if axis
+            ]
             cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
 
             def one(cotangent: Tensor, point: Tensor, *data: Tensor) -> Tensor:
                 rest = iter(data)
-                here = [next(rest) if axis else x for axis, x in zip(axes, leaves, strict=True)]
+                here = [next(rest) if axis else alike(x) for axis, x in zip(axes, leaves, strict=True)]
 
                 def run(p: Tensor) -> Tensor:
                     for j in where:
@@ -556,7 +563,7 @@ def fallback(
             """The operation on the whole batch, once for each sample's columns."""
 
             def run(p: Tensor) -> Tensor:
-                here = [p if j in where else x for j, x in enumerate(leaves)]
+                here = [p if j in where else alike(x) for j, x in enumerate(leaves)]
                 new_args, new_kwargs = tree_unflatten(here, spec)
                 result = func(*new_args, **new_kwargs)
                 return result if isinstance(result, Tensor) else result[place]
@@ -635,18 +642,18 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         state_axis = recurrent_axis(batch.size, 1, batch_first)
 
         def backward(g: Tensor) -> tuple[Tensor, recurrent.Backward]:
-            x, hidden = input, output
+            x, hidden = input.to(g.dtype), output.to(g.dtype)
             if not batch_first:
-                x, hidden = input.transpose(0, 1), output.transpose(0, 1)
+                x, hidden = x.transpose(0, 1), hidden.transpose(0, 1)
             if place:
                 g = g.squeeze(1)
             elif not batch_first:
                 g = g.transpose(1, 2)
-            start = h0[0]
+            start, cell = h0[0].to(g.dtype), None if c0 is None else c0[0].to(g.dtype)
             if torch.is_grad_enabled():
-                hidden = recurrent.hidden_states(name, weights, x, start, None if c0 is None else c0[0])
-            if c0 is not None:
-                return x, recurrent.lstm(weights, x, start, c0[0], hidden, g, place)
+                hidden = recurrent.hidden_states(name, weights, x, start, cell)
+            if cell is not None:
+                return x, recurrent.lstm(weights, x, start, cell, hidden, g, place)
             if name == "gru":
                 return x, recurrent.gru(weights, x, start, hidden, g, place)
             return x, recurrent.rnn(weights, x, start, hidden, g, place, name == "rnn_relu")

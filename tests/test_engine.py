@@ -28,6 +28,7 @@ from backpack.extensions import (
     SumGradSquared,
     Variance,
 )
+from tests.cases import Apply, P
 
 N = 5
 
@@ -640,6 +641,36 @@ def test_debug_prints(problem, capsys) -> None:
         lossfunc(model(X), y).backward()
     text = capsys.readouterr().out
     assert "[DEBUG] Extending" in text and "tap linear: '2.weight', '2.bias'" in text
+    assert "by its rule" in text and "[DEBUG] quantities of '2.weight': " in text
+
+
+def test_debug_names_the_fallback(capsys) -> None:
+    model = extend(Apply(lambda m, a: torch.einsum("ni,oi->no", a, m.w), w=P(3, 4)))
+    with backpack(DiagGGNExact(), debug=True):
+        extend(nn.MSELoss())(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+    text = capsys.readouterr().out
+    assert "tap einsum: 'w' (samples 5, axis 0), sample by sample" in text
+    assert "[DEBUG] columns carried to all taps: " in text
+
+
+def test_input_and_output_in_a_hook(problem) -> None:
+    """As the original has them, without keeping them: outputs are computed when they are asked for."""
+    model, lossfunc, X, y = problem
+    seen = {}
+
+    def hook(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            seen[module] = module.input0, module.output
+            assert "output" not in module.state_dict()
+
+    with backpack(BatchGrad(), extension_hook=hook):
+        lossfunc(model(X), y).backward()
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    assert len(seen) == len(layers)
+    for module in layers:
+        torch.testing.assert_close(module(seen[module][0]), seen[module][1])
+        assert not hasattr(module, "input0") and not hasattr(module, "output")
+    torch.testing.assert_close(seen[layers[0]][0], X)
 
 
 def test_no_warnings(problem) -> None:

@@ -1,0 +1,45 @@
+"""The page on own operations, losses and quantities, run as it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backpack import extensions as E
+from backpack.losses import LOSSES
+from backpack.oracle import check
+from backpack.rules import RULES
+
+PAGE = Path(__file__).parent.parent / "docs" / "own.md"
+
+
+@pytest.fixture
+def page() -> Iterator[dict[str, Any]]:
+    """Names that the page defines; its rules are forgotten afterwards."""
+    torch.manual_seed(0)
+    space: dict[str, Any] = {"__name__": "own"}
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    exec(compile(code, str(PAGE), "exec"), space)
+    yield space
+    RULES.pop(space["clipped_scale"])
+    LOSSES.pop(space["log_cosh"])
+
+
+def test_page(page: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    model, X, y = page["network"], page["X"], page["y"]
+    quantities = [E.BatchGrad(), E.Variance(), E.DiagGGNExact(), E.BatchDiagGGNExact(), E.DiagHessian()]
+    report = check(model, page["LogCosh"](), X, y, quantities)
+    assert report.ok, f"\n{report}"
+    with page["backpack"].backpack(
+        page["GradientMax"](), page["BatchTraceGGN"](), E.BatchGrad(), E.BatchDiagGGNExact(), debug=True
+    ):
+        page["lossfunc"](model(X), y).backward()
+    assert "tap clipped_scale: 'scale' (samples 8, axis 0), by its rule" in capsys.readouterr().out
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_max, p.grad_batch.flatten(1).abs().amax(1))
+        torch.testing.assert_close(p.trace_ggn_batch, p.diag_ggn_exact_batch.flatten(1).sum(1))

@@ -1,0 +1,114 @@
+"""Mixed precision and scaled losses: quantities as exact as the pass, scaled as the gradient is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from backpack import backpack, extend
+from backpack import extensions as E
+from tests.cases import flat, mean, seq
+
+MODELS = {
+    "mlp": (lambda: seq(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (8, 6)),
+    "sequence": (lambda: seq(nn.Linear(6, 4), nn.LayerNorm(4), flat(), nn.Linear(12, 3)), (8, 3, 6)),
+    "conv": (lambda: mean(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1)), (8, 2, 5, 5)),
+    "gru": (lambda: seq(Last(nn.GRU(6, 4, batch_first=True)), nn.Linear(4, 3)), (8, 3, 6)),
+    "attention": (lambda: seq(attention(), flat(), nn.Linear(18, 3)), (8, 3, 6)),
+}  # fmt: skip
+FIELDS = {
+    "grad_batch": 1,
+    "batch_l2": 2,
+    "sum_grad_squared": 2,
+    "variance": 2,
+    "diag_ggn_exact": 1,
+    "diag_ggn_exact_batch": 1,
+    "diag_h": 1,
+}
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+
+class Last(nn.Module):
+    """The last step of a sequence."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.layer(a)[0][:, -1]
+
+
+def quantities() -> list[E.BackpropExtension]:
+    return [
+        *(E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()),
+        *(E.DiagGGNExact(), E.BatchDiagGGNExact(), E.DiagHessian(), E.KFLR()),
+    ]
+
+
+def run(model: nn.Module, X: Tensor, y: Tensor, dtype: torch.dtype | None, scale: float = 1.0) -> dict:
+    model.zero_grad()
+    mixed = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    with mixed, sdpa_kernel(SDPBackend.MATH):
+        loss = extend(nn.CrossEntropyLoss())(model(X), y)
+    with backpack(*quantities()):
+        (scale * loss).backward()
+    found = {}
+    for name, p in model.named_parameters():
+        assert p.kflr[0].isfinite().all()
+        for field in FIELDS:
+            found[name, field] = getattr(p, field).clone()
+        found[name, "grad"] = p.grad.clone()
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name: str) -> None:
+    """Within the rounding of bfloat16; and the individual gradients sum to the gradient."""
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model, X, y = extend(make()), torch.randn(shape), torch.randint(3, (shape[0],))
+    exact, mixed = run(model, X, y, None), run(model, X, y, torch.bfloat16)
+    for (parameter, field), value in mixed.items():
+        expected = exact[parameter, field]
+        scale = max(
+            float(expected.abs().max()),
+            1e-2 * max(float(e.abs().max()) for (_, f), e in exact.items() if f == field),
+        )
+        assert float((value.float() - expected).abs().max()) < 0.08 * scale, (parameter, field)
+    for parameter, _ in model.named_parameters():
+        total = mixed[parameter, "grad_batch"].float().sum(0)
+        limit = 0.03 * mixed[parameter, "grad_batch"].abs().sum(0).max() + 1e-6
+        assert bool(((total - mixed[parameter, "grad"]).abs() < limit).all())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scaled_loss(name: str) -> None:
+    """What a gradient scaler multiplies the loss with, quantities carry: once, or squared."""
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model, X, y = extend(make().double()), torch.randn(shape).double(), torch.randint(3, (shape[0],))
+    plain, scaled = run(model, X, y, None), run(model, X, y, None, 2.0**10)
+    for (parameter, field), value in scaled.items():
+        power = FIELDS.get(field, 1)
+        torch.testing.assert_close(
+            value, plain[parameter, field] * 2.0 ** (10 * power), rtol=1e-7, atol=1e-9
+        )
+
+
+def test_gradient_scaler() -> None:
+    """Fields are those of the scaled loss; `unscale_` divides `grad` only."""
+    model, X, y = extend(nn.Linear(4, 3)), torch.randn(8, 4), torch.randint(3, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with backpack(E.BatchGrad()):
+        scaler.scale(extend(nn.CrossEntropyLoss())(model(X), y)).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(model.weight.grad_batch.sum(0) / 64, model.weight.grad)
+    scaler.step(optimizer)
+    scaler.update()
