@@ -157,6 +157,7 @@ class Recording:
         taps: the taps found.
         unseen: parameters that were read through ``.data``.
         entries: nodes of inputs that require grad: below them, the graph is not this module's.
+        packed: whether sequences were packed.
         depth: number of calls of the module inside itself.
     """
 
@@ -167,6 +168,7 @@ class Recording:
     taps: list[weakref.ref[Tap]] = field(default_factory=list)
     unseen: list[weakref.ref[Tensor]] = field(default_factory=list)
     entries: set[Node] = field(default_factory=set)
+    packed: bool = False
     depth: int = 0
 
     def release(self) -> None:
@@ -392,6 +394,11 @@ class _Recorder(TorchFunctionMode):
         if (axis := batch_of(args[0])) is not None:
             mark(out, axis)
         return out
+
+    def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``pack_padded_sequence``: steps of all samples one after the other, samples nowhere."""
+        self.recording.packed = True
+        return func(*args, **kwargs)
 
     def _note(
         self,
@@ -635,6 +642,7 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_INPLACE, _Recorder._in_place),
     **dict.fromkeys(OPENED, _Recorder._open),
     _DATA: _Recorder._data,
+    torch._VF._pack_padded_sequence: _Recorder._pack,
 }
 
 

@@ -405,6 +405,11 @@ class Run:
         return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
 
     def _check(self, graph: Graph, fresh: list[tuple[Node, Tap]], names: _Names) -> None:
+        if any(recording.packed for recording in graph.recordings):
+            raise NotImplementedError(
+                "the model packs sequences (pack_padded_sequence), which leaves no axis for samples; "
+                "give recurrent layers the padded batch, and pick each sample's last valid step"
+            )
         if graph.unseen:
             raise RuntimeError(names.unseen(graph.unseen))
         reached = {s.leaf for _, tap in fresh for s in tap.sources if s.leaf is not None}
