@@ -130,8 +130,12 @@ class Tap:
         """What it is differentiated with respect to; empty once released."""
         if self._sources is None:
             assert self.args is not None
+            # Its rule wants to know where the samples of the input are; no layer moves them.
             axes, entered.axes = entered.axes, {id(self.args[0]): self.batch}
-            pairs = RULES[self.func](self.batch, *self.args) or ()
+            pairs = RULES[self.func](self.batch, *self.args)
+            if pairs is None:
+                own = [t for t in self.args[1:3] if t is not None and t.requires_grad]
+                pairs = fallback(self.batch, 0, self.func, self.args, {}, own)  # type: ignore[assignment]
             entered.axes = axes
             self._sources = [
                 Source(tensor, None, form, True)

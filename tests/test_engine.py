@@ -644,6 +644,18 @@ def test_debug_prints(problem, capsys) -> None:
     assert "by its rule" in text and "[DEBUG] quantities of '2.weight': " in text
 
 
+def test_layer_that_its_rule_does_not_cover() -> None:
+    from backpack import check
+
+    model = Apply(lambda m, a: F.linear(a, m.w).unsqueeze(1).sin(), w=P(4))
+    extend(model)
+    with backpack(BatchGrad()):
+        extend(nn.MSELoss())(model(torch.randn(5, 4)), torch.randn(5, 1)).backward()
+    assert model.w.grad_batch.shape == (5, 4)
+    report = check(model, nn.MSELoss(), torch.randn(5, 4), torch.randn(5, 1))
+    assert report.ok, str(report)
+
+
 def test_debug_names_the_fallback(capsys) -> None:
     model = extend(Apply(lambda m, a: torch.einsum("ni,oi->no", a, m.w), w=P(3, 4)))
     with backpack(DiagGGNExact(), debug=True):
