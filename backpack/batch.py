@@ -362,7 +362,7 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
 @_mover("__getitem__")
 def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if old is not args[0]:  # the index depends on the data: a table is looked up
-        return batch if old is args[1] else batch.losing("a lookup with several indices")
+        return batch if old is args[1] else _looked_up(batch, old, args)
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     taken = sum(
         i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
@@ -426,7 +426,11 @@ def _pick(batch: Batch, i: Any, width: int, index: tuple, old: Tensor, new: Tens
         return batch.losing("indexing along the sample axis together with other axes")
     if others:
         picks = picks.expand(max(len(j) for j in (picks, *others)))
-    # Picked axes land where the first of them stood, in front if they stood apart.
+    return batch.taking(picks, new).moved(_landing(index, old.dim()))
+
+
+def _landing(index: tuple, ndim: int) -> int:
+    """Where picked axes land: where the first of them stood, or in front if they stood apart."""
     taken = sum(j is not None and j is not Ellipsis and not isinstance(j, bool) for j in index)
     place, out, apart = -1, 0, False
     for j in index:
@@ -436,10 +440,19 @@ def _pick(batch: Batch, i: Any, width: int, index: tuple, old: Tensor, new: Tens
             elif place < 0:
                 place, out = out, out + 1
         elif j is Ellipsis:
-            out += old.dim() - taken
+            out += ndim - taken
         elif j is None or isinstance(j, (bool, slice)):
             out += 1
-    return batch.taking(picks, new).moved(0 if apart else place)
+    return 0 if apart else place
+
+
+def _looked_up(batch: Batch, old: Tensor, args: tuple) -> Batch:
+    """The axis of one of several indices, each of which has one place for each sample."""
+    table, index = args
+    picks = [torch.as_tensor(j) for j in index if _is_pick(j)] if isinstance(index, tuple) else []
+    if not picks or any(j.dim() != 1 or len(j) != len(old) or j.dtype == torch.bool for j in picks):
+        return batch.losing("a lookup with several indices")
+    return batch.moved(_landing(index, table.dim()))
 
 
 @_mover("select", "select_copy")
