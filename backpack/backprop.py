@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.capture import (
+from backpack.taps import (
     BORDER,
     LOSS,
     MIXES,

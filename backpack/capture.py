@@ -3,9 +3,7 @@
 While the outermost extended module runs, a torch-function mode sees every operation. A result
 depends on the data if an argument does; the mark is :class:`~backpack.batch.Batch`. An operation
 with a data-dependent result and an argument that requires grad but does not depend on the data is a
-tap. Taps live in the ``metadata`` of their autograd node and nowhere else: they go when the graph
-goes. Nothing here may let a node's metadata or hooks reach that node or one above it (such cycles
-are never collected): taps hold inputs, which lie below, and recordings hold taps weakly.
+tap, noted on its autograd node.
 """
 
 from __future__ import annotations
@@ -14,13 +12,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from backpack.batch import (
@@ -35,198 +31,25 @@ from backpack.batch import (
     mark,
     propagate,
     regular_axis,
-    reshaped,
 )
-from backpack.factors import Dense, Form, Outer, Pullback
+from backpack.factors import Dense
 from backpack.losses import LOSSES, LossHessian
 from backpack.opened import OPENED
-from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
-
-# Keys of autograd nodes' metadata.
-TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
-MIXES, CURVED = "backpack_mixes", "backpack_curved"
-
-
-def notes(node: Node) -> dict[str, Any]:
-    """What is kept on an autograd node (torch's stubs take this attribute for a method)."""
-    return node.metadata  # type: ignore[return-value]
-
-
-class Source(NamedTuple):
-    """What a tap is taken with respect to: a parameter, or a tensor made from parameters only.
-
-    Attributes:
-        leaf: the parameter, or ``None`` for a derived tensor.
-        edge: a derived tensor's place in the graph, or ``None`` for a parameter.
-        to_form: columns at the tap's output -> form of the source.
-        linear: whether the operation is known to be linear in the source.
-    """
-
-    leaf: Tensor | None
-    edge: GradientEdge | None
-    to_form: ToForm
-    linear: bool
-
-    def form(self, g: Tensor) -> Form:
-        """The form for columns ``g``, in the precision of the source (autocast may have left it)."""
-        if self.leaf is not None:
-            dtype = self.leaf.dtype
-        else:
-            assert self.edge is not None
-            dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
-        return self.to_form(g if g.dtype == dtype else g.to(dtype))
-
-
-class Tap:
-    """One operation in which parameters meet data.
-
-    Attributes:
-        func: the operation.
-        place: which of its node's outputs.
-        batch: sample axis of the output.
-        inputs: nodes of the data-dependent inputs, where the graph goes on downwards.
-        recording: the forward pass it belongs to.
-        released: whether autograd has passed and freed its buffers.
-        args: arguments of the operation, if it is a plain layer.
-    """
-
-    __slots__ = (
-        *("func", "place", "batch", "inputs", "recording", "released"),
-        *("args", "_sources", "__weakref__"),
-    )
-
-    def __init__(
-        self,
-        func: Any,
-        place: int,
-        batch: Batch,
-        inputs: tuple[Node, ...],
-        recording: Recording,
-        sources: list[Source] | None = None,
-        args: tuple | None = None,
-    ) -> None:
-        self.func = func
-        self.place = place
-        self.batch = batch
-        self.inputs = inputs
-        self.recording = recording
-        self.released = False
-        self._sources = sources
-        # A plain layer: all else is known from its arguments, once it is asked for.
-        self.args = args
-
-    @property
-    def op(self) -> str:
-        """Name of the operation."""
-        return getattr(self.func, "__name__", str(self.func))
-
-    @property
-    def rule(self) -> str:
-        """How its forms are found."""
-        return "by its rule" if self.func in {**RULES, **SEVERAL_OUTPUTS} else "sample by sample"
-
-    @property
-    def sources(self) -> list[Source]:
-        """What it is differentiated with respect to; empty once released."""
-        if self._sources is None:
-            assert self.args is not None
-            # Its rule wants to know where the samples of the input are; no layer moves them.
-            axes, entered.axes = entered.axes, {id(self.args[0]): self.batch}
-            pairs = RULES[self.func](self.batch, *self.args)
-            if pairs is None:
-                own = [t for t in self.args[1:3] if t is not None and t.requires_grad]
-                pairs = fallback(self.batch, 0, self.func, self.args, {}, own)  # type: ignore[assignment]
-            entered.axes = axes
-            self._sources = [
-                Source(tensor, None, form, True)
-                for tensor, form in pairs
-                if tensor is not None and tensor.requires_grad
-            ]
-        return self._sources
-
-    def release(self) -> None:
-        """Let go of the inputs, as autograd does once it has passed."""
-        self._sources, self.args, self.released = [], None, True
-
-
-@dataclass(slots=True, eq=False)
-class Recording:
-    """One forward pass of an outermost extended module.
-
-    Attributes:
-        module: that module.
-        size: number of samples.
-        batch_dim: sample axis of the inputs.
-        arguments: all tensors passed in, while the pass runs.
-        taps: the taps found.
-        unseen: parameters that were read through ``.data``.
-        entries: nodes of inputs that require grad: below them, the graph is not this module's.
-        packed: whether sequences were packed.
-        depth: number of calls of the module inside itself.
-    """
-
-    module: weakref.ref[nn.Module]
-    size: int | None
-    batch_dim: int = 0
-    arguments: list[Tensor] = field(default_factory=list)
-    taps: list[weakref.ref[Tap]] = field(default_factory=list)
-    unseen: list[weakref.ref[Tensor]] = field(default_factory=list)
-    entries: set[Node] = field(default_factory=set)
-    packed: bool = False
-    depth: int = 0
-
-    def release(self) -> None:
-        """Release all taps that are still there."""
-        for ref in self.taps:
-            tap = ref()
-            if tap is not None:
-                tap.release()
-
-
-@dataclass(frozen=True, slots=True)
-class Border:
-    """A model output: what a loss is a function of. Holds no tensor (that would be a cycle)."""
-
-    recording: Recording
-    place: int
-    batch: Batch | None
-    shape: torch.Size
-
-
-@dataclass(eq=False)
-class LossRecord:
-    """A loss for which there is a rule.
-
-    Attributes:
-        rule: gives its Hessian; asked only when a second-order quantity needs it.
-        edge: the model output.
-        module: the extended loss module that computed it, if one did.
-        device: kind of device it is on.
-    """
-
-    rule: Callable[[], LossHessian | None]
-    edge: GradientEdge
-    module: nn.Module | None
-    device: str = "cpu"
-
-    @cached_property
-    def known(self) -> LossHessian | None:
-        """The Hessian; ``None`` if the rule does not cover this call."""
-        with torch.autocast(self.device, enabled=False):
-            return self.rule()
-
-    @property
-    def hessian(self) -> LossHessian:
-        """The Hessian of a loss found by :func:`loss_at`."""
-        assert self.known is not None
-        return self.known
-
-
-def loss_at(node: Node) -> LossRecord | None:
-    """The loss with a known Hessian that a node computes."""
-    record = notes(node).get(LOSS)
-    return None if record is None or record.known is None else record
-
+from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
+from backpack.taps import (
+    BORDER,
+    CURVED,
+    LOSS,
+    MIXES,
+    TAPS,
+    Border,
+    LossRecord,
+    Recording,
+    Tap,
+    make_tap,
+    notes,
+    store_tap,
+)
 
 # The engine listens here: called with the node that backward has reached.
 reached: Callable[[Recording, LossRecord | None, Any], None] | None = None
@@ -268,9 +91,6 @@ _BENDS = frozenset(
     ).split()
     for space in (torch, Tensor, torch.nn.functional, torch._C._nn)
     if (func := getattr(space, name, None)) is not None
-)
-_LINEAR_FALLBACKS = frozenset(
-    {torch.einsum, torch.nn.functional.bilinear, torch.bilinear, torch.cat, torch.stack, torch.bmm}
 )
 _BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
 
@@ -449,7 +269,7 @@ class _Recorder(TorchFunctionMode):
             base = out._base
             if base is not None and node.next_functions[0][0] is not base.grad_fn:
                 base = None
-            _tap(
+            make_tap(
                 recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs, base
             )
 
@@ -480,7 +300,7 @@ class _Recorder(TorchFunctionMode):
                 )
                 found = SEVERAL_OUTPUTS[func](batch, place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
-                _store(
+                store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
                     *(pairs, inputs, False),  # type: ignore[arg-type]
                 )
@@ -513,7 +333,7 @@ class _Recorder(TorchFunctionMode):
         node = target.grad_fn
         # A parameter-made tensor that data was written into is left to the check at backward time.
         if rest and len(rest) == len(sources) and node is not None and twin is not None:
-            _tap(
+            make_tap(
                 self.recording,
                 *(twin, tuple(plain), kwargs, node, target.output_nr, 0, batch, rest, inputs),
             )
@@ -539,7 +359,7 @@ class _Recorder(TorchFunctionMode):
             shape = old.shape
             repeats = _repeats(old, out)
             forms: list[tuple[Tensor, ToForm]] = [(old, lambda g: Dense(_unexpand(g, shape, repeats)))]
-            _store(self.recording, func, node, out.output_nr, batch, forms, (), True)
+            store_tap(self.recording, func, node, out.output_nr, batch, forms, (), True)
 
 
 def _note_loss(
@@ -648,95 +468,6 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     _DATA: _Recorder._data,
     torch._VF._pack_padded_sequence: _Recorder._pack,
 }
-
-
-# --------------------------------------------------------------------------------------
-# Taps
-
-
-def _tap(
-    recording: Recording,
-    func: Any,
-    args: tuple,
-    kwargs: dict[str, Any],
-    node: Node,
-    output_nr: int,
-    place: int,
-    batch: Batch,
-    sources: list[Tensor],
-    inputs: tuple[Node, ...],
-    base: Tensor | None = None,
-) -> None:
-    pairs: list[tuple[Tensor, ToForm]] = []
-    missing = {id(s): s for s in sources}
-    rule = RULES.get(func)
-    if rule is not None and batch.lost is None:
-        for tensor, form in rule(batch, *args, **kwargs) or ():
-            if tensor is not None and id(tensor) in missing:
-                pairs.append((tensor, form))
-        for tensor, _ in pairs:
-            missing.pop(id(tensor), None)
-    linear = not missing or func in _LINEAR_FALLBACKS
-    if missing and batch.lost is not None:
-        pairs += [(s, _lost_form) for s in missing.values()]
-    elif missing:
-        pairs += fallback(batch, place, func, args, kwargs, list(missing.values()))  # type: ignore[arg-type]
-    if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
-        shape = node._input_metadata[0].shape
-        below = batch if batch.lost is not None else reshaped(batch, shape, base.shape)
-        if below.lost is None:
-            node, output_nr, batch = base.grad_fn, base.output_nr, below
-            pairs = [(t, _viewed(form, shape)) for t, form in pairs]
-    _store(recording, func, node, output_nr, batch, pairs, inputs, linear)
-
-
-def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
-    return lambda g: form(g.reshape(len(g), *shape))
-
-
-def _lost_form(g: Tensor) -> Form:
-    raise AssertionError("a tap without a sample axis is refused before it is used")
-
-
-def _store(
-    recording: Recording,
-    func: Any,
-    node: Node,
-    output_nr: int,
-    batch: Batch,
-    pairs: list[tuple[Tensor, ToForm]],
-    inputs: tuple[Node, ...],
-    linear: bool,
-) -> None:
-    sources = [_source(tensor, form, linear) for tensor, form in pairs]
-    tap = Tap(func, output_nr, batch, inputs, recording, sources)
-    kept = notes(node)
-    if TAPS in kept:
-        kept[TAPS].append(tap)
-    else:
-        kept[TAPS] = [tap]
-    recording.taps.append(weakref.ref(tap))
-
-
-def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
-    node = tensor.grad_fn
-    if node is None:
-        return Source(tensor, None, form, linear)
-    if tensor.dim() == 2 and node.name() in ("TBackward0", "TransposeBackward0"):
-        below = node.next_functions[0][0]
-        leaf = getattr(below, "variable", None)
-        if leaf is not None and leaf.shape == tensor.shape[::-1]:
-            return Source(leaf, None, lambda g: _transposed(form(g)), linear)
-    return Source(None, get_gradient_edge(tensor), form, linear)
-
-
-def _transposed(form: Form) -> Form:
-    """The form of a matrix from the form of its transpose."""
-    if isinstance(form, Outer):
-        return Outer(form.a, form.g, form.layout.transposed())
-    if isinstance(form, Dense):
-        return Dense(form.values.mT)
-    return Pullback(form, lambda m: m.mT, torch.Size(reversed(form.shape)))
 
 
 # --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backprop import carry
-from backpack.capture import TAPS, Tap, notes
+from backpack.taps import TAPS, Tap, notes
 
 LARGEST_MATRIX = 2**13
 

@@ -33,11 +33,11 @@ from backpack.backprop import (
     pull_back,
     survey,
 )
-from backpack.capture import LossRecord, Recording, Source, Tap
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
 from backpack.losses import Differentiated, differentiate_twice
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product, Variance
 from backpack.rules import patches_kept
+from backpack.taps import LossRecord, Recording, Source, Tap
 
 ExtensionHook = Callable[[nn.Module], None]
 _BY_COLUMNS = ("exact", "sampled", "averaged")

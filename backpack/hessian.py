@@ -28,8 +28,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backprop import carry, hooks_suspended
 from backpack.batch import Batch
-from backpack.capture import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
 from backpack.factors import Dense, Form, merge
+from backpack.taps import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
 
 CHUNK = 32
 

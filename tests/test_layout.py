@@ -14,8 +14,19 @@ from backpack import extensions
 
 ROOT = Path(backpack.__file__).parent
 RIVER = (
-    *("batch", "factors", "rules", "losses", "capture", "backprop", "hessian", "chain", "quantities"),
-    *("engine", "extend", "oracle"),
+    *(
+        "batch",
+        "factors",
+        "rules",
+        "losses",
+        "taps",
+        "capture",
+        "backprop",
+        "hessian",
+        "chain",
+        "quantities",
+    ),
+    *("quantities", "engine", "extend", "oracle"),
 )
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
