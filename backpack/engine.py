@@ -55,7 +55,8 @@ class backpack:  # noqa: N801
         *exts: quantities, instances of the classes in :mod:`backpack.extensions`. Of two that save
             to the same field the later counts.
         extension_hook: called with every module that owns parameters as soon as their quantities are
-            saved, and before that with an extended loss module.
+            saved, and before that with an extended loss module. Torch's own layers (recurrent ones and
+            attention aside) have ``input0`` and ``output`` during the call.
         debug: print what was captured.
         retain_graph: keep what was captured although ``backward`` frees the graph's buffers.
         chunk_size: number of second-order columns carried through the graph at a time; by default
@@ -290,8 +291,8 @@ class Run:
         self.handles: list[Any] = []
         self.saved: list[tuple[Tensor, str]] = []
         self.costs: dict[Tensor | str, float] = {}
-        # Calls of plain layers, for the extension hook.
-        self.calls: dict[Tensor, tuple[Any, tuple]] = {}
+        # First inputs of operations, for the extension hook.
+        self.inputs: dict[Tensor, Tensor] = {}
         self.done = False
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if ext.kind.name == "gradient"]
@@ -713,9 +714,11 @@ class Run:
             with self._timed(leaf.parameter):
                 self._contract(leaf)
         for tap in taps:
-            if self.block.owner.extension_hook is not None and tap.args is not None:
+            if self.block.owner.extension_hook is not None:
+                first = tap.args[0] if tap.args else tap.input() if tap.input else None
                 for leaf, _ in self.uses.get(tap, ()):
-                    self.calls.setdefault(leaf.parameter, (tap.func, tap.args))
+                    if first is not None:
+                        self.inputs.setdefault(leaf.parameter, first)
             if not self.keeps:
                 tap.release()
 
@@ -770,8 +773,9 @@ class Run:
                 waiting.discard(leaf.parameter)
                 if not waiting:
                     own = module.parameters(recurse=False)
-                    calls = [self.calls.pop(p) for p in own if p in self.calls]
-                    with _Exposed(module, *calls[0]) if calls else nullcontext():
+                    inputs = [self.inputs.pop(p) for p in own if p in self.inputs]
+                    exposed = inputs and _passes_its_input_on(module)
+                    with _Exposed(module, inputs[0]) if exposed else nullcontext():
                         hook(module)
 
     # ----------------------------------------------------------------------------------
@@ -798,7 +802,7 @@ class Run:
         self.leaves.clear()
         self.uses.clear()
         self.modules.clear()
-        self.calls.clear()
+        self.inputs.clear()
         self.graph, self.absorbed = Graph(), set()
 
 
@@ -815,24 +819,32 @@ class _Nested:
         self.block.nested -= 1
 
 
+def _passes_its_input_on(module: nn.Module) -> bool:
+    """Whether a module's operation has the module's own input: layers of torch."""
+    if not type(module).__module__.startswith("torch.nn.modules"):
+        return False
+    several = isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear))
+    return not several and getattr(module, "padding_mode", "zeros") == "zeros"
+
+
 class _Exposed:
-    """``module.input0`` and ``module.output`` while an extension hook looks at a plain layer.
+    """``module.input0`` and ``module.output`` while an extension hook looks at a layer.
 
     The output is no longer there, as nothing in backward needs it: it is computed if it is asked for.
     ``torch.nn.Module`` looks for attributes it does not have among its buffers.
     """
 
-    def __init__(self, module: nn.Module, func: Any, args: tuple) -> None:
-        self.module, self.func, self.args = module, func, args
+    def __init__(self, module: nn.Module, input0: Tensor) -> None:
+        self.module, self.input0 = module, input0
 
     def __enter__(self) -> None:
-        self.module.__dict__["input0"] = self.args[0]
+        self.module.__dict__["input0"] = self.input0
         self.module.__dict__["_buffers"] = _Buffers(self.module._buffers)
         self.module.__dict__["_buffers"].compute = self.output
 
     def output(self) -> Tensor:
         with torch.no_grad():
-            return self.func(*self.args)
+            return self.module.forward(self.input0)
 
     def __exit__(self, *exc: object) -> None:
         self.module.__dict__.pop("input0", None)

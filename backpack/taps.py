@@ -72,11 +72,12 @@ class Tap:
         recording: the forward pass it belongs to.
         released: whether autograd has passed and freed its buffers.
         args: arguments of the operation, if it is a plain layer.
+        input: its first argument, as long as somebody else holds it.
     """
 
     __slots__ = (
         *("func", "place", "batch", "inputs", "recording", "released"),
-        *("args", "_sources", "__weakref__"),
+        *("args", "input", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -98,6 +99,7 @@ class Tap:
         self._sources = sources
         # A plain layer: all else is known from its arguments, once it is asked for.
         self.args = args
+        self.input: weakref.ref[Tensor] | None = None
 
     @property
     def op(self) -> str:
@@ -249,7 +251,9 @@ def make_tap(
         if below.lost is None:
             node, output_nr, batch = base.grad_fn, base.output_nr, below
             pairs = [(t, _viewed(form, shape)) for t, form in pairs]
-    store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear)
+    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear)
+    if args and isinstance(args[0], Tensor):
+        tap.input = weakref.ref(args[0])
 
 
 def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
@@ -269,7 +273,7 @@ def store_tap(
     pairs: list[tuple[Tensor, ToForm]],
     inputs: tuple[Node, ...],
     linear: bool,
-) -> None:
+) -> Tap:
     sources = [_source(tensor, form, linear) for tensor, form in pairs]
     tap = Tap(func, output_nr, batch, inputs, recording, sources)
     kept = notes(node)
@@ -278,6 +282,7 @@ def store_tap(
     else:
         kept[TAPS] = [tap]
     recording.taps.append(weakref.ref(tap))
+    return tap
 
 
 def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:

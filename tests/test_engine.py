@@ -644,6 +644,23 @@ def test_debug_prints(problem, capsys) -> None:
     assert "by its rule" in text and "[DEBUG] quantities of '2.weight': " in text
 
 
+def test_input_and_output_of_other_layers() -> None:
+    model = extend(nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Flatten(), nn.Linear(12, 3)))
+    index, seen = torch.randint(5, (N, 3)), {}
+
+    def hook(module: nn.Module) -> None:
+        if hasattr(module, "input0"):
+            seen[module] = module.input0, module.output
+
+    with backpack(BatchGrad(), extension_hook=hook):
+        extend(nn.CrossEntropyLoss())(model(index), torch.randint(3, (N,))).backward()
+    assert torch.equal(seen[model[0]][0], index)
+    for module, (given, output) in seen.items():
+        torch.testing.assert_close(module(given), output)
+    assert set(seen) == {model[0], model[1], model[3]}
+    assert not hasattr(model[1], "output")
+
+
 def test_layer_that_its_rule_does_not_cover() -> None:
     from backpack import check
 
