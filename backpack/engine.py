@@ -8,11 +8,12 @@ of one such pass.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ from backpack.taps import LossRecord, Recording, Source, Tap
 
 ExtensionHook = Callable[[nn.Module], None]
 _BY_COLUMNS = ("exact", "sampled", "averaged")
+_UNTIMED: AbstractContextManager[None] = nullcontext()
 
 
 class backpack:  # noqa: N801
@@ -209,7 +211,7 @@ class _Watch(TorchFunctionMode):
         if block.nested or not plain or not block.owner.active or _current_block() is not block:
             return func(*args, **kwargs)
         for t in outputs:
-            if not bool(torch.isfinite(t).all()):
+            if not (math.isfinite(t.item()) if t.numel() == 1 else bool(torch.isfinite(t).all())):
                 raise ValueError(
                     f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
                     "for NaN in the inputs or a learning rate that is too large"
@@ -413,11 +415,11 @@ class Run:
             )
         if graph.unseen:
             raise RuntimeError(names.unseen(graph.unseen))
-        reached = {s.leaf for _, tap in fresh for s in tap.sources if s.leaf is not None}
-        reached |= {p for _, tap in fresh for s in tap.sources for p in leaves_below(s.edge)}
         for recording in {id(tap.recording): tap.recording for _, tap in fresh}.values():
-            hidden = [p for ref in recording.unseen if (p := ref()) is not None]
-            hidden = [p for p in hidden if p.requires_grad and p not in reached]
+            hidden = [p for ref in recording.unseen if (p := ref()) is not None and p.requires_grad]
+            if hidden:
+                reached = {p for _, tap in fresh for s in tap.sources for p in _parameters(s)}
+                hidden = [p for p in hidden if p not in reached]
             if hidden:
                 raise RuntimeError(
                     f"parameter {names(hidden[0])} takes part in the forward pass only through "
@@ -499,12 +501,12 @@ class Run:
             place = f"samples {tap.batch.size}, axis {tap.batch.dim}"
             print(f"[DEBUG] tap {tap.op}: {who} ({place}), {tap.rule}")
 
-    @contextmanager
-    def _timed(self, what: Tensor | str) -> Iterator[None]:
+    def _timed(self, what: Tensor | str) -> AbstractContextManager[None]:
         """In debug mode, add up what is spent inside the block."""
-        if not self.block.owner.debug:
-            yield
-            return
+        return self._stopwatch(what) if self.block.owner.debug else _UNTIMED
+
+    @contextmanager
+    def _stopwatch(self, what: Tensor | str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield

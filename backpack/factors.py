@@ -26,6 +26,8 @@ BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 # On a CPU, one sample's product of matrices is done by itself, into the same memory each time, if it is
 # large enough (multiplications) for its call not to count.
 ALONE = 2**18
+# What is written out is reduced in one piece up to this many numbers.
+SMALL = 2**18
 LARGEST_FACTOR = 2**14
 # Products that may serve a weight and its bias are kept up to this size.
 LARGEST_KEPT = 2**11
@@ -341,7 +343,8 @@ class Outer(Form):
         """By Gram matrices over positions where they are smaller than the weight."""
         s, o, i = self.positions, self.g.shape[-1], self.a.shape[-1]
         if s == 1:
-            return (_squared_norm(self.g, (0, 3, 4)) * _squared_norm(self.a, (2, 3))).sum(1)
+            g, a = _squared_norm(self.g, (0, 3, 4)), _squared_norm(self.a, (2, 3))
+            return (g * a)[:, 0] if g.shape[1] == 1 else (g * a).sum(1)
         if s * (o + i + 1) < o * i:
             similar = _sum_first(self.g @ self.g.mT)
             return (similar * (self.a @ self.a.mT)).sum((1, 2, 3))
@@ -411,6 +414,16 @@ class Dense(Form):
 
     def dense(self) -> Tensor:
         return self.values
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        if sign is not None or self.values.numel() > SMALL:
+            return super().square_sum(sign)
+        return _squared_norm(self.values, (0, 1))
+
+    def squared_norms(self) -> Tensor:
+        if self.values.numel() > SMALL:
+            return super().squared_norms()
+        return _squared_norm(self.values.flatten(2), (0, 2))
 
 
 @dataclass(frozen=True, eq=False)
