@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.backprop import carry
+from backpack.factors import spectrum
 from backpack.taps import TAPS, Tap, notes
 
 LARGEST_MATRIX = 2**13
@@ -122,7 +123,7 @@ def _through(matrix: Tensor, above: GradientEdge, below: GradientEdge, samples: 
 
 def _spread(matrix: Tensor, place: GradientEdge, samples: int) -> Tensor:
     """Columns ``[d, *shape]``, the same for each sample, whose outer products sum to the matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    values, vectors = spectrum((matrix + matrix.mT) / 2)
     columns = (vectors * (values.clamp(min=0) / samples).sqrt()).mT
     columns = columns.unsqueeze(1).expand(-1, samples, -1)
     return columns.reshape(len(columns), *_shape(place, samples))

@@ -42,7 +42,7 @@ from backpack.taps import LossRecord, Recording, Source, Tap
 
 ExtensionHook = Callable[[nn.Module], None]
 _BY_COLUMNS = ("exact", "sampled", "averaged")
-_UNTIMED: AbstractContextManager[None] = nullcontext()
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class backpack:  # noqa: N801
@@ -503,7 +503,7 @@ class Run:
 
     def _timed(self, what: Tensor | str) -> AbstractContextManager[None]:
         """In debug mode, add up what is spent inside the block."""
-        return self._stopwatch(what) if self.block.owner.debug else _UNTIMED
+        return self._stopwatch(what) if self.block.owner.debug else _NOTHING
 
     @contextmanager
     def _stopwatch(self, what: Tensor | str) -> Iterator[None]:
@@ -704,7 +704,8 @@ class Run:
             column = None if g is None else g.unsqueeze(0)
             for leaf, source in self.uses.get(tap, ()):
                 if column is not None:
-                    form = self._source_form(leaf, source, column)
+                    with patches_kept() if len(self.first_order) > 1 else _NOTHING:
+                        form = self._source_form(leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
                         form = Dense(form.dense())

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 
 # A block of G is squared and summed while it is in the processor's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+# Patches written out for a product over all samples.
+PATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
 # On a CPU, one sample's product of matrices is done by itself, into the same memory each time, if it is
 # large enough (multiplications) for its call not to count.
 ALONE = 2**18
@@ -181,15 +184,24 @@ def gram(x: Tensor) -> Tensor:
 def _gram(x: Tensor) -> Tensor:
     """On a CPU by blocks, of which those above the diagonal are mirrored."""
     rows, size = x.shape
-    if x.device.type != "cpu" or size < 192 or rows < 64 or torch.is_grad_enabled():
+    if x.device.type != "cpu" or rows * size**2 < 2**27 or torch.is_grad_enabled():
         return x.mT @ x
     product = x.new_empty(size, size)
-    step = -(-size // 4)
+    step = -(-size // 3)
     for i in range(0, size, step):
         strip = product[i : i + step, : i + step]
         torch.mm(x[:, i : i + step].mT, x[:, : i + step], out=strip)
         product[:i, i : i + step] = strip[:, :i].mT
     return product
+
+
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices, found in double precision.
+
+    On matrices of low rank, LAPACK in single precision may give up, or return NaN and say nothing.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix), vectors.to(matrix)
 
 
 def _rotated(g: Tensor, bases: Sequence[Tensor]) -> Tensor:
@@ -239,23 +251,74 @@ class Layout:
         return Layout(torch.Size(reversed(self.shape)), kind)
 
 
+@dataclass(eq=False)
+class Patches:
+    """Inputs ``[n, q, s, i]`` that overlap, written out when they are used, and as far as they are.
+
+    Attributes:
+        windows: a view of the padded input, ``[n, q, channels, *kernel, *positions]``.
+        ndim: number of axes of the kernel, and of the positions.
+        keep: whether what was written out is kept, because it is used again.
+    """
+
+    windows: Tensor
+    ndim: int
+    keep: bool = False
+    _kept: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        n, q, *features = self.windows.shape
+        positions, inside = features[-self.ndim :], features[: -self.ndim]
+        return torch.Size((n, q, prod(positions), prod(inside)))
+
+    def __getitem__(self, samples: slice | Tensor) -> Tensor | Patches:
+        if self.keep:
+            return self.written()[samples]
+        return Patches(self.windows[samples], self.ndim)
+
+    def written(self) -> Tensor:
+        """``[n, q, s, i]``."""
+        if self._kept is not None:
+            return self._kept
+        written = self.windows.flatten(-self.ndim).flatten(2, -2).mT
+        if self.keep:
+            self._kept = written
+        return written
+
+    def step(self, limits: dict[str, int]) -> int:
+        """Number of samples whose patches take about that much memory."""
+        size = self.shape[1:].numel() * self.windows.element_size()
+        return max(1, limits.get(self.windows.device.type, 2**24) // max(1, size))
+
+    def gram(self) -> Tensor:
+        """``sum_{n,q,s} a a^T``, written out piece by piece."""
+        total = self.windows.new_zeros(self.shape[-1], self.shape[-1])
+        for part in self.windows.split(self.step(PATCH_BYTES)):
+            together = part.movedim((0, 1), (-self.ndim - 2, -self.ndim - 1))
+            total = total + _gram(together.reshape(self.shape[-1], -1).mT)
+        return total
+
+
 @dataclass(frozen=True, eq=False)
 class Outer(Form):
     """``G = sum_s g a^T``: a weight matrix that meets its input at ``s`` positions.
 
     Attributes:
-        a: inputs, ``[n, q, s, i]``.
+        inputs: ``[n, q, s, i]``, written out or not.
         g: columns at the outputs, ``[v, n, q, s, o]``.
         layout: where the matrix entries are stored in the parameter.
     """
 
-    a: Tensor
+    inputs: Tensor | Patches
     g: Tensor
     layout: Layout
 
-    def __post_init__(self) -> None:
-        if self.a.dtype != self.g.dtype:  # after autocast
-            object.__setattr__(self, "a", self.a.to(self.g.dtype))
+    @property
+    def a(self) -> Tensor:
+        """Inputs ``[n, q, s, i]`` written out, in the precision of ``g`` (after autocast)."""
+        a = self.inputs.written() if isinstance(self.inputs, Patches) else self.inputs
+        return a if a.dtype == self.g.dtype else a.to(self.g.dtype)
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -279,7 +342,7 @@ class Outer(Form):
         return self.g.shape[3]
 
     def take(self, columns: slice, samples: slice | Tensor) -> Outer:
-        return Outer(self.a[samples], self.g[columns][:, samples], self.layout)
+        return Outer(self.inputs[samples], self.g[columns][:, samples], self.layout)
 
     def dense(self) -> Tensor:
         if self.positions == 1:
@@ -293,13 +356,25 @@ class Outer(Form):
     @property
     def _alone(self) -> bool:
         """Whether samples are multiplied one by one, into memory used again."""
-        work = self.positions * self.g.shape[-1] * self.a.shape[-1]
+        work = self.positions * self.g.shape[-1] * self.inputs.shape[-1]
         return work >= ALONE and self.g.device.type == "cpu" and not torch.is_grad_enabled()
+
+    def _pieces(self, limits: dict[str, int]) -> Iterator[Outer]:
+        """The form; where patches are not kept, for as many samples at a time as fit the limit."""
+        inputs = self.inputs
+        lazy = isinstance(inputs, Patches) and not inputs.keep and not torch.is_grad_enabled()
+        step = inputs.step(limits) if lazy else max(1, self.samples)  # type: ignore[union-attr]
+        if step >= self.samples:
+            yield self
+        else:
+            for n in range(0, self.samples, step):
+                yield self.take(slice(None), slice(n, n + step))
 
     def _matrices(self, centre: Tensor | None = None) -> Iterator[tuple[int, int, int, Tensor]]:
         """Column, sample, group and ``g^T a - centre``, in memory that the next one overwrites."""
-        matrix = self.g.new_empty(self.g.shape[-1], self.a.shape[-1])
-        for n, a in enumerate(self.a):
+        matrix = self.g.new_empty(self.g.shape[-1], self.inputs.shape[-1])
+        inputs = (a for piece in self._pieces(BLOCK_BYTES) for a in piece.a)
+        for n, a in enumerate(inputs):
             for v in range(self.columns):
                 for q, (left, right) in enumerate(zip(self.g[v, n], a, strict=True)):
                     if centre is None:
@@ -312,7 +387,7 @@ class Outer(Form):
         if self.positions != 1:
             if not self._alone:
                 return super().square_sum(sign)
-            result = self.g.new_zeros(self.g.shape[2], self.g.shape[-1], self.a.shape[-1])
+            result = self.g.new_zeros(self.g.shape[2], self.g.shape[-1], self.inputs.shape[-1])
             for v, n, q, matrix in self._matrices():
                 weight = 1.0 if sign is None else float(sign[v, n])
                 result[q].addcmul_(matrix, matrix, value=weight)
@@ -327,7 +402,7 @@ class Outer(Form):
             return None, self.square_sum()
         if not self._alone:
             return super().centred_square_sum()
-        centre = self.g[0, 0].mT @ self.a[0]
+        centre = self.g[0, 0].mT @ self.take(slice(0, 1), slice(0, 1)).a[0]
         result = torch.zeros_like(centre)
         for _, _, q, matrix in self._matrices(centre):
             result[q].addcmul_(matrix, matrix)
@@ -337,17 +412,16 @@ class Outer(Form):
         if self.positions != 1:
             return super().square_sum_per_sample(sign)
         g = _sum_first(_signed(self.g * self.g, sign, slice(None), slice(None)))
-        return self.layout.store(g.mT @ (self.a * self.a))
+        return self.layout.store(g.mT @ self.a.square())
 
     def squared_norms(self) -> Tensor:
         """By Gram matrices over positions where they are smaller than the weight."""
-        s, o, i = self.positions, self.g.shape[-1], self.a.shape[-1]
+        s, o, i = self.positions, self.g.shape[-1], self.inputs.shape[-1]
         if s == 1:
             g, a = _squared_norm(self.g, (0, 3, 4)), _squared_norm(self.a, (2, 3))
             return (g * a)[:, 0] if g.shape[1] == 1 else (g * a).sum(1)
         if s * (o + i + 1) < o * i:
-            similar = _sum_first(self.g @ self.g.mT)
-            return (similar * (self.a @ self.a.mT)).sum((1, 2, 3))
+            return torch.cat([piece._norms_by_grams() for piece in self._pieces(PATCH_BYTES)])
         if not self._alone:
             return super().squared_norms()
         sums = [0.0] * self.samples
@@ -355,21 +429,30 @@ class Outer(Form):
             sums[n] += float(torch.dot(matrix.flatten(), matrix.flatten()))
         return self.g.new_tensor(sums)
 
+    def _norms_by_grams(self) -> Tensor:
+        similar, a = _sum_first(self.g @ self.g.mT), self.a
+        return (similar * (a @ a.mT)).sum((1, 2, 3))
+
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``.
 
         With ``"expand"``, ``B = sum_{v,n,s} g g^T`` and ``A`` is divided by ``s`` too; with
         ``"reduce"``, ``A = 1/(N q) sum_{n,q} (mean_s a)(mean_s a)^T``.
         """
-        a, g, count = self.a, self.g, self.samples * self.a.shape[1]
+        g, count = self.g, self.samples * self.inputs.shape[1]
         if sharing == "expand":
             g, count = g.transpose(2, 3).flatten(1, 2), count * max(self.positions, 1)
         else:
             g = g[:, :, :, 0] if self.positions == 1 else g.sum(3)
-        if sharing == "reduce":
-            a = a.mean(2, keepdim=True)
-        g, a = g.flatten(2).flatten(0, 1), a.flatten(0, 2)
-        output, inputs = Factor(lambda: gram(g), True), Factor(lambda: _gram(a) / count, False)
+        g = g.flatten(2).flatten(0, 1)
+
+        def second_moment() -> Tensor:
+            if isinstance(self.inputs, Patches) and sharing != "reduce":
+                return self.inputs.gram().to(g.dtype) / count
+            a = self.a.mean(2, keepdim=True) if sharing == "reduce" else self.a
+            return _gram(a.flatten(0, 2)) / count
+
+        output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
         return [inputs, output] if self.layout.kind == "columns" else [output, inputs]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
@@ -423,7 +506,7 @@ class Dense(Form):
     def squared_norms(self) -> Tensor:
         if self.values.numel() > SMALL:
             return super().squared_norms()
-        return _squared_norm(self.values.flatten(2), (0, 2))
+        return _squared_norm(self.values.reshape(*self.values.shape[:2], -1), (0, 2))
 
 
 @dataclass(frozen=True, eq=False)

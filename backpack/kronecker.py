@@ -17,6 +17,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from backpack.factors import spectrum
+
 # Bound on the inverse of an eigenvalue: directions without curvature get a large but finite step.
 LARGEST_INVERSE = 1e8
 
@@ -233,7 +235,7 @@ def _shifts(shift: Shift, count: int) -> list[float]:
 
 def _inverse(factor: Tensor, shift: float) -> Tensor:
     """Inverse of ``factor + shift * I``, its eigenvalues clamped."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(factor)
+    eigenvalues, eigenvectors = spectrum(factor)
     inverses = (eigenvalues + shift).reciprocal().clamp(-LARGEST_INVERSE, LARGEST_INVERSE)
     inverse: Tensor = (eigenvectors * inverses) @ eigenvectors.T
     return inverse

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from backpack.batch import Batch
+from backpack.factors import spectrum
 
 LossRule = Callable[..., "LossHessian | None"]
 LOSSES: dict[Any, LossRule] = {}
@@ -738,7 +739,7 @@ def differentiate_twice(
             "the loss mixes the samples of a batch (its Hessian couples their outputs), so that its "
             "generalized Gauss-Newton is no sum over samples"
         )
-    values, vectors = torch.linalg.eigh((exact + exact.mT) / 2)
+    values, vectors = spectrum((exact + exact.mT) / 2)
     noise = 1e3 * eps * values.abs().amax() + eps / samples
     if bool((values < -noise).any()):
         raise ValueError(

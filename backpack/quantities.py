@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from backpack.factors import Form, Sharing
+from backpack.factors import Form, Sharing, spectrum
 
 
 class Kind(NamedTuple):
@@ -437,7 +437,7 @@ class _EigenvalueCorrected(_Kronecker):
 
     def refine(self, state: list[Tensor] | Eigen, form: Form) -> Eigen:
         if not isinstance(state, Eigen):
-            bases = [torch.linalg.eigh(factor).eigenvectors for factor in state]
+            bases = [spectrum(factor)[1] for factor in state]
             return Eigen(bases, form.rotated_square_sum(bases))
         more = form.rotated_square_sum(state.eigenvectors)
         return Eigen(state.eigenvectors, state.eigenvalues + more)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack import recurrent
 from backpack.batch import Batch, batch_of
-from backpack.factors import Dense, Form, Layout, Lookup, Outer
+from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches
 
 ToForm = Callable[[Tensor], Form]
 Pairs = list[tuple["Tensor | None", ToForm]]
@@ -136,7 +136,7 @@ KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 class _Kept(threading.local):
-    values: dict[Any, Tensor] | None = None
+    values: dict[Any, Tensor | Patches] | None = None
     size: int = 0
 
 
@@ -154,15 +154,18 @@ def patches_kept() -> Iterator[None]:
         _kept.values, _kept.size = outer
 
 
-def kept(key: Any, compute: Callable[[], Tensor]) -> Tensor:
-    """A tensor computed once within :func:`patches_kept`."""
+def kept(key: Any, compute: Callable[[], Tensor | Patches]) -> Tensor | Patches:
+    """Patches, written out once at most within :func:`patches_kept`."""
     if _kept.values is None or torch.is_grad_enabled():
         return compute()
     if key in _kept.values:
         return _kept.values[key]
     value = compute()
-    size = value.numel() * value.element_size()
-    if _kept.size + size <= KEPT_BYTES.get(value.device.type, 2**28):
+    like = value.windows if isinstance(value, Patches) else value
+    size = value.shape.numel() * like.element_size()
+    if _kept.size + size <= KEPT_BYTES.get(like.device.type, 2**28):
+        if isinstance(value, Patches):
+            value.keep = True
         _kept.values[key] = value
         _kept.size += size
     return value
@@ -190,11 +193,12 @@ def unfold(
     return x.movedim(tuple(range(2, 2 + ndim)), tuple(range(-ndim, 0)))
 
 
-def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor:
+def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor | Patches:
     """``[N k, c, *kernel, *positions] -> [n, q, s, i]``."""
-    x = x.unflatten(1, (groups, -1)).flatten(-ndim).flatten(2, -2)
+    x = x.unflatten(1, (groups, -1))
     if batch.plain:
-        return x.mT
+        return Patches(x, ndim)
+    x = x.flatten(-ndim).flatten(2, -2)
     return batch.split(x).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
@@ -229,7 +233,7 @@ def _conv(ndim: int) -> Rule:
             else:
                 margins = [(p, p) for p in _tuple(0 if padding == "valid" else padding, ndim)]
 
-            def patches() -> Tensor:
+            def patches() -> Tensor | Patches:
                 return _patches(batch, unfold(input, kernel, step, margins, spread), ndim, groups)
 
             a = kept((id(input), id(weight), step, *margins, spread), patches)

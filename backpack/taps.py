@@ -300,7 +300,7 @@ def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
 def _transposed(form: Form) -> Form:
     """The form of a matrix from the form of its transpose."""
     if isinstance(form, Outer):
-        return Outer(form.a, form.g, form.layout.transposed())
+        return Outer(form.inputs, form.g, form.layout.transposed())
     if isinstance(form, Dense):
         return Dense(form.values.mT)
     return Pullback(form, lambda m: m.mT, torch.Size(reversed(form.shape)))

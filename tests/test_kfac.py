@@ -22,6 +22,7 @@ from backpack.extensions import (
     EmpiricalKFAC,
     SumGradSquared,
 )
+from backpack.factors import spectrum
 from backpack.oracle import Oracle
 from tests.cases import Apply, Case, P, flat, norm, seq, x
 
@@ -359,6 +360,21 @@ def test_corrected_eigenvalues(case: Case, kind: int, chunk_size: int | None) ->
         torch.testing.assert_close(
             values.flatten(), (basis.T @ block @ basis).diagonal(), rtol=1e-8, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spectrum_of_low_rank(seed: int, dtype: torch.dtype) -> None:
+    """Second moments of dead features: single precision alone gives up on some."""
+    torch.manual_seed(seed)
+    features = torch.randn(64, 512) * torch.logspace(0, -6, 512)
+    features = features.relu() * (torch.rand(512) < 0.5)
+    matrix = (features.T @ features / 64).to(dtype)
+    values, vectors = spectrum(matrix)
+    again = (vectors.double() * values.double()) @ vectors.double().T
+    bound = 30 * torch.finfo(dtype).eps * matrix.double().norm()
+    assert (again - matrix.double()).norm() < bound
+    assert values.dtype == vectors.dtype == dtype
 
 
 def test_ekfac_shares_its_draws() -> None:
