@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import backpack
-from backpack import extensions
+from backpack import extensions, optim
 
 ROOT = Path(backpack.__file__).parent
 RIVER = (
@@ -28,6 +28,10 @@ RIVER = (
     ),
     *("quantities", "engine", "extend", "oracle"),
 )
+# Optimizers stand on all of it; each file of theirs on the first one only.
+OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
+# Packages that one function imports, which an extra installs.
+EXTRAS = {"optim/private.py": {"dp_accounting"}}
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
 
@@ -74,14 +78,31 @@ def test_no_cycles() -> None:
         done |= ready
 
 
+def test_optimizers_stand_on_everything() -> None:
+    files = {path.stem: ours(path) for path in (ROOT / "optim").glob("*.py")}
+    assert files.keys() == {"__init__", *OPTIMIZERS}
+    for name in OPTIMIZERS:
+        above = {m for m in files[name] if m.startswith("backpack.optim")}
+        assert above <= ({"backpack.optim.base"} if name != "base" else set()), name
+    for path in ROOT.rglob("*.py"):
+        if path.parent.name != "optim":
+            assert not any(m.startswith("backpack.optim") for m in ours(path)), path
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_needs_only_torch(path: Path) -> None:
-    allowed = {"backpack", "torch", *sys.stdlib_module_names}
+    extra = EXTRAS.get(str(path.relative_to(ROOT)), set())
+    allowed = {"backpack", "torch", *extra, *sys.stdlib_module_names}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert not any(name in ast.unparse(node) for name in extra), (
+                "an extra is imported with the file"
+            )
     assert ast.get_docstring(ast.parse(path.read_text())), "no docstring"
 
 
-@pytest.mark.parametrize("space", [backpack, extensions], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("space", [backpack, extensions, optim], ids=lambda m: m.__name__)
 def test_public_names_are_documented(space) -> None:
     assert len(set(space.__all__)) == len(space.__all__)
     for name in space.__all__:

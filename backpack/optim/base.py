@@ -1,0 +1,408 @@
+"""What the optimizers share: parameters and their names, the loop, scales, and the update itself.
+
+Letters: ``theta`` parameters, ``C`` a curvature block, ``d`` a direction, ``gamma = damping + l2``.
+
+A step has two halves. The first computes every parameter's direction and new state, and may raise;
+the second writes, and does not. So a step that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from backpack.engine import backpack
+from backpack.extend import extend
+from backpack.quantities import BackpropExtension
+
+State = dict[str, Any]
+# A model, or what any `torch.optim.Optimizer` takes.
+Params = nn.Module | ParamsT
+# Attributes that a gradient scaler sets while it calls `step`.
+_FROM_SCALER = ("grad_scale", "found_inf")
+
+
+class BackpackOptimizer(Optimizer):
+    """The base of the optimizers: a model's parameters with checked options, and the update.
+
+    Subclasses compute directions in :meth:`_directions`; this class checks them, and moves the
+    parameters along ``theta <- theta - lr m``, ``m <- momentum m + d``.
+
+    Args:
+        params: a model, which is extended in place unless it is already, or what any
+            ``torch.optim.Optimizer`` takes (parameters, pairs of name and parameter, dictionaries), of
+            models that are extended.
+        defaults: options of groups that do not give their own.
+
+    Raises:
+        ValueError: if an option is out of its range, in any group, or there are no parameters.
+    """
+
+    # Lower bound of each option, and whether it must stay below one.
+    _RANGES: Mapping[str, tuple[float, bool]] = {
+        "lr": (0.0, False),
+        "damping": (0.0, False),
+        "l2": (0.0, False),
+        "momentum": (0.0, True),
+        "ema_decay": (0.0, True),
+    }
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self._names: dict[Tensor, str] = {}
+        if not isinstance(params, nn.Module):
+            super().__init__(params, defaults)
+            return
+        self._names = {p: f"'{name}'" for name, p in params.named_parameters()}
+        super().__init__(params.parameters(), defaults)
+        # Last, so that a constructor that raises leaves the model as it was.
+        if not getattr(params, "_backpack_extend", False):
+            extend(params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {k: v for k, v in vars(self).items() if k in self._own()}
+        return {**super().__getstate__(), **own}
+
+    def _own(self) -> tuple[str, ...]:
+        """Attributes that copies and pickles keep, beside those of every optimizer."""
+        return ("_names",)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own.
+
+        Args:
+            param_group: ``params``, and options that differ from the constructor's.
+
+        Raises:
+            ValueError: if an option is out of its range.
+        """
+        if isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        for option, (low, below_one) in self._RANGES.items():
+            value = group.get(option, low)
+            if not (math.isfinite(value) and value >= low and (value < 1 or not below_one)):
+                upper = "and less than 1" if below_one else "and finite"
+                raise ValueError(
+                    f"{type(self).__name__}: {option} must be at least {low:g} {upper}, got {value!r}"
+                )
+
+    def _name(self, parameter: Tensor) -> str:
+        """The parameter's name, for messages."""
+        if parameter in self._names:
+            return self._names[parameter]
+        for number, group in enumerate(self.param_groups):
+            for place, each in enumerate(group["params"]):
+                if each is parameter and "param_names" in group:
+                    return f"'{group['param_names'][place]}'"
+                if each is parameter:
+                    return f"{place} of group {number}, of shape {tuple(parameter.shape)},"
+        return f"of shape {tuple(parameter.shape)}"
+
+    def _trained(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Parameters that are not frozen, with their groups."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    yield p, group
+
+    # ----------------------------------------------------------------------------------
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move the parameters.
+
+        What was computed for this step is deleted from the parameters; gradients stay.
+
+        Args:
+            closure: computes the loss anew, with its backward pass, and returns it.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: if something that the step needs was not computed; names the parameter.
+            ValueError: if a gradient, its curvature or the step is not finite; names the parameter.
+        """
+        try:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            found_inf = getattr(self, "found_inf", None)
+            moves = [] if found_inf is not None and bool(found_inf) else self._directions()
+            for p, direction, _, _ in moves:
+                if not bool(torch.isfinite(direction).all()):
+                    raise ValueError(
+                        f"the step of parameter {self._name(p)} is not finite; use more damping"
+                    )
+        except BaseException:
+            # A scaler whose call of `step` raises leaves its attributes behind.
+            for name in _FROM_SCALER:
+                self.__dict__.pop(name, None)
+            raise
+        for p, direction, group, new in moves:
+            state = self.state[p]
+            state.update(new)
+            if group["momentum"]:
+                if "momentum_buffer" in state:
+                    direction.add_(state["momentum_buffer"], alpha=group["momentum"])
+                # Never written to again: a loaded state may share its tensors with another optimizer.
+                state["momentum_buffer"] = direction
+            p.add_(direction, alpha=-group["lr"])
+        self._discard()
+        return loss
+
+    def _directions(self) -> list[tuple[Tensor, Tensor, dict[str, Any], State]]:
+        """Parameters with directions (new tensors), groups and changes of state; changes nothing."""
+        raise NotImplementedError
+
+    def _discard(self) -> None:
+        """Delete what was computed for a step."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and delete the quantities that belong to them.
+
+        Args:
+            set_to_none: set gradients to ``None``, not to zero.
+        """
+        super().zero_grad(set_to_none)
+        self._discard()
+
+
+@dataclass(frozen=True)
+class Use:
+    """A parameter in one step.
+
+    Attributes:
+        parameter: the parameter.
+        name: its name, for messages.
+        gradient: ``grad + l2 theta``, without a scaler's factor.
+        quantity: the value that the extension saved; ``None`` if this step needs none.
+        scale: the scaler's factor in the quantity.
+        gamma: ``damping + l2``.
+        group: the options.
+        state: what the last step left.
+    """
+
+    parameter: Tensor
+    name: str
+    gradient: Tensor
+    quantity: Any
+    scale: float
+    gamma: float
+    group: dict[str, Any]
+    state: State
+
+
+class CurvatureOptimizer(BackpackOptimizer):
+    """Optimizers whose direction is ``d = (C + (damping + l2) I)^{-1} (grad + l2 theta)``.
+
+    The update rule of Dangel, Kunstner, Hennig (ICLR 2020, arXiv:1912.10985, section 4). ``C`` is one
+    block per parameter, which a quantity of this library gives in the backward pass:
+
+        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)  # doctest: +SKIP
+        >>> optimizer.zero_grad()  # doctest: +SKIP
+        >>> loss = lossfunc(model(X), y)  # doctest: +SKIP
+        >>> with optimizer.backpack():  # doctest: +SKIP
+        ...     loss.backward()
+        >>> optimizer.step()  # doctest: +SKIP
+
+    Parameters without a gradient and frozen ones (``requires_grad=False``) stay as they are.
+
+    Args:
+        params: a model or parameters, see :class:`BackpackOptimizer`.
+        extension: the quantity.
+        kl_clip: if given, directions of all parameters are multiplied with
+            ``nu = min(1, sqrt(kl_clip / sum lr^2 d^T (grad + l2 theta)))``, where
+            ``d^T (grad + l2 theta) = d^T (C + gamma I) d``: a bound on the step in the metric of the
+            damped curvature, for likelihoods on twice the KL divergence that the step makes
+            (Ba, Grosse, Martens, ICLR 2017, section 5).
+        defaults: options of groups.
+    """
+
+    _step_supports_amp_scaling = True  # torch: `step` itself undoes the scaler's factor
+
+    _RANGES = {**BackpackOptimizer._RANGES, "update_every": (1, False)}
+
+    def __init__(
+        self,
+        params: Params,
+        extension: BackpropExtension,
+        kl_clip: float | None,
+        **defaults: Any,
+    ) -> None:
+        if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
+            raise ValueError(f"{type(self).__name__}: kl_clip must be positive, got {kl_clip!r}")
+        self.kl_clip = kl_clip
+        self._extension = extension
+        self._scale: float | None = None
+        super().__init__(params, defaults)
+
+    def _own(self) -> tuple[str, ...]:
+        return (*super()._own(), "kl_clip", "_extension", "_scale")
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        super()._check(group)
+        if group.get("update_every", 1) % 1:
+            raise ValueError(
+                f"{type(self).__name__}: update_every must be an integer, got {group['update_every']!r}"
+            )
+
+    # ----------------------------------------------------------------------------------
+    # The loop
+
+    @property
+    def extensions(self) -> tuple[BackpropExtension, ...]:
+        """The quantities that the next step needs, to be given to ``backpack(...)``.
+
+        Empty when no parameter's curvature is due (``update_every``), so that the pass costs no more
+        than the gradient.
+        """
+        return (self._extension,) if any(self._due(p, g) for p, g in self._trained()) else ()
+
+    @contextmanager
+    def backpack(
+        self, *more: BackpropExtension, scale: float | None = None, **options: Any
+    ) -> Iterator[backpack]:
+        """The block for the step's backward pass: ``backpack(*optimizer.extensions, *more)``.
+
+        The block must hold one backward pass: gradients of several passes add up, their curvature
+        does not.
+
+        Args:
+            *more: further quantities, for other purposes.
+            scale: the factor that the loss was multiplied with and the gradients are not to keep, such
+                as ``scaler.get_scale()``. Needed only where ``scaler.unscale_(optimizer)`` comes
+                before ``scaler.step(optimizer)``; without it, ``scaler.step`` tells the factor.
+            **options: further arguments of :class:`backpack.backpack`.
+
+        Raises:
+            RuntimeError: if gradients and quantities of an earlier pass are still there.
+            ValueError: if ``scale`` is not positive.
+        """
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be positive and finite, got {scale!r}")
+        for p, _ in self._trained():
+            if p.grad is not None and hasattr(p, self._extension.savefield):
+                raise RuntimeError(
+                    f"parameter {self._name(p)} has a gradient and {self._extension.savefield} of an "
+                    "earlier backward pass, and quantities of several passes do not add up; call "
+                    "optimizer.step() or optimizer.zero_grad() first"
+                )
+        with backpack(*self.extensions, *more, **options) as block:
+            yield block
+        self._scale = scale
+
+    def _discard(self) -> None:
+        self._scale = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.__dict__.pop(self._extension.savefield, None)
+
+    def _due(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the next step takes new curvature for a parameter."""
+        state = self.state.get(parameter, {})
+        return "updates" not in state or state["step"] % group["update_every"] == 0
+
+    # ----------------------------------------------------------------------------------
+    # The step
+
+    def _directions(self) -> list[tuple[Tensor, Tensor, dict[str, Any], State]]:
+        uses = self._uses()
+        moves, decrease = [], 0.0
+        for use in uses:
+            new = {"step": use.state.get("step", 0) + 1}
+            if use.quantity is not None:
+                updates = use.state.get("updates", 0) + 1
+                # A plain mean until there is enough to forget (Martens, Grosse, 2015, section 5).
+                decay = min(1 - 1 / updates, use.group["ema_decay"])
+                new |= {"updates": updates, **self._update(use, decay)}
+            direction = self._solve(use, {**use.state, **new})
+            moves.append((use.parameter, direction, use.group, new))
+            if self.kl_clip is not None:
+                decrease += use.group["lr"] ** 2 * float((direction * use.gradient).sum())
+        if self.kl_clip is not None and decrease > self.kl_clip:
+            for _, direction, _, _ in moves:
+                direction.mul_(math.sqrt(self.kl_clip / decrease))
+        return moves
+
+    def _update(self, use: Use, decay: float) -> State:
+        """New curvature: what of it is kept for this and further steps."""
+        raise NotImplementedError
+
+    def _solve(self, use: Use, state: State) -> Tensor:
+        """``(C + gamma I)^{-1} use.gradient``, a new tensor."""
+        raise NotImplementedError
+
+    def _uses(self) -> list[Use]:
+        """Everything that the step depends on, checked."""
+        field, uses = self._extension.savefield, []
+        scale, in_gradient = self._scales()
+        for p, group in self._trained():
+            if p.grad is None:
+                continue
+            quantity = getattr(p, field, None) if self._due(p, group) else None
+            if quantity is None and self._due(p, group):
+                raise RuntimeError(
+                    f"parameter {self._name(p)} has a gradient, but no {field} that belongs to it; "
+                    "call loss.backward() within `with optimizer.backpack():` before every step"
+                )
+            gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            gradient = gradient / in_gradient if in_gradient != 1 else gradient
+            for what, each in (("gradient", gradient), (field, quantity)):
+                if not all(bool(torch.isfinite(t).all()) for t in _tensors(each)):
+                    raise ValueError(f"the {what} of parameter {self._name(p)} is not finite")
+            gradient = gradient.add(p, alpha=group["l2"]) if group["l2"] else gradient
+            gamma, state = group["damping"] + group["l2"], self.state.get(p, {})
+            uses.append(Use(p, self._name(p), gradient, quantity, scale, gamma, group, state))
+        if not uses:
+            raise RuntimeError(
+                "no parameter has a gradient; call loss.backward() within `with optimizer.backpack():` "
+                "before every step"
+            )
+        return uses
+
+    def _scales(self) -> tuple[float, float]:
+        """The scaler's factor in the quantities, and the one that gradients still have."""
+        in_gradient = getattr(self, "grad_scale", None)
+        if in_gradient is None and hasattr(self, "found_inf") and self._scale is None:
+            raise RuntimeError(
+                "scaler.unscale_(optimizer) has divided the gradients by the scaler's factor, which "
+                "the quantities still have; write `with optimizer.backpack(scale=scaler.get_scale()):`"
+            )
+        in_gradient = 1.0 if in_gradient is None else float(in_gradient)
+        return (in_gradient if self._scale is None else self._scale), in_gradient
+
+
+def made(
+    owner: type, quantity: Callable[..., BackpropExtension], arguments: dict[str, Any]
+) -> BackpropExtension:
+    """The quantity of an optimizer from the arguments that the optimizer does not know itself.
+
+    Raises:
+        TypeError: if the quantity does not know them either.
+    """
+    try:
+        return quantity(**arguments)
+    except (TypeError, NotImplementedError) as error:
+        raise TypeError(f"{owner.__name__} takes no such arguments: {', '.join(arguments)}") from error
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)

@@ -1,0 +1,385 @@
+"""Clipped and noisy gradients against a loop over samples."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, disable, extend, optim
+from backpack.extensions import Variance
+
+N = 6
+OPTIONS: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": 0.8, "expected_batch_size": 5.0}
+
+
+class Token(nn.Module):
+    """A table and a recurrent layer: positions share weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rnn, self.out = (
+            nn.Embedding(5, 4),
+            nn.GRU(4, 3, batch_first=True),
+            nn.Linear(3, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(self.table(x))[0][:, -1])
+
+
+MODELS = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        lambda n: torch.randn(n, 4, dtype=torch.float64),
+    ),
+    "conv": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)
+        ),
+        lambda n: torch.randn(n, 1, 5, 5, dtype=torch.float64),
+    ),
+    "tokens": (Token, lambda n: torch.randint(5, (n, 4))),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def problem(name: str = "mlp", n: int = N) -> tuple[nn.Module, Tensor, Tensor]:
+    make, data = MODELS[name]
+    return make().double(), data(n), torch.arange(n) % 3
+
+
+def losses(model: nn.Module, X: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(X), y, reduction="none")
+
+
+def individual(model: nn.Module, X: Tensor, y: Tensor) -> list[list[Tensor]]:
+    """Gradients of all samples, one after the other."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with disable():
+        return [
+            list(torch.autograd.grad(losses(model, X[n : n + 1], y[n : n + 1]).sum(), parameters))
+            for n in range(len(X))
+        ]
+
+
+def norm(gradient: list[Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradient]).norm()
+
+
+def clipped_sum(gradients: list[list[Tensor]], bound: float) -> list[Tensor]:
+    factors = [min(1.0, bound / float(norm(g))) for g in gradients]
+    return [
+        sum((f * g for f, g in zip(factors, column, strict=True)), torch.zeros_like(column[0]))
+        for column in zip(*gradients, strict=True)
+    ]
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def close(a: list[Tensor], b: list[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_step(name: str) -> None:
+    """The loop's clipped mean; some samples are clipped and some are not."""
+    model, X, y = problem(name)
+    gradients, before = individual(model, X, y), values(model)
+    norms = torch.stack([norm(g) for g in gradients])
+    bound = float(norms.median())
+    optimizer = optim.DPSGD(model, 0.5, **{**OPTIONS, "max_grad_norm": bound})
+    found = optimizer.backward(losses(model, X, y))
+    torch.testing.assert_close(found, norms, rtol=1e-9, atol=1e-12)
+    optimizer.step()
+    expected = clipped_sum(gradients, bound)
+    close(values(model), [p - 0.5 * g / 5 for p, g in zip(before, expected, strict=True)])
+    assert all(p.grad is None and not hasattr(p, "batch_l2") for p in model.parameters())
+
+
+def test_groups_share_one_norm() -> None:
+    """Options of groups, frozen parameters, momentum and l2."""
+    model, X, y = problem()
+    extend(model)
+    first, frozen, *second = model.parameters()
+    frozen.requires_grad_(False)
+    groups = [{"params": [first, frozen], "lr": 0.2, "l2": 0.1}, {"params": second}]
+    optimizer = optim.DPSGD(groups, 0.5, momentum=0.9, **OPTIONS)
+    moved = [torch.zeros_like(p) for p in [first, *second]]
+    for _ in range(3):
+        before, fixed = [p.detach().clone() for p in [first, *second]], frozen.clone()
+        gradients = [g / 5 for g in clipped_sum(individual(model, X, y), 0.8)]
+        gradients[0] = gradients[0] + 0.1 * before[0]
+        moved = [0.9 * m + g for m, g in zip(moved, gradients, strict=True)]
+        optimizer.zero_grad()
+        optimizer.backward(losses(model, X, y))
+        optimizer.step()
+        expected = [p - r * m for p, r, m in zip(before, (0.2, 0.5, 0.5), moved, strict=True)]
+        close([p.detach() for p in [first, *second]], expected)
+        assert torch.equal(frozen, fixed)
+
+
+def test_parts_of_a_batch() -> None:
+    """Sums of several passes are those of one."""
+    model, X, y = problem()
+    other = copy.deepcopy(model)
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    optimizer.backward(losses(model, X, y))
+    optimizer.step()
+    optimizer = optim.DPSGD(other, 0.5, **OPTIONS)
+    for part in (slice(0, 2), slice(2, 2), slice(2, N)):
+        optimizer.backward(losses(other, X[part], y[part]))
+    optimizer.step()
+    close(values(model), values(other))
+
+
+def test_noise() -> None:
+    """Drawn once for each step, whatever the batch holds, with std sigma C / B."""
+    model, X, y = problem()
+    noisy, lr, sigma = copy.deepcopy(model), 0.5, 3.0
+    optimizer = optim.DPSGD(model, lr, **OPTIONS)
+    optimizer.backward(losses(model, X, y))
+    optimizer.step()
+    generator = torch.Generator().manual_seed(7)
+    options = {**OPTIONS, "noise_multiplier": sigma, "generator": generator}
+    optimizer = optim.DPSGD(noisy, lr, **options)
+    for part in (slice(0, 2), slice(2, N)):
+        optimizer.backward(losses(noisy, X[part], y[part]))
+    optimizer.step()
+    generator = torch.Generator().manual_seed(7)
+    for a, b in zip(values(noisy), values(model), strict=True):
+        z = torch.empty_like(a).normal_(generator=generator)
+        torch.testing.assert_close(a - b, -lr * sigma * 0.8 / 5 * z, rtol=1e-9, atol=1e-12)
+
+
+def test_noise_has_the_right_size() -> None:
+    """An empty batch (Poisson sampling) is a step of noise alone, in every parameter."""
+    model = nn.Linear(300, 100)
+    before = values(model)
+    options = {"noise_multiplier": 1.5, "max_grad_norm": 2.0, "expected_batch_size": 10.0}
+    optimizer = optim.DPSGD(model, 1.0, generator=torch.Generator().manual_seed(0), **options)
+    optimizer.backward(losses(model, torch.randn(0, 300), torch.zeros(0, dtype=torch.long)))
+    optimizer.step()
+    weight, bias = (a - b for a, b in zip(values(model), before, strict=True))
+    assert float(weight.std()) == pytest.approx(0.3, rel=0.02)
+    assert float(weight.mean()) == pytest.approx(0.0, abs=0.01)
+    assert bias.all()
+
+
+def test_parameters_out_of_reach_get_noise() -> None:
+    """Whether a batch reaches a parameter is not told."""
+    model, X, y = problem()
+    unused = nn.Parameter(torch.zeros(50, dtype=torch.float64))
+    extend(model)
+    options = {**OPTIONS, "noise_multiplier": 1.0}
+    optimizer = optim.DPSGD([*model.parameters(), unused], 0.5, **options)
+    optimizer.backward(losses(model, X, y))
+    optimizer.step()
+    assert unused.all()
+
+
+def test_plain_gradients_do_not_enter() -> None:
+    model, X, y = problem()
+    other = copy.deepcopy(model)
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    optimizer.backward(losses(model, X, y))
+    optimizer.step()
+    optimizer = optim.DPSGD(other, 0.5, **OPTIONS)
+    losses(other, X, y).sum().backward()
+    kept = other[0].weight.grad.clone()
+    optimizer.backward(losses(other, X, y))
+    optimizer.step()
+    close(values(model), values(other))
+    assert torch.equal(other[0].weight.grad, kept)
+
+
+def test_other_quantities_in_the_same_pass() -> None:
+    model, X, y = problem()
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    loss = losses(model, X, y)
+    with backpack(Variance()):
+        optimizer.backward(loss)
+    optimizer.step()
+    assert not hasattr(model[0].weight, "batch_l2")
+
+
+def test_resumes_bit_for_bit() -> None:
+    model, X, y = problem()
+    options = {**OPTIONS, "noise_multiplier": 1.0}
+    optimizer = optim.DPSGD(
+        model, 0.5, momentum=0.9, generator=torch.Generator().manual_seed(0), **options
+    )
+
+    def train(model: nn.Module, optimizer: optim.DPSGD) -> None:
+        for _ in range(3):
+            optimizer.backward(losses(model, X, y))
+            optimizer.step()
+
+    train(model, optimizer)
+    other = copy.deepcopy(model)
+    resumed = optim.DPSGD(other, 9.0, generator=torch.Generator(), **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.generator.set_state(optimizer.generator.get_state())
+    train(model, optimizer)
+    train(other, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(other), strict=True))
+
+
+# --------------------------------------------------------------------------------------
+# Errors
+
+
+def _normalised(model: nn.Module) -> nn.Module:
+    return nn.Sequential(model[0], nn.BatchNorm1d(5), *model[1:]).double()
+
+
+ERRORS = {
+    "reduced": (
+        lambda m, X, y: F.cross_entropy(m(X), y),
+        ValueError,
+        r"one loss for each sample, \[N\]",
+    ),
+    "positions": (lambda m, X, y: m(X), ValueError, r"\[N\], but got \[6, 3\]"),
+    "half": (lambda m, X, y: losses(m, X, y).bfloat16(), ValueError, "compute them in float32"),
+    "constant": (lambda m, X, y: torch.ones(N), ValueError, "do not depend on any parameter"),
+    "of another model": (
+        lambda m, X, y: losses(extend(copy.deepcopy(m)), X, y),
+        ValueError,
+        "do not depend on any parameter",
+    ),
+    "infinite": (lambda m, X, y: losses(m, X, y) / 0, ValueError, "not finite"),
+    "pairs": (
+        lambda m, X, y: losses(m, X, y).reshape(2, 3).sum(0),
+        ValueError,
+        "there are 3 losses, but the model saw 6 samples",
+    ),
+    "weight decay": (
+        lambda m, X, y: losses(m, X, y) + 0.1 * m[0].weight.square().sum(),
+        RuntimeError,
+        "parameter '0.weight' enters the losses outside of an extended model",
+    ),
+    "disabled": (lambda m, X, y: _disabled(m, X, y), RuntimeError, "parameter '0.weight' enters"),
+}
+
+
+def _disabled(model: nn.Module, X: Tensor, y: Tensor) -> Tensor:
+    with disable():
+        return losses(model, X, y)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_add_nothing(error: str) -> None:
+    function, kind, message = ERRORS[error]
+    model, X, y = problem()
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    before = values(model)
+    with pytest.raises(kind, match=message):
+        optimizer.backward(function(model, X, y))
+    assert all(not vars(p) for p in model.parameters())
+    with pytest.raises(RuntimeError, match=r"call optimizer.backward\(losses\) before"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
+    assert not optimizer.state
+
+
+def test_batch_normalization() -> None:
+    model, X, y = problem()
+    model = _normalised(model)
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    with pytest.raises(NotImplementedError, match="mixes the samples of a batch"):
+        optimizer.backward(losses(model, X, y))
+    with pytest.raises(RuntimeError, match="before"):
+        optimizer.step()
+    model.eval()
+    optimizer.backward(losses(model, X, y))
+    optimizer.step()
+
+
+def test_steps_need_their_own_gradients() -> None:
+    model, X, y = problem()
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    for clear in (optimizer.step, optimizer.zero_grad):
+        optimizer.backward(losses(model, X, y))
+        clear()
+        with pytest.raises(RuntimeError, match="before"):
+            optimizer.step()
+
+
+def test_gradient_scaling_is_refused() -> None:
+    model, X, y = problem()
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    scaler, before = torch.amp.GradScaler("cpu"), values(model)
+    optimizer.backward(scaler.scale(losses(model, X, y)))
+    with pytest.raises(RuntimeError, match="without a scaler"):
+        scaler.step(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("lr", -1.0),
+        ("l2", float("nan")),
+        ("momentum", 1.0),
+        ("noise_multiplier", -1.0),
+        ("noise_multiplier", float("nan")),
+        ("max_grad_norm", 0.0),
+        ("max_grad_norm", float("inf")),
+        ("expected_batch_size", 0),
+    ],
+)
+def test_bad_options(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"DPSGD: {option}"):
+        optim.DPSGD(nn.Linear(2, 2), **{"lr": 0.1, **OPTIONS, option: value})
+
+
+# --------------------------------------------------------------------------------------
+# Accounting
+
+
+def test_epsilon() -> None:
+    """The value of the paper on subsampled moments, and what must hold of any accountant."""
+    spent = {"steps": 10000, "sample_rate": 0.01, "noise_multiplier": 4.0, "delta": 1e-5}
+    # Abadi et al. (2016) name 1.26, by their moments accountant.
+    assert 0.9 < optim.epsilon(**spent) < 1.27
+    for name, more in (
+        ("steps", 20000),
+        ("sample_rate", 0.02),
+        ("noise_multiplier", 2.0),
+        ("delta", 1e-7),
+    ):
+        assert optim.epsilon(**{**spent, name: more}) > optim.epsilon(**spent)
+    # Without sampling, by hand: the Renyi divergence of order a is a / (2 sigma^2), converted with the
+    # best a, epsilon <= 1 / (2 sigma^2) + sqrt(2 log(1 / delta)) / sigma.
+    alone = optim.epsilon(steps=1, sample_rate=1.0, noise_multiplier=5.0, delta=1e-5)
+    assert 0.5 < alone < 1 / 50 + (2 * 11.512925 / 25) ** 0.5
+    assert optim.epsilon(**{**spent, "steps": 0}) == 0
+    assert optim.epsilon(**{**spent, "noise_multiplier": 0.0}) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("steps", -1), ("steps", 1.5), ("sample_rate", 0.0), ("noise_multiplier", -1.0), ("delta", 1.0)],
+)
+def test_epsilon_of_nonsense(name: str, value: float) -> None:
+    spent = {"steps": 10, "sample_rate": 0.01, "noise_multiplier": 1.0, "delta": 1e-5}
+    with pytest.raises(ValueError, match=f"epsilon: {name} is out of range"):
+        optim.epsilon(**{**spent, name: value})
+
+
+def test_epsilon_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(ImportError, match=r"backpack-anew\[privacy\]"):
+        optim.epsilon(steps=1, sample_rate=0.1, noise_multiplier=1.0, delta=1e-5)
