@@ -10,7 +10,8 @@ CLIENTS := .venv-clients
 PEERS := .venv-peers
 ZOO := .venv-zoo
 
-.PHONY: demo test test-slow clients zoo support bench bench-quick bench-regressions lint format clean
+.PHONY: demo test test-slow experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: lint format clean
 
 demo: $(STAMPS)/demo
 	$(BIN)/python -m demo.digits
@@ -21,6 +22,14 @@ test: $(STAMPS)/test
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
+experiments: $(STAMPS)/experiments
+	$(BIN)/python -m experiments run --problem digits-logreg digits-cnn --epochs 10 --seeds 3 \
+		--optimizer SGD Adam DiagGGNExact DiagGGNMC KFAC KFLR --lr 0.01 0.1 1 --damping 0.01 0.1 1
+	$(BIN)/python -m experiments time --problem digits-logreg digits-cnn
+	$(BIN)/python -m experiments plot
+	$(BIN)/python -m experiments table
 
 # Programs written for backpack-for-pytorch give the same numbers on it and on this library.
 clients: $(CLIENTS)/original/stamp $(CLIENTS)/ours/stamp
@@ -47,6 +56,11 @@ bench-regressions: $(STAMPS)/bench
 		$(if $(wildcard $(VENV)/benchmarks/*),--benchmark-compare --benchmark-compare-fail=min:25%) \
 		--benchmark-autosave --benchmark-columns=min,median,rounds --benchmark-group-by=param:problem
 
+# The site, in docs/_build. From scratch, so that every tutorial is run on the library as it is.
+docs: $(STAMPS)/docs
+	rm -rf docs/_build docs/tutorials
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build
+
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +71,8 @@ format: $(STAMPS)/lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(PEERS) build dist *.egg-info demo/output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
+	rm -rf docs/tutorials .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: empty files that are newer than what they were installed from.
@@ -70,7 +85,8 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
+EXTRAS := demo test lint bench docs experiments
+$(EXTRAS:%=$(STAMPS)/%): $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
 	$(PIP) --editable ".[$*]"
 	@touch $@
 

@@ -115,13 +115,17 @@ def net_3c3d(classes: int = 10) -> nn.Module:
     )
 
 
-def all_cnn_c(classes: int = 100) -> nn.Module:
-    """All-CNN-C without its dropout, for images ``[N, 3, 32, 32]``."""
+def all_cnn_c(classes: int = 100, dropout: bool = False) -> nn.Module:
+    """All-CNN-C, by default without its dropout, for images ``[N, 3, 32, 32]``."""
+
+    def drop(rate: float) -> list[nn.Module]:
+        return [nn.Dropout(rate)] if dropout else []
+
     return nn.Sequential(
-        *(*conv(3, 96, 3, padding=1), *conv(96, 96, 3, padding=1)),
-        *conv(96, 96, 3, padding=1, stride=2),
+        *(*drop(0.2), *conv(3, 96, 3, padding=1), *conv(96, 96, 3, padding=1)),
+        *(*conv(96, 96, 3, padding=1, stride=2), *drop(0.5)),
         *(*conv(96, 192, 3, padding=1), *conv(192, 192, 3, padding=1)),
-        *conv(192, 192, 3, padding=1, stride=2),
+        *(*conv(192, 192, 3, padding=1, stride=2), *drop(0.5)),
         *(*conv(192, 192, 3), *conv(192, 192, 1), *conv(192, classes, 1)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
