@@ -1,0 +1,44 @@
+"""What can be said of the pages without building the site."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")])
+
+
+def test_public_names_are_on_api_pages() -> None:
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
+    directives = re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)", text, re.MULTILINE)
+    assert len(set(directives)) == len(directives)
+    public = runpy.run_path(str(DOCS / "undocumented.py"))["public_names"]()
+    assert len(public) > 50
+    assert public - set(directives) == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links(page: Path) -> None:
+    """Those to files lead somewhere; pages of tutorials have a script of their name."""
+    for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        place = page.parent / link
+        if link.startswith("tutorials/"):
+            place = DOCS.parent / f"{link}.py"
+        if link != "tutorials/index":
+            # The site has no pages for folders; the repository's own pages may lead to them.
+            assert place.is_file() or (place.is_dir() and page.parent != DOCS), link
+
+
+def test_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
+    exec(compile(code, "index.md", "exec"), {})
+    size = "torch.Size([32, 64])"
+    assert f"0.weight {size} {size} {size}" in capsys.readouterr().out
