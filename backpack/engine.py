@@ -466,6 +466,11 @@ class Run:
 
     def _use(self, parameter: Tensor, node: Node, tap: Tap, source: Source, names: _Names) -> None:
         leaf = self.leaves.get(parameter)
+        if parameter.is_complex():
+            raise NotImplementedError(
+                f"parameter {names(parameter)} is complex, for which quantities are not defined; "
+                "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
+            )
         if leaf is None:
             leaf = self.leaves[parameter] = _Leaf(parameter, tap.batch.size)
             self.handles.append(parameter.register_hook(partial(self.complete, leaf)))
@@ -549,6 +554,11 @@ class Run:
             for node, (record, _) in self.graph.losses.items()
             if node not in absorbed and self.second_order
         ]
+        wanted = any(kind.name in ("hessian", "sampled_hessian") for kind in self.second_order)
+        if wanted and joint:
+            places = [(GradientEdge(n, b.place), b.batch) for n, bs in joint.items() for b in bs]
+            with self._nested(), cut(joint.keys() | self.graph.losses.keys() - absorbed):
+                hessian.refuse_mixing(starts, [(e, b) for e, b in places if b is not None])
         for kind, exts in self.second_order.items():
             per_sample = any(ext.savefield.endswith("_batch") for ext in exts)
             with self._nested():

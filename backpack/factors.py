@@ -506,7 +506,8 @@ class Dense(Form):
     def squared_norms(self) -> Tensor:
         if self.values.numel() > SMALL:
             return super().squared_norms()
-        return _squared_norm(self.values.reshape(*self.values.shape[:2], -1), (0, 2))
+        flat = self.values.reshape(*self.values.shape[:2], self.shape.numel())
+        return _squared_norm(flat, (0, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -606,7 +607,8 @@ class Pullback(Form):
 
     @property
     def like(self) -> Tensor:
-        return self.form.like
+        like = self.form.like
+        return like.real if like.is_complex() else like
 
     def take(self, columns: slice, samples: slice | Tensor) -> Pullback:
         return Pullback(self.form.take(columns, samples), self.vjp, self.shape)

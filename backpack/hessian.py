@@ -276,6 +276,47 @@ def gradients(
     )
 
 
+def refuse_mixing(
+    starts: Sequence[tuple[GradientEdge, Tensor]], outputs: Sequence[tuple[GradientEdge, Batch]]
+) -> None:
+    """Check that the Hessian in the model outputs does not couple samples.
+
+    Samples apart contribute to their own rows only, whatever each is multiplied with.
+    """
+    edges = [edge for edge, _ in outputs]
+    found = gradients(starts, edges, create_graph=True)
+    if any(g is not None and g.is_complex() for g in found):
+        raise NotImplementedError(
+            "the model output is complex, for which the Hessian diagonal is not defined; return real "
+            "numbers"
+        )
+    known = [(g, axis) for g, (_, axis) in zip(found, outputs, strict=True) if g is not None]
+    known = [(g, axis) for g, axis in known if g.requires_grad and g.numel()]
+    if not known:
+        return
+    flat = [g for g, _ in known]
+
+    def along(axis: Batch, like: Tensor) -> Tensor:
+        ids = torch.cos(7 * axis.sample_ids(like.device).to(like) + 1)
+        return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
+
+    def product(columns: list[Tensor]) -> list[Tensor]:
+        rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
+        return [columns[0].new_zeros(()) if row is None else row for row in rows]
+
+    columns = [torch.cos(5 * torch.arange(g.numel()).to(g) + 2).reshape(g.shape) for g in flat]
+    scales = [along(axis, g) for g, axis in known]
+    scaled = product([c * scale for c, scale in zip(columns, scales, strict=True)])
+    for (_, axis), once, after in zip(outputs, product(columns), scaled, strict=True):
+        if once.dim():
+            eps, apart = torch.finfo(once.dtype).eps, along(axis, once) * once - after
+            if bool(apart.abs().amax() > 10 * (eps**0.5 * once.abs().amax() + eps)):
+                raise NotImplementedError(
+                    "the loss mixes the samples of a batch (its Hessian couples their outputs), so "
+                    "that the Hessian diagonal is no sum over samples; use HMP"
+                )
+
+
 def bend(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
     """Where an operation ``phi`` on single entries has its input ``x``, and ``phi''(x) * grad``."""
     below = GradientEdge(*next((c, nr) for c, nr in node.next_functions if c is not None))

@@ -691,6 +691,10 @@ def differentiate_twice(
     sizes = {batch.size for _, _, batch in found}
     if len(sizes) > 1:
         raise ValueError(f"a loss of model outputs for {sorted(sizes)} samples each: cannot match them")
+    if any(gradient.is_complex() for gradient, _, _ in found):
+        raise NotImplementedError(
+            "the model output is complex, for which this quantity is not defined; return real numbers"
+        )
     flat = torch.cat([batch.split(gradient).flatten(1) for gradient, _, batch in found], 1)
     edges = [edge for _, edge, _ in found]
     samples, size = flat.shape

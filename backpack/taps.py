@@ -58,7 +58,7 @@ class Source(NamedTuple):
         else:
             assert self.edge is not None
             dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
-        return self.to_form(g if g.dtype == dtype else g.to(dtype))
+        return self.to_form(g if g.dtype == dtype or g.is_complex() else g.to(dtype))
 
 
 class Tap:
@@ -233,7 +233,10 @@ def make_tap(
 ) -> None:
     pairs: list[tuple[Tensor, ToForm]] = []
     missing = {id(s): s for s in sources}
-    rule = RULES.get(func)
+    # Rules are written for real numbers.
+    numbers = (*args, *kwargs.values(), *sources)
+    complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
+    rule = None if complicated else RULES.get(func)
     if rule is not None and batch.lost is None:
         for tensor, form in rule(batch, *args, **kwargs) or ():
             if tensor is not None and id(tensor) in missing:
@@ -289,7 +292,7 @@ def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
     node = tensor.grad_fn
     if node is None:
         return Source(tensor, None, form, linear)
-    if tensor.dim() == 2 and node.name() in ("TBackward0", "TransposeBackward0"):
+    if tensor.dim() == 2 and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
         below = node.next_functions[0][0]
         leaf = getattr(below, "variable", None)
         if leaf is not None and leaf.shape == tensor.shape[::-1]:

@@ -320,3 +320,15 @@ def test_packed_sequences() -> None:
     with backpack(BatchGrad()), pytest.raises(NotImplementedError, match="pack_padded_sequence"):
         lossfunc(model(*inputs), y).backward()
     assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+def test_complex_parameter() -> None:
+    class Twiddle(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return (super().forward(input.to(torch.cfloat))).abs()
+
+    model = extend(Twiddle(2, 3, dtype=torch.cfloat))
+    loss = model(torch.ones(4, 2)).sum()
+    with pytest.raises(NotImplementedError, match="'weight' is complex"), backpack(BatchGrad()):
+        loss.backward()
+    assert not hasattr(model.weight, "grad_batch")

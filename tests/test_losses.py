@@ -488,11 +488,23 @@ def test_hessian_of_a_loss_that_is_not_convex(name: str) -> None:
     agrees(tiny(), NOT_CONVEX[name], X, y, [E.BatchGrad(), E.DiagHessian()])
 
 
-@pytest.mark.parametrize("quantity", [E.DiagGGNExact(), E.DiagGGNMC()], ids=["exact", "sampled"])
+@pytest.mark.parametrize(
+    "quantity",
+    [E.DiagGGNExact(), E.DiagGGNMC(), E.DiagHessian(), E.BatchDiagHessian(), E.DiagHessianMC()],
+    ids=lambda e: type(e).__name__,
+)
 def test_loss_that_mixes_samples(quantity: Any) -> None:
     for loss in (lambda f, y: (f @ f.T).logsumexp(1).mean(), lambda f, y: f.var(0).sum()):
-        with pytest.raises(ValueError, match="mixes the samples"):
+        with pytest.raises((ValueError, NotImplementedError), match="mixes the samples"):
             backward(loss, None, lambda f: f, quantity)
+
+
+@pytest.mark.parametrize(
+    "quantity", [E.DiagGGNExact(), E.DiagHessian()], ids=lambda e: type(e).__name__
+)
+def test_complex_model_output(quantity: Any) -> None:
+    with pytest.raises(NotImplementedError, match="output is complex"):
+        backward(lambda f, y: f.abs().sum(), None, torch.fft.fft, quantity)
 
 
 def test_loss_that_torch_cannot_differentiate_twice() -> None:
