@@ -97,6 +97,7 @@ class _Kronecker(CurvatureOptimizer):
         )
 
     def _place(self, use: Use) -> str:
+        """Where the matrix is; states keep no string, which ``load_state_dict`` does not restore."""
         places = self._extension.places
         if use.parameter not in places:
             raise RuntimeError(
@@ -123,15 +124,15 @@ class _Kronecker(CurvatureOptimizer):
         shifts = pi_damping(factors, use.gamma)
         inverses = [_inverse(f, s, use.name) for f, s in zip(factors, shifts, strict=True)]
         dtype = use.parameter.dtype
-        new: State = {"place": place, "inverses": [each.to(dtype) for each in inverses]}
+        new: State = {"transposed": place == "convt", "inverses": [f.to(dtype) for f in inverses]}
         if use.group["ema_decay"]:
             new["factors"] = [factor.to(dtype) for factor in factors]
         return new
 
     def _solve(self, use: Use, state: State) -> Tensor:
         inverses = state["inverses"]
-        matrix = _as_matrix(use.gradient, state["place"], [len(each) for each in inverses])
-        return _as_parameter(_multiply(inverses, matrix), state["place"], use.parameter)
+        matrix = _as_matrix(use.gradient, state["transposed"], [len(each) for each in inverses])
+        return _as_parameter(_multiply(inverses, matrix), state["transposed"], use.parameter)
 
 
 class _EigenvalueCorrected(_Kronecker):
@@ -148,21 +149,21 @@ class _EigenvalueCorrected(_Kronecker):
             eigenvalues = carried.lerp(eigenvalues, 1 - decay)
         dtype = use.parameter.dtype
         return {
-            "place": self._place(use),
+            "transposed": self._place(use) == "convt",
             "bases": [each.to(dtype) for each in bases],
             "eigenvalues": eigenvalues.to(dtype),
         }
 
     def _solve(self, use: Use, state: State) -> Tensor:
         bases, eigenvalues = state["bases"], state["eigenvalues"]
-        matrix = _as_matrix(use.gradient, state["place"], list(eigenvalues.shape))
+        matrix = _as_matrix(use.gradient, state["transposed"], list(eigenvalues.shape))
         rotated = _multiply([each.mT for each in bases], matrix)
         if use.gamma:
             rotated = rotated / (eigenvalues + use.gamma)
         else:
             small = eigenvalues <= _tolerance(eigenvalues)
             rotated = (rotated / eigenvalues).masked_fill(small, 0.0)
-        return _as_parameter(_multiply(bases, rotated), state["place"], use.parameter)
+        return _as_parameter(_multiply(bases, rotated), state["transposed"], use.parameter)
 
 
 # --------------------------------------------------------------------------------------
@@ -255,17 +256,17 @@ def _multiply(factors: list[Tensor], matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _as_matrix(tensor: Tensor, place: str, sizes: list[int]) -> Tensor:
+def _as_matrix(tensor: Tensor, transposed: bool, sizes: list[int]) -> Tensor:
     """A tensor of the parameter's shape as the matrix (or vector) that the factors fit."""
-    if place == "convt":
+    if transposed:
         # [q * i, o, *kernel] -> [q * o, i * kernel], for q groups
         groups = sizes[0] // tensor.shape[1]
         return tensor.unflatten(0, (groups, -1)).transpose(1, 2).reshape(sizes)
     return tensor.reshape(sizes)
 
 
-def _as_parameter(matrix: Tensor, place: str, parameter: Tensor) -> Tensor:
-    if place == "convt":
+def _as_parameter(matrix: Tensor, transposed: bool, parameter: Tensor) -> Tensor:
+    if transposed:
         outputs, kernel = parameter.shape[1], parameter.shape[2:]
         return (
             matrix.reshape(len(matrix) // outputs, outputs, -1, *kernel).transpose(1, 2).flatten(0, 1)

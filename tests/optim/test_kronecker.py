@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -103,6 +104,20 @@ def test_transposed_convolutions(name: str, optimizer: type[optim.KFLR] | type[o
     expected[order] -= torch.linalg.solve(block, gradient.flatten()[order])
     problem.step(optimizer(problem.model, 1.0, 0.3))
     close(layer.weight.detach(), expected.reshape(before.shape))
+
+
+@pytest.mark.parametrize("optimizer", [optim.KFLR, optim.EKFLR])
+def test_transposed_convolutions_resume(optimizer: type[optim.KFLR] | type[optim.EKFLR]) -> None:
+    """Between two updates, with what the ``state_dict`` says about the order of entries."""
+    problem = Problem(head(nn.ConvTranspose2d(4, 2, 2), nn.Tanh(), width=18), randn(4, 4, 2, 2))
+    first = optimizer(problem.model, 0.1, 0.3, update_every=3)
+    problem.step(first)
+    other = Problem(copy.deepcopy(problem.model), problem.X)
+    resumed = optimizer(other.model, 9.0, 9.0)
+    resumed.load_state_dict(first.state_dict())
+    for each, its in ((problem, first), (other, resumed)):
+        each.step(its)
+    assert all(torch.equal(a, b) for a, b in zip(problem.values(), other.values(), strict=True))
 
 
 def test_shared_weights() -> None:
