@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from backpack.backprop import survey
+from backpack.backprop import Graph, survey
 from backpack.engine import backpack
 from backpack.extensions import BatchL2Grad
 from backpack.optim.base import BackpackOptimizer, Params, State
@@ -37,8 +38,13 @@ class DPSGD(BackpackOptimizer):
     The guarantee needs Poisson sampling with rate ``q = B / (size of the data set)`` (each sample is in
     the batch with probability ``q``, by itself), and counts one step for each call of :meth:`step`; see
     :func:`epsilon`. Noise has the precision of the parameters, and is torch's, which is no
-    cryptographic source. Every loss must depend on its own sample only; layers that mix samples, as
-    batch normalization in training mode does, are an error.
+    cryptographic source. Clipped gradients have a norm of at most ``max_grad_norm`` up to rounding in the
+    precision the model computes in: to 0.5 % in bfloat16, and less exactly where the terms of a gradient
+    (one for each use of a weight) are much larger than their sum.
+
+    Every loss must depend on its own sample only. Batch normalization in training mode, and layers that
+    keep statistics of the data, are errors, below frozen layers too; what else mixes samples before the
+    first trained parameter leaves no trace and is not seen.
 
     Args:
         params: a model (extended in place unless it is already), or parameters of extended models as
@@ -100,8 +106,9 @@ class DPSGD(BackpackOptimizer):
         Raises:
             ValueError: if ``losses`` is not one finite number for each sample, or is not in single or
                 double precision.
-            RuntimeError: if a parameter enters the losses other than through an extended model.
-            NotImplementedError: if the model mixes samples.
+            RuntimeError: if a parameter enters the losses other than through an extended model, or has
+                a hook that would change its clipped gradient.
+            NotImplementedError: if the model mixes samples, or keeps statistics of them.
         """
         if losses.dim() != 1:
             raise ValueError(
@@ -119,9 +126,15 @@ class DPSGD(BackpackOptimizer):
         nothing = "the losses do not depend on any parameter that is trained"
         if losses.grad_fn is None or not parameters:
             raise ValueError(nothing)
-        outside = survey([losses.grad_fn], curvature=False).outside
+        graph = survey([losses.grad_fn], curvature=False)
+        _check_statistics(graph)
         for p in parameters:
-            if p in outside:
+            if p._backward_hooks:
+                raise RuntimeError(
+                    f"parameter {self._name(p)} has a gradient hook, which would change its "
+                    "clipped gradient; remove the hook"
+                )
+            if p in graph.outside:
                 raise RuntimeError(
                     f"parameter {self._name(p)} enters the losses outside of an extended model, where "
                     "no sample's share is seen; extend the model before its forward pass, and use the "
@@ -143,6 +156,7 @@ class DPSGD(BackpackOptimizer):
         clipped = torch.autograd.grad(losses, used, factors)
         sums = dict(self._sums or {})
         for p, g in zip(used, clipped, strict=True):
+            g = g.to_dense() if g.is_sparse else g
             sums[p] = sums[p] + g if p in sums else g
         self._sums = sums
         return norms
@@ -163,7 +177,8 @@ class DPSGD(BackpackOptimizer):
             squares = squares + found.to(squares)
         if not bool(torch.isfinite(squares).all()):
             raise ValueError("the gradient of a sample is not finite")
-        return squares.sqrt()
+        # A sum of products of terms that cancel may come out below zero.
+        return squares.clamp(min=0).sqrt()
 
     def _directions(self) -> list[tuple[Tensor, Tensor, dict[str, Any], State]]:
         if hasattr(self, "found_inf"):
@@ -191,6 +206,25 @@ class DPSGD(BackpackOptimizer):
         self._sums = None
 
 
+def _check_statistics(graph: Graph) -> None:
+    """Refuse normalization by, or records of, statistics of a batch.
+
+    Below the first trained parameter there is no graph that tells of it, hence the look at the modules.
+    """
+    models = {id(m): m for recording in graph.recordings if (m := recording.module()) is not None}
+    for model in models.values():
+        for name, module in model.named_modules():
+            if not isinstance(module, _NormBase):
+                continue
+            mixes = isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            if mixes or (module.training and module.track_running_stats):
+                what = "mixes the samples of a batch" if mixes else "keeps statistics of the samples"
+                raise NotImplementedError(
+                    f"'{name}' ({type(module).__name__}) {what}, which DPSGD cannot make private; call "
+                    ".eval() on it, or use a norm that keeps samples apart (GroupNorm)"
+                )
+
+
 def epsilon(*, steps: int, sample_rate: float, noise_multiplier: float, delta: float) -> float:
     """The privacy that :class:`DPSGD` has spent, as ``epsilon`` at a given ``delta``.
 
@@ -211,7 +245,7 @@ def epsilon(*, steps: int, sample_rate: float, noise_multiplier: float, delta: f
     for name, value, fits in (
         ("steps", steps, steps >= 0 and steps == int(steps)),
         ("sample_rate", sample_rate, 0 < sample_rate <= 1),
-        ("noise_multiplier", noise_multiplier, noise_multiplier >= 0),
+        ("noise_multiplier", noise_multiplier, 0 <= noise_multiplier < float("inf")),
         ("delta", delta, 0 < delta < 1),
     ):
         if not fits:

@@ -33,6 +33,18 @@ class Token(nn.Module):
         return self.out(self.rnn(self.table(x))[0][:, -1])
 
 
+class Tied(nn.Module):
+    """A table that is also the matrix of the last layer, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle = nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.middle(torch.tanh(self.middle(self.table(x)))).mean(1) + self.table(x[:, 0])
+        return hidden @ self.table.weight.T
+
+
 MODELS = {
     "mlp": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
@@ -45,6 +57,11 @@ MODELS = {
         lambda n: torch.randn(n, 1, 5, 5, dtype=torch.float64),
     ),
     "tokens": (Token, lambda n: torch.randint(5, (n, 4))),
+    "sparse": (
+        lambda: nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 3)),
+        lambda n: torch.randint(5, (n, 2)),
+    ),
+    "tied": (Tied, lambda n: torch.randint(5, (n, 4))),
 }
 
 
@@ -66,10 +83,11 @@ def individual(model: nn.Module, X: Tensor, y: Tensor) -> list[list[Tensor]]:
     """Gradients of all samples, one after the other."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with disable():
-        return [
-            list(torch.autograd.grad(losses(model, X[n : n + 1], y[n : n + 1]).sum(), parameters))
+        found = [
+            torch.autograd.grad(losses(model, X[n : n + 1], y[n : n + 1]).sum(), parameters)
             for n in range(len(X))
         ]
+    return [[g.to_dense() if g.is_sparse else g for g in each] for each in found]
 
 
 def norm(gradient: list[Tensor]) -> Tensor:
@@ -103,8 +121,9 @@ def test_step(name: str) -> None:
     optimizer = optim.DPSGD(model, 0.5, **{**OPTIONS, "max_grad_norm": bound})
     found = optimizer.backward(losses(model, X, y))
     torch.testing.assert_close(found, norms, rtol=1e-9, atol=1e-12)
+    optimizer.backward(losses(model, X, y))
     optimizer.step()
-    expected = clipped_sum(gradients, bound)
+    expected = clipped_sum(2 * gradients, bound)
     close(values(model), [p - 0.5 * g / 5 for p, g in zip(before, expected, strict=True)])
     assert all(p.grad is None and not hasattr(p, "batch_l2") for p in model.parameters())
 
@@ -270,8 +289,18 @@ ERRORS = {
         RuntimeError,
         "parameter '0.weight' enters the losses outside of an extended model",
     ),
+    "hook": (
+        lambda m, X, y: losses(_hooked(m), X, y),
+        RuntimeError,
+        "parameter '0.weight' has a gradient hook",
+    ),
     "disabled": (lambda m, X, y: _disabled(m, X, y), RuntimeError, "parameter '0.weight' enters"),
 }
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    model[0].weight.register_hook(lambda g: 10 * g)
+    return model
 
 
 def _disabled(model: nn.Module, X: Tensor, y: Tensor) -> Tensor:
@@ -304,6 +333,43 @@ def test_batch_normalization() -> None:
         optimizer.step()
     model.eval()
     optimizer.backward(losses(model, X, y))
+    optimizer.step()
+
+
+STATISTICS = {
+    "batch": lambda: nn.BatchNorm1d(5),
+    "batch, without statistics": lambda: nn.BatchNorm1d(5, track_running_stats=False).eval(),
+    "instance": lambda: nn.InstanceNorm1d(5, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_below_frozen_layers(name: str) -> None:
+    """They leave no trace on the graph of what is trained."""
+    _, X, y = problem()
+    norm = STATISTICS[name]().requires_grad_(False)
+    frozen = nn.Linear(4, 10).requires_grad_(False), nn.Unflatten(1, (5, 2)), norm
+    model = nn.Sequential(*frozen, nn.Flatten(), nn.Linear(10, 3)).double()
+    optimizer = optim.DPSGD(model, 0.5, **OPTIONS)
+    with pytest.raises(NotImplementedError, match=rf"'2' \({type(norm).__name__}\)"):
+        optimizer.backward(losses(model, X, y))
+    if norm.track_running_stats:
+        norm.eval()
+        optimizer.backward(losses(model, X, y))
+
+
+def test_terms_that_cancel() -> None:
+    """A sum of squares that rounding makes negative is a norm of zero."""
+    model, bad = nn.Linear(50, 50), 0
+    optimizer = optim.DPSGD(model, 1.0, **OPTIONS)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        X = 1e4 * torch.randn(1, 1, 50)
+        f = model(torch.cat([X, X * (1 + 1e-7)], 1))
+        norms = optimizer.backward((f[:, 0] - f[:, 1]) @ torch.randn(50))
+        bad += int(norms == 0)
+        assert norms.isfinite().all()
+    assert bad  # or else nothing was tested
     optimizer.step()
 
 
@@ -371,7 +437,8 @@ def test_epsilon() -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("steps", -1), ("steps", 1.5), ("sample_rate", 0.0), ("noise_multiplier", -1.0), ("delta", 1.0)],
+    [("steps", -1), ("steps", 1.5), ("sample_rate", 0.0), ("noise_multiplier", -1.0), ("delta", 1.0)]
+    + [("noise_multiplier", float("inf"))],
 )
 def test_epsilon_of_nonsense(name: str, value: float) -> None:
     spent = {"steps": 10, "sample_rate": 0.01, "noise_multiplier": 1.0, "delta": 1e-5}
