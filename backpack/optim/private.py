@@ -38,7 +38,7 @@ class DPSGD(BackpackOptimizer):
     The guarantee needs Poisson sampling with rate ``q = B / (size of the data set)`` (each sample is in
     the batch with probability ``q``, by itself), and counts one step for each call of :meth:`step`; see
     :func:`epsilon`. Noise has the precision of the parameters, and is torch's, which is no
-    cryptographic source. Clipped gradients have norms of at most ``max_grad_norm`` up to rounding in the
+    cryptographic source. Clipped gradients have norms up to ``max_grad_norm``, but for rounding in the
     precision that the model computes in: 0.5 % in bfloat16; more where the terms of a gradient (one for
     each use of a weight) are a thousand times larger than their sum, or worse.
 
