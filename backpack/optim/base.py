@@ -142,7 +142,7 @@ class BackpackOptimizer(Optimizer):
             found_inf = getattr(self, "found_inf", None)
             moves = [] if found_inf is not None and bool(found_inf) else self._directions()
             for p, direction, _, _ in moves:
-                if not bool(torch.isfinite(direction).all()):
+                if not _finite(direction):
                     raise ValueError(
                         f"the step of parameter {self._name(p)} is not finite; use more damping"
                     )
@@ -362,7 +362,7 @@ class CurvatureOptimizer(BackpackOptimizer):
             gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
             gradient = gradient / in_gradient if in_gradient != 1 else gradient
             for what, each in (("gradient", gradient), (field, quantity)):
-                if not all(bool(torch.isfinite(t).all()) for t in _tensors(each)):
+                if not all(map(_finite, _tensors(each))):
                     raise ValueError(f"the {what} of parameter {self._name(p)} is not finite")
             gradient = gradient.add(p, alpha=group["l2"]) if group["l2"] else gradient
             gamma, state = group["damping"] + group["l2"], self.state.get(p, {})
@@ -398,6 +398,11 @@ def made(
         return quantity(**arguments)
     except (TypeError, NotImplementedError) as error:
         raise TypeError(f"{owner.__name__} takes no such arguments: {', '.join(arguments)}") from error
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all entries are: those of a finite sum, many times faster to find, or each by itself."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -54,7 +54,8 @@ class _Diagonal(CurvatureOptimizer):
 
     def _solve(self, use: Use, state: State) -> Tensor:
         denominator = state["curvature"].abs() + use.gamma
-        return (use.gradient / denominator).masked_fill(denominator == 0, 0.0)
+        direction = use.gradient / denominator
+        return direction if use.gamma else direction.masked_fill(denominator == 0, 0.0)
 
 
 class DiagGGNExact(_Diagonal):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
+from backpack.optim.base import _finite
 from tests.optim.problems import STEPS, Problem, dense, kron
 
 # Those whose curvature is an average over steps and may be computed now and then.
@@ -459,6 +460,12 @@ def test_infinite_curvature(name: str) -> None:
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(problem.values(), values, strict=True))
     problem.step(optimizer)
+
+
+def test_large_numbers_are_finite() -> None:
+    """Though their sum is not; infinite ones of opposite sign are not, whatever their sum is."""
+    for entries, finite in (([3e38, 3e38], True), ([torch.inf, -torch.inf], False), ([], True)):
+        assert _finite(torch.tensor(entries)) is finite
 
 
 def test_infinite_step() -> None:
