@@ -41,7 +41,7 @@ _LINEAR = frozenset(
     Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Relu LeakyRelu Threshold Hardtanh
     Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim""".split()
 )
-_PRODUCTS = frozenset({"Mul", "Div", "Mm", "Bmm", "Mv", "Addmm"})
+_PRODUCTS = frozenset({"Mul", "Div", "Mm", "Bmm", "Mv", "Dot", "Addmm"})
 
 
 @dataclass(eq=False)
@@ -124,16 +124,17 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     """
     graph = Graph()
     tapped: set[Node] = set()
-    # (node, whether a known loss was passed, the forward pass it belongs to)
-    stack: list[tuple[Node, bool, Recording | None]] = [(root, False, None) for root in roots]
-    seen: set[tuple[Node, bool, int]] = set()
+    # (node, whether a known loss was passed, whether a curved operation was, the forward pass it
+    # belongs to)
+    stack: list[tuple[Node, bool, bool, Recording | None]] = [(r, False, False, None) for r in roots]
+    seen: set[tuple[Node, bool, bool, int]] = set()
     while stack:
-        node, covered, inside = stack.pop()
+        node, covered, bent, inside = stack.pop()
         if inside is not None and node in inside.entries:
             inside = None
-        if (node, covered, id(inside)) in seen:
+        if (node, covered, bent, id(inside)) in seen:
             continue
-        seen.add((node, covered, id(inside)))
+        seen.add((node, covered, bent, id(inside)))
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if inside is None:
@@ -150,7 +151,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if MIXES in data:
             graph.mixing = data[MIXES]
         record = None
-        if not covered:
+        if not covered and not bent:
             record = loss_at(node) if curvature else data.get(LOSS)
         if record is not None and not curvature:
             graph.losses[node] = record, {}
@@ -170,9 +171,11 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         for border in data.get(BORDER, ()):
             inside = border.recording
             graph.recordings.append(inside)
+        # What is curved above a loss makes it part of one that no rule knows.
+        bent = curvature and not covered and (bent or _bends(node))
         taps = data.get(TAPS)
         if taps is None:
-            stack += [(child, covered, inside) for child, _ in node.next_functions if child]
+            stack += [(child, covered, bent, inside) for child, _ in node.next_functions if child]
             continue
         graph.bare |= not covered
         inside = taps[0].recording
@@ -181,13 +184,63 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             tapped.add(node)
             graph.taps += [(node, tap) for tap in taps]
             graph.unseen += _inside_tap(node, taps)
-        stack += [(below, covered, inside) for tap in taps for below in tap.inputs]
+        stack += [(below, covered, bent, inside) for tap in taps for below in tap.inputs]
     for _, tap in graph.taps:
         for source in tap.sources:
             if source.edge is not None and not tapped.isdisjoint(_below([source.edge.node])):
                 graph.unseen += [(leaf, tap.op) for leaf in leaves_below(source.edge)]
-    graph.nodes = {node for node, _, _ in seen}
+    graph.nodes = {node for node, *_ in seen}
+    if graph.outside:
+        used = {source.leaf for _, tap in graph.taps for source in tap.sources}
+        graph.unseen += [(p, where) for p, where in _entangled(roots) if p in used]
     return graph
+
+
+def _bends(node: Node) -> bool:
+    """Whether an operation between root and losses adds curvature."""
+    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    if kind in _LINEAR:
+        return False
+    children = [child for child, _ in node.next_functions]
+    known = [child is not None and _reaches_model(child) for child in children]
+    return kind not in _PRODUCTS or sum(known) > 1 or (kind == "Div" and not known[0])
+
+
+def _reaches_model(node: Node) -> bool:
+    found = (notes(below) for below in _below([node]))
+    return any(TAPS in data or BORDER in data or LOSS in data for data in found)
+
+
+def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
+    """Parameters that meet the model's results above its outputs, other than in a sum.
+
+    The penalty of a gradient in the loss, say: its graph goes through the parameters once more, where
+    there are no taps.
+    """
+    found: list[tuple[Tensor, str]] = []
+    leaves: dict[Node, set[Tensor]] = {}
+    model: dict[Node, bool] = {}
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, leaving = stack.pop()
+        if not leaving:
+            if node in leaves:
+                continue
+            data, leaf = notes(node), getattr(node, "variable", None)
+            leaves[node] = set() if leaf is None else {leaf}
+            model[node] = TAPS in data or BORDER in data
+            if not model[node] and leaf is None:
+                stack.append((node, True))
+                stack += [(child, False) for child, _ in node.next_functions if child]
+            continue
+        children = {child for child, _ in node.next_functions if child}
+        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        for child in children if kind not in _LINEAR else ():
+            if any(model[other] for other in children - {child}):
+                found += [(leaf, node.name()) for leaf in leaves[child]]
+        leaves[node] = set().union(*(leaves[child] for child in children))
+        model[node] = any(model[child] for child in children)
+    return found
 
 
 def _inside_tap(node: Node, taps: Sequence[Tap]) -> Iterator[tuple[Tensor, str]]:

@@ -484,6 +484,8 @@ class Run:
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
                 "them up and call backward on the sum"
             )
+        if not parameter.numel():
+            return  # its quantities are those of a parameter that no column reaches
         leaf.uses.append((node, tap, source))
         self.uses.setdefault(tap, []).append((leaf, source))
         leaf.waiting.add(tap)

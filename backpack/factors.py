@@ -32,6 +32,8 @@ ALONE = 2**18
 # What is written out is reduced in one piece up to this many numbers.
 SMALL = 2**18
 LARGEST_FACTOR = 2**14
+# Where positive and negative terms of a norm leave less than this part, it is computed otherwise.
+CANCELLED = 1e-3
 # Products that may serve a weight and its bias are kept up to this size.
 LARGEST_KEPT = 2**11
 
@@ -98,6 +100,8 @@ class Form(ABC):
         The centre is a sample's gradient: squares of differences lose fewer digits than differences
         of squares.
         """
+        if not self.samples:
+            return None, self.like.new_zeros(self.shape)
         centre = self.take(slice(0, 1), slice(0, 1)).dense()[0, 0]
         result = self.like.new_zeros(self.shape)
         for _, _, g in self.blocks():
@@ -431,7 +435,14 @@ class Outer(Form):
 
     def _norms_by_grams(self) -> Tensor:
         similar, a = _sum_first(self.g @ self.g.mT), self.a
-        return (similar * (a @ a.mT)).sum((1, 2, 3))
+        terms = similar * (a @ a.mT)
+        norms = terms.sum((1, 2, 3))
+        # Terms that cancel leave rounding errors: there the products are written out.
+        doubtful = norms < CANCELLED * terms.detach().abs().sum((1, 2, 3))
+        if torch.is_grad_enabled() or not bool(doubtful.any()):
+            return norms
+        which = doubtful.nonzero()[:, 0]
+        return norms.index_copy(0, which, Form.squared_norms(self.take(slice(None), which)))
 
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``.

@@ -176,7 +176,7 @@ class Variance(BackpropExtension):
 
     def finish(self, state: tuple[Tensor | None, Tensor], context: Context) -> Tensor:
         centre, squares = state
-        n, offset = context.samples, context.gradient()
+        n, offset = context.samples or float("nan"), context.gradient()
         if centre is not None:
             offset = offset - n * centre
         if torch.is_grad_enabled():

@@ -39,8 +39,7 @@ class DPSGD(BackpackOptimizer):
     the batch with probability ``q``, by itself), and counts one step for each call of :meth:`step`; see
     :func:`epsilon`. Noise has the precision of the parameters, and is torch's, which is no
     cryptographic source. Clipped gradients have norms up to ``max_grad_norm``, but for rounding in the
-    precision that the model computes in: 0.5 % in bfloat16; more where the terms of a gradient (one for
-    each use of a weight) are a thousand times larger than their sum, or worse.
+    precision that the model computes in: 0.5 % in bfloat16.
 
     Every loss must depend on its own sample only. Batch normalization in training mode, and layers that
     keep statistics of the data, are errors, below frozen layers too; what else mixes samples before the
