@@ -9,8 +9,9 @@ STAMPS := $(VENV)/stamps
 CLIENTS := .venv-clients
 PEERS := .venv-peers
 ZOO := .venv-zoo
+TRITON := .venv-triton
 
-.PHONY: demo test test-slow experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -22,6 +23,11 @@ test: $(STAMPS)/test
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# The GPU kernel against torch's operations, in Triton's interpreter on the CPU.
+test-triton: $(TRITON)/stamp
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) -m triton \
+		tests/test_kernels.py
 
 # Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
 experiments: $(STAMPS)/experiments
@@ -71,7 +77,7 @@ format: $(STAMPS)/lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
+	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(TRITON) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
 	rm -rf docs/tutorials .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -105,6 +111,12 @@ $(ZOO)/stamp: constraints.txt tests/zoo/dependencies.txt tests/zoo/requirements.
 	$(@D)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt -r tests/zoo/dependencies.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps -r tests/zoo/requirements.txt
+	@touch $@
+
+$(TRITON)/stamp: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt triton numpy pytest pytest-xdist
 	@touch $@
 
 # Libraries to measure beside this one: folders without torch, which processes of this environment add.

@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from backpack import kernels
+
 # A block of G is squared and summed while it is in the processor's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 # Patches written out for a product over all samples.
@@ -358,6 +360,12 @@ class Outer(Form):
         return self.layout.store(g.mT @ self.a.transpose(0, 1).flatten(1, 2))
 
     @property
+    def _windows(self) -> tuple[Tensor, int]:
+        """Inputs as a view ``[n, q, *inside, *positions]``, and the number of axes of the positions."""
+        a = self.inputs
+        return (a.windows, a.ndim) if isinstance(a, Patches) else (a.mT, 1)
+
+    @property
     def _alone(self) -> bool:
         """Whether samples are multiplied one by one, into memory used again."""
         work = self.positions * self.g.shape[-1] * self.inputs.shape[-1]
@@ -389,6 +397,9 @@ class Outer(Form):
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
         if self.positions != 1:
+            fused = kernels.square_sum(*self._windows, self.g, sign)
+            if fused is not None:
+                return self.layout.store(fused)
             if not self._alone:
                 return super().square_sum(sign)
             result = self.g.new_zeros(self.g.shape[2], self.g.shape[-1], self.inputs.shape[-1])
@@ -426,6 +437,9 @@ class Outer(Form):
             return (g * a)[:, 0] if g.shape[1] == 1 else (g * a).sum(1)
         if s * (o + i + 1) < o * i:
             return torch.cat([piece._norms_by_grams() for piece in self._pieces(PATCH_BYTES)])
+        fused = kernels.squared_norms(*self._windows, self.g)
+        if fused is not None:
+            return fused
         if not self._alone:
             return super().squared_norms()
         sums = [0.0] * self.samples

@@ -16,6 +16,7 @@ ROOT = Path(backpack.__file__).parent
 RIVER = (
     *(
         "batch",
+        "kernels",
         "factors",
         "rules",
         "losses",
@@ -30,8 +31,8 @@ RIVER = (
 )
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
-# Packages that one function imports, which an extra installs.
-EXTRAS = {"optim/private.py": {"dp_accounting"}}
+# Packages that one function imports; an extra installs them, or torch's build for a device brings them.
+EXTRAS = {"kernels.py": {"triton"}, "optim/private.py": {"dp_accounting"}}
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
 
