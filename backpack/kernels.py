@@ -1,13 +1,14 @@
 """Squares of per-sample products on a GPU, by one Triton kernel that does not write the products out.
 
 For ``G[v, n, q] = sum_s g[v, n, q, s] a[n, q, s]^T`` the kernel computes ``sum_{v,n} G^2`` and
-``sum_{v,q,o,i} G^2``. Each program owns a tile of one group's matrix and some products, whose sum it writes
-once; torch adds what the programs wrote. Nothing is added atomically, so results are the same each time.
+``sum_{v,q,o,i} G^2``. Each program owns a tile of one group's matrix and some products, whose sum it
+writes once; torch adds what the programs wrote. Nothing is added atomically, so results are the same
+each time.
 
 The functions return ``None`` where torch's own operations are to be used: by default everywhere but on
 CUDA devices where Triton can be imported, outside grad mode, for float32 and float64, where memory
-traffic dominates (:data:`MULTIPLICATIONS`). ``BACKPACK_TRITON=0`` in the environment switches the kernel
-off. It was verified in Triton's interpreter and has not been run or timed on a GPU.
+traffic dominates (:data:`MULTIPLICATIONS`). ``BACKPACK_TRITON=0`` in the environment switches the
+kernel off. It was verified in Triton's interpreter and has not been run or timed on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from torch import Tensor
 
 DEVICES = ("cuda",)
 # The kernel is used up to this many multiplications, padding of tiles included, for each number of the
-# product G. For one such number torch writes the product, reads it and writes its square, reads that: it
+# product G. For one such number torch writes the product, reads it, writes its square and reads that: it
 # moves 4 numbers. While an A100 moves one number it does 50 operations in float32 (H100: 80). So torch
-# takes 4 * 50 + 2 s operations' time, and the kernel 2 * 24 = 48, on chip: it wins if its products take no
-# more than 4 times as long as the device's best. In double precision consumer devices do only 10 operations
-# meanwhile, which leaves 4 * 10 + 2 s; 16, the smallest tile, takes 32.
+# takes the time of 4 * 50 + 2 s operations, and the kernel that of 2 * 24 = 48: it wins as long as it
+# reaches a quarter of the device's best rate, which is an assumption. In double precision consumer devices
+# do only 10 operations meanwhile, which leaves 4 * 10 + 2 s; the least the kernel takes, 2 * 16, is less.
 MULTIPLICATIONS = {torch.float32: 24, torch.float64: 16}
 # Largest tile, and the positions multiplied at a time: tl.dot takes 16 at least.
 TILE, POSITIONS = 64, 16
@@ -44,7 +45,7 @@ def square_sum(windows: Tensor, ndim: int, g: Tensor, sign: Tensor | None) -> Te
     """``sum_{v,n} sign_{vn} (sum_s g[v, n, q, s, o] a[n, q, s, i])^2``, shape ``[q, o, i]``.
 
     Args:
-        windows: any view ``[n, q, *inside, *positions]`` of the inputs ``a``; the axes inside are ``i``.
+        windows: the inputs ``a`` as any view ``[n, q, *inside, *positions]``; ``i`` runs over ``inside``.
         ndim: number of axes of the positions.
         g: columns at the outputs, ``[v, n, q, s, o]``, with any strides.
         sign: ``[v, n]``, or ``None`` for ones.
@@ -56,7 +57,10 @@ def square_sum(windows: Tensor, ndim: int, g: Tensor, sign: Tensor | None) -> Te
 
 
 def squared_norms(windows: Tensor, ndim: int, g: Tensor) -> Tensor | None:
-    """``sum_{v,q,o,i} (sum_s g[v, n, q, s, o] a[n, q, s, i])^2``, shape ``[n]``; see :func:`square_sum`."""
+    """``sum_{v,q,o,i} (sum_s g[v, n, q, s, o] a[n, q, s, i])^2``, shape ``[n]``.
+
+    Arguments are those of :func:`square_sum`.
+    """
     return _tried(windows, ndim, g, None, norms=True)
 
 
@@ -71,8 +75,8 @@ def _tried(windows: Tensor, ndim: int, g: Tensor, sign: Tensor | None, norms: bo
     except Exception as error:
         _broken = True
         warnings.warn(
-            f"a Triton kernel failed ({type(error).__name__}: {error}); from now on torch's own operations "
-            "are used. BACKPACK_TRITON=0 in the environment switches the kernel off.",
+            f"a Triton kernel failed ({type(error).__name__}: {error}); from now on torch's own "
+            "operations are used. BACKPACK_TRITON=0 in the environment switches the kernel off.",
             RuntimeWarning,
             stacklevel=2,
         )

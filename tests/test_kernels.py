@@ -1,4 +1,4 @@
-"""The Triton kernel against torch's operations, in Triton's interpreter; when it is chosen, without Triton.
+"""The Triton kernel against torch's operations, in Triton's interpreter; its choice, without Triton.
 
 Tests marked `triton` need Triton and TRITON_INTERPRET=1; `make test-triton` runs them.
 """
@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
 )
-# Columns, samples, groups, positions, outputs, inputs; edges of tiles and chunks are met from both sides.
+# Columns, samples, groups, positions, outputs, inputs; at edges of tiles and chunks and beyond.
 SIZES = [
     (1, 3, 1, 2, 16, 16),
     (2, 3, 1, 5, 17, 15),
@@ -79,10 +79,7 @@ def lazy(ndim: int, groups: int, outputs: int, dtype: torch.dtype) -> Outer:
 def agree(form: Outer, sign: Tensor | None, tolerance: float) -> None:
     """The kernel's results are those of products written out, in double precision."""
     exact = products(form).double().square()
-    if sign is not None:
-        signed = exact * sign.double()[..., None, None, None]
-    else:
-        signed = exact
+    signed = exact if sign is None else exact * sign.double()[..., None, None, None]
     kernel, (windows, ndim) = kernels._kernel(), form._windows
     ours = kernels._contract(kernel, windows, ndim, form.g, sign, norms=False)
     norms = kernels._contract(kernel, windows, ndim, form.g, None, norms=True)
@@ -300,3 +297,25 @@ def test_few_positions(
     form = outer(sizes, dtype)
     with torch.no_grad():
         assert kernels._suits(*form._windows, form.g) is expected
+
+
+class Arguments:
+    """Stands in for the kernel and notes what it is launched with."""
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *args: setattr(self, "args", args)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "expected"),
+    [(torch.float32, "ieee", "ieee"), (torch.float32, "tf32", "tf32"), (torch.float64, "tf32", "ieee")],
+)
+def test_precision_is_torchs(dtype: torch.dtype, allowed: str, expected: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    kernel, form = Arguments(), outer(FORM, dtype)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = allowed
+        kernels._contract(kernel, *form._windows, form.g, None, norms=False)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert kernel.args[-1] == expected
