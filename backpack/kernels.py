@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 DEVICES = ("cuda",)
-# The kernel is used up to this many multiplications, padding of tiles included, for each number of the
-# product G. For one such number torch writes the product, reads it, writes its square and reads that: it
-# moves 4 numbers. While an A100 moves one number it does 50 operations in float32 (H100: 80). So torch
-# takes the time of 4 * 50 + 2 s operations, and the kernel that of 2 * 24 = 48: it wins as long as it
-# reaches a quarter of the device's best rate, which is an assumption. In double precision consumer devices
-# do only 10 operations meanwhile, which leaves 4 * 10 + 2 s; the least the kernel takes, 2 * 16, is less.
+# The kernel is used up to this many multiplications, padding of tiles included, for each number of
+# the product G. For one such number torch writes the product, reads it, writes its square and reads
+# that: it moves 4 numbers. While an A100 moves one number it does 50 operations in float32 (H100: 80).
+# So torch
+# takes the time of 4 * 50 + 2 s operations, and the kernel that of 2 * 24 = 48: it wins as long as
+# it reaches a quarter of the device's best rate, which is an assumption. In double precision consumer
+# devices do only 10 operations meanwhile, which leaves 4 * 10 + 2 s; the kernel takes at least 2 * 16.
 MULTIPLICATIONS = {torch.float32: 24, torch.float64: 16}
 # Largest tile, and the positions multiplied at a time: tl.dot takes 16 at least.
 TILE, POSITIONS = 64, 16
@@ -45,7 +46,7 @@ def square_sum(windows: Tensor, ndim: int, g: Tensor, sign: Tensor | None) -> Te
     """``sum_{v,n} sign_{vn} (sum_s g[v, n, q, s, o] a[n, q, s, i])^2``, shape ``[q, o, i]``.
 
     Args:
-        windows: the inputs ``a`` as any view ``[n, q, *inside, *positions]``; ``i`` runs over ``inside``.
+        windows: the inputs ``a`` as any view ``[n, q, *inside, *positions]``; ``i`` is the axes inside.
         ndim: number of axes of the positions.
         g: columns at the outputs, ``[v, n, q, s, o]``, with any strides.
         sign: ``[v, n]``, or ``None`` for ones.
