@@ -26,10 +26,10 @@ DEVICES = ("cuda",)
 # The kernel is used up to this many multiplications, padding of tiles included, for each number of
 # the product G. For one such number torch writes the product, reads it, writes its square and reads
 # that: it moves 4 numbers. While an A100 moves one number it does 50 operations in float32 (H100: 80).
-# So torch
-# takes the time of 4 * 50 + 2 s operations, and the kernel that of 2 * 24 = 48: it wins as long as
-# it reaches a quarter of the device's best rate, which is an assumption. In double precision consumer
-# devices do only 10 operations meanwhile, which leaves 4 * 10 + 2 s; the kernel takes at least 2 * 16.
+# So torch takes the time of 4 * 50 + 2 s operations, and the kernel that of 2 * 24 = 48: it wins as
+# long as it reaches a quarter of the device's best rate, which is an assumption. In double precision
+# consumer devices do only 10 operations meanwhile, which leaves 4 * 10 + 2 s; the kernel takes at
+# least 2 * 16.
 MULTIPLICATIONS = {torch.float32: 24, torch.float64: 16}
 # Largest tile, and the positions multiplied at a time: tl.dot takes 16 at least.
 TILE, POSITIONS = 64, 16
