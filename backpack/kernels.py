@@ -8,7 +8,8 @@ each time.
 The functions return ``None`` where torch's own operations are to be used: by default everywhere but on
 CUDA devices where Triton can be imported, outside grad mode, for float32 and float64, where memory
 traffic dominates (:data:`MULTIPLICATIONS`). ``BACKPACK_TRITON=0`` in the environment switches the
-kernel off. It was verified in Triton's interpreter and has not been run or timed on a GPU.
+kernel off. It was verified in Triton's interpreter and has not been run or timed on a GPU; before its
+first use on a device it is compared with torch on a small problem.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def _tried(windows: Tensor, ndim: int, g: Tensor, sign: Tensor | None, norms: bo
         return None
     try:
         kernel = _kernel()
-        return None if kernel is None else _contract(kernel, windows, ndim, g, sign, norms)
+        if kernel is None:
+            return None
+        _compare(kernel, g.dtype, g.device)
+        return _contract(kernel, windows, ndim, g, sign, norms)
     except Exception as error:
         _broken = True
         warnings.warn(
@@ -136,6 +140,22 @@ def _contract(
             *(sign is not None, norms, *sides, POSITIONS, "tf32" if tf32 else "ieee"),
         )
     return out.sum(1) if norms else out.sum(0)
+
+
+@cache
+def _compare(kernel: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Before its first use on a device, the kernel does a small problem that torch does too.
+
+    Raises:
+        RuntimeError: if the results differ.
+    """
+    g = torch.arange(2 * 3 * 5 * 20, device=device).to(dtype).cos().reshape(2, 3, 1, 5, 20)
+    a = torch.arange(3 * 5 * 24, device=device).to(dtype).sin().reshape(3, 1, 24, 5)
+    products = (g.mT.double() @ a.mT.double()).square()
+    for norms, dims in ((False, (0, 1)), (True, (0, 2, 3, 4))):
+        found, right = _contract(kernel, a, 1, g, None, norms).double(), products.sum(dims)
+        if not bool((found - right).abs().amax() <= 1e-2 * right.abs().amax()):
+            raise RuntimeError("its results differ from torch's")
 
 
 @cache

@@ -220,6 +220,52 @@ def test_empty_batch() -> None:
     assert not model.weight.diag_ggn_exact.any()
 
 
+def test_empty_batch_has_no_variance() -> None:
+    model = extend(nn.Linear(3, 3))
+    with backpack(Variance()):
+        model(torch.zeros(0, 3)).sum().backward()
+    assert model.weight.variance.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_penalty_of_a_gradient(name: str) -> None:
+    """Its graph goes through the parameters where there are no taps."""
+    first = {
+        "linear": nn.Linear(3, 4),
+        "conv": nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 3)),
+    }
+    model = extend(nn.Sequential(first[name], nn.Flatten(), nn.Tanh(), nn.Linear(4, 3)))
+    X, lossfunc = torch.randn(4, 3, requires_grad=True), extend(nn.CrossEntropyLoss())
+    loss = lossfunc(model(X), torch.tensor([0, 1, 2, 1]))
+    (gradient,) = torch.autograd.grad(loss, X, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot see"), backpack(BatchGrad()):
+        (loss + gradient.square().sum()).backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+def test_weight_decay_in_the_loss_is_left_out(data) -> None:
+    X, y = data
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+    lossfunc(model(X), y).backward()
+    plain = model.weight.grad.clone()
+    decay = sum(p.square().sum() for p in model.parameters())
+    with backpack(BatchGrad(), DiagGGNExact()):
+        (lossfunc(model(X), y) + 0.1 * decay).backward()
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), plain)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_parameter_without_entries() -> None:
+    model, lossfunc = (
+        extend(nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))),
+        extend(nn.CrossEntropyLoss()),
+    )
+    with backpack(BatchGrad(), BatchL2Grad(), Variance(), DiagGGNExact(), DiagHessian()):
+        lossfunc(model(torch.randn(4, 3)), torch.zeros(4, dtype=torch.long)).backward()
+    assert model[0].weight.grad_batch.shape == (4, 0, 3) and model[1].weight.diag_h.shape == (2, 0)
+    assert model[1].bias.diag_ggn_exact.all()
+
+
 def test_exception_in_forward(data) -> None:
     X, y = data
 

@@ -41,10 +41,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "_broken", False)
     monkeypatch.delenv("BACKPACK_TRITON", raising=False)
     monkeypatch.setattr(kernels, "PROGRAMS", 3)
-    make = kernels._kernel
-    make.cache_clear()
+    cached = kernels._kernel, kernels._compare
+    for each in cached:
+        each.cache_clear()
     yield
-    make.cache_clear()
+    for each in cached:
+        each.cache_clear()
 
 
 @pytest.fixture
@@ -219,6 +221,7 @@ def chosen(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(kernels, "_kernel", object)
     monkeypatch.setattr(kernels, "_contract", contract)
+    monkeypatch.setattr(kernels, "_compare", lambda *_: None)
     return calls
 
 
@@ -255,6 +258,14 @@ def test_not_chosen(chosen: list[bool], monkeypatch: pytest.MonkeyPatch, why: st
     with torch.set_grad_enabled(why == "grad mode"):
         plain(form)
     assert not chosen
+
+
+def test_wrong_results_are_noticed(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = outer(FORM, torch.float64).square_sum()
+    monkeypatch.setattr(kernels, "_kernel", object)
+    monkeypatch.setattr(kernels, "_contract", lambda *_: torch.full_like(right, 7.0)[0, 0])
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="its results differ"):
+        plain(outer(FORM, torch.float64))
 
 
 def test_absent_triton(monkeypatch: pytest.MonkeyPatch) -> None:

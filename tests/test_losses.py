@@ -507,6 +507,55 @@ def test_complex_model_output(quantity: Any) -> None:
         backward(lambda f, y: f.abs().sum(), None, torch.fft.fft, quantity)
 
 
+def focal(f: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(f, y, reduction="none")
+    return ((1 - torch.exp(-each)) ** 2 * each).mean()
+
+
+def squared(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f, y, reduction="none").square().sum()
+
+
+def root(f: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(f, torch.eye(3).to(f)[y], reduction="none").mean(1).sqrt().sum()
+
+
+@pytest.mark.parametrize("loss", [focal, squared, root])
+@pytest.mark.parametrize("module", [True, False])
+def test_known_loss_that_is_bent_afterwards(loss: Any, module: bool) -> None:
+    """The curvature of what comes after a loss with a rule counts too."""
+    torch.manual_seed(0)
+    X, y = 2 * torch.randn(4, 2).double(), torch.tensor([0, 2, 1, 1])
+    agrees(tiny(), With(loss) if module else loss, X, y, [E.DiagGGNExact(), E.DiagHessian()])
+
+
+def test_known_loss_that_is_bent_outside() -> None:
+    torch.manual_seed(0)
+    X, y = 2 * torch.randn(4, 2).double(), torch.tensor([0, 2, 1, 1])
+    model, lossfunc = tiny(), extend(nn.CrossEntropyLoss(reduction="none"))
+    expected = Oracle(model, squared, X, y).value("diag_ggn_exact")
+    extend(model)
+    with backpack(E.DiagGGNExact()):
+        lossfunc(model(X), y).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.diag_ggn_exact, expected[name])
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_product_with_what_does_not_depend_on_the_model(learned: bool) -> None:
+    """It leaves a known loss known: targets are drawn as without it."""
+    model, lossfunc = extend(tiny()), extend(nn.CrossEntropyLoss())
+    weight = torch.tensor(0.3).double().requires_grad_(learned)
+    X, y = torch.randn(4, 2).double(), torch.tensor([0, 2, 1, 1])
+    values = []
+    for factor in (weight, torch.ones(())):
+        with backpack(E.DiagGGNMC(generator=torch.Generator().manual_seed(0)), E.DiagGGNExact()):
+            (lossfunc(model(X), y) * factor + 1).backward()
+        values.append([(p.diag_ggn_mc, p.diag_ggn_exact) for p in model.parameters()])
+    for ours, plain in zip(*values, strict=True):
+        torch.testing.assert_close(ours, tuple(0.3 * each for each in plain))
+
+
 def test_loss_that_torch_cannot_differentiate_twice() -> None:
     lengths = torch.ones(4, dtype=torch.long)
     loss = lambda f, y: F.ctc_loss(F.log_softmax(f, 1).unsqueeze(0), y, lengths, lengths)
