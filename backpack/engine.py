@@ -35,7 +35,7 @@ from backpack.backprop import (
     survey,
 )
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
-from backpack.losses import Differentiated, differentiate_twice
+from backpack.losses import differentiate_twice
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product, Variance
 from backpack.rules import patches_kept
 from backpack.taps import LossRecord, Recording, Source, Tap
@@ -647,8 +647,8 @@ class Run:
         taps: list[Tap],
         exts: list[BackpropExtension],
     ) -> None:
-        if len(starts) > 1 or isinstance(loss, Differentiated):
-            raise NotImplementedError("kfra needs one model output and a loss with a known Hessian")
+        if len(starts) > 1:
+            raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
         names = _Names(self.graph.recordings)
         for leaf in self.leaves.values():
             if len(leaf.uses) > 1:
@@ -657,8 +657,10 @@ class Run:
                     f"{names(leaf.parameter)} is used several times; use KFLR or KFAC"
                 )
         with self._nested():
-            columns = loss.fewest().columns(grad, self._chunk(loss, starts))
-            at = chain.averaged(starts[0], loss.batch.size, columns, taps)
+            chunks = loss.fewest().columns(grad, self._chunk(loss, starts))
+            columns = (chunk if isinstance(chunk, Tensor) else chunk[0] for chunk in chunks)
+            samples = next(iter(self.leaves.values())).samples
+            at = chain.averaged(starts[0], samples, columns, taps)
             self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
 
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:

@@ -299,6 +299,18 @@ def test_kfra_by_definition(case: Case, kind: int) -> None:
             close(p.kfra[0], expected[name])
 
 
+def test_kfra_of_a_loss_without_a_rule() -> None:
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double())
+    X, y, known = torch.randn(N, 3).double(), torch.randint(3, (N,)), extend(nn.CrossEntropyLoss())
+    found = []
+    for lossfunc in (known, F.cross_entropy):
+        with backpack(KFRA()):
+            lossfunc(model(X), y).backward()
+        found.append([p.kfra for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
 def with_bias(layer: nn.Module, a: Tensor, bias: Tensor) -> Tensor:
     return torch.func.functional_call(layer, {"bias": bias}, (a,))
 
