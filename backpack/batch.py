@@ -4,7 +4,8 @@ Letters: ``N`` samples, ``k`` rows per sample where a sample axis holds several 
 steps, patches, heads).
 
 Every tensor that depends on the data carries a :class:`Batch`. Most operations leave the axis
-where it is; those that move, merge, drop or mix it are listed here, and nowhere else.
+where it is; those that move, merge, drop or mix it are listed here and in ``placing.py``, those that act
+on each entry by itself here. All others are tried out (``probe.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from backpack.probe import keeps_apart
 
 MARK = "_backpack_batch"
 
@@ -219,11 +222,13 @@ def _spellings(*names: str) -> list[Any]:
     """All function objects the torch-function protocol may report for these names."""
     found = []
     for name in names:
-        for space in (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special):
+        for space in (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special, torch.linalg):
             func = getattr(space, name, None)
             if func is None:
                 continue
-            found.append(func.__get__ if name in ("T", "mT", "H", "mH") else func)
+            getter = getattr(func, "__get__", None)  # of properties
+            if callable(func) or getter is not None:
+                found.append(func if callable(func) else getter)
     return found
 
 
@@ -361,7 +366,11 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
 
 @_mover("__getitem__")
 def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if old is not args[0]:  # the index depends on the data: a table is looked up
+    if old is not args[0]:
+        own = batch_of(args[0])
+        if own is not None and not own.lost:  # only places are taken from the index
+            return _getitem(own, args[0], new, args, kwargs)
+        # the index depends on the data: a table is looked up
         return batch if old is args[1] else _looked_up(batch, old, args)
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     taken = sum(
@@ -473,16 +482,28 @@ def _unbind(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 
 @_mover("index_select")
 def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _wrap(_argument(args, kwargs, 1, "dim"), old.dim())
-    index = _argument(args, kwargs, 2, "index")
+    dim = _wrap(_argument(args, kwargs, 1, "dim"), new.dim())
+    index, table = _argument(args, kwargs, 2, "index"), _argument(args, kwargs, 0, "input")
+    if old is not table:
+        own = batch_of(table)
+        known = own is not None and not own.lost
+        return _index_select(own, table, new, args, kwargs) if known else batch.moved(dim)  # type: ignore[arg-type]
     return batch.taking(index.reshape(-1), old) if dim == batch.dim else batch
 
 
 @_mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes")
-@_mover("unfold", "gather", "take_along_dim")
+@_mover("unfold")
 def _along(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if new.dim() <= batch.dim or new.shape[batch.dim] != old.shape[batch.dim]:
         return batch.losing("taking parts of the sample axis")
+    return batch
+
+
+@_mover("gather", "take_along_dim")
+def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dim = _argument(args, kwargs, 2 if isinstance(_argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim")
+    if dim is None or _wrap(dim, new.dim()) == batch.dim:
+        return batch.losing("entries gathered along the sample axis")
     return batch
 
 
@@ -511,9 +532,8 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
     return Batch(batch.size, dim, picked=Rows(torch.cat(samples), batch.size))
 
 
-@_mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "norm", "any", "all")
+@_mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "any", "all")
 @_mover("max", "min", "median", "argmax", "argmin", "nansum", "nanmean", "count_nonzero")
-@_mover("kthvalue", "mode", "vector_norm")
 def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dim = kwargs.get("dim", kwargs.get("axis"))
     if dim is None and len(args) > 1:
@@ -522,6 +542,28 @@ def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
         dim = args[1]
         if isinstance(dim, torch.dtype):
             dim = None
+    return _reduced(batch, old, new, dim)
+
+
+@_mover("norm", "vector_norm", "quantile", "nanquantile")
+def _reduction_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    q = _argument(args, kwargs, 1, "q")
+    if isinstance(q, Tensor) and q.dim():
+        return batch.losing("several quantiles")
+    return _reduced(batch, old, new, _argument(args, kwargs, 2, "dim", "axis"))
+
+
+@_mover("kthvalue")
+def _kthvalue(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _reduced(batch, old, new, _argument(args, kwargs, 2, "dim", default=-1))
+
+
+@_mover("mode")
+def _mode(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _reduced(batch, old, new, _argument(args, kwargs, 1, "dim", default=-1))
+
+
+def _reduced(batch: Batch, old: Tensor, new: Tensor, dim: Any) -> Batch:
     dims = _dims(dim, old.dim())
     if batch.dim in dims:
         return batch.losing("a reduction over the sample axis mixes samples")
@@ -530,19 +572,93 @@ def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
     return batch.moved(batch.dim - sum(d < batch.dim for d in dims))
 
 
-@_mover("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "flip")
-@_mover("sort", "argsort")
+@_mover("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def _mixing(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _along_dims(batch, old, _argument(args, kwargs, 1, "dim", "dims", default=()))
+    return _along_dims(batch, old, _argument(args, kwargs, 1, "dim", "axis"))
 
 
-@_mover("roll", "topk", "normalize")
-def _mixing_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _along_dims(batch, old, _argument(args, kwargs, 2, "dim", "dims", default=()))
+@_mover("softmax", "log_softmax", "softmin")
+def _softmax(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    implicit = 0 if old.dim() in (0, 1, 3) else 1  # torch's, which warns
+    dim = _argument(args, kwargs, 1, "dim")
+    return _along_dims(batch, old, implicit if dim is None else dim)
+
+
+@_mover("flip")
+def _flip(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    dims = _argument(args, kwargs, 1, "dims")
+    return _along_dims(batch, old, args[1:] if isinstance(dims, int) and len(args) > 2 else dims)
+
+
+@_mover("sort", "argsort")
+def _sort(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    place = 2 if "stable" in kwargs and len(args) > 2 and isinstance(args[1], bool) else 1
+    dim = _argument(args, kwargs, place, "dim", default=-1)
+    return _along_dims(batch, old, -1 if isinstance(dim, bool) else dim)
+
+
+@_mover("msort", "flipud")
+def _first_axis(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _along_dims(batch, old, 0)
+
+
+@_mover("roll")
+def _roll(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _along_dims(batch, old, _argument(args, kwargs, 2, "dims") or None)
+
+
+@_mover("topk")
+def _topk(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _along_dims(batch, old, _argument(args, kwargs, 2, "dim", default=-1))
+
+
+@_mover("normalize")
+def _normalize(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _along_dims(batch, old, _argument(args, kwargs, 2, "dim", default=1))
+
+
+@_mover("renorm")
+def _renorm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if _wrap(_argument(args, kwargs, 2, "dim"), old.dim()) == batch.dim and batch.plain:
+        return batch
+    return batch.losing("norms over the sample axis mix samples")
+
+
+@_mover("layer_norm", "rms_norm")
+def _layer_norm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    shape = _argument(args, kwargs, 1, "normalized_shape")
+    if old is not _argument(args, kwargs, 0, "input"):
+        return _aligned(batch, old, new)
+    if batch.dim >= old.dim() - len(shape):
+        return batch.losing("a norm over the sample axis mixes samples")
+    return batch
+
+
+@_mover("scaled_dot_product_attention")
+def _attention(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if batch.dim >= old.dim() - 2:
+        return batch.losing("attention along the sample axis mixes samples")
+    return _aligned(batch, old, new)
+
+
+@_mover("embedding")
+def _embedding(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if old is not _argument(args, kwargs, 0, "input"):
+        return batch.losing("a table that depends on the data")
+    return batch
+
+
+@_mover("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@_mover("randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
+def _like(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    """Nobody's rows as yet: the size matches, and no more is known."""
+    if batch.picked is not None and batch.length == batch.size:
+        return regular_axis(batch.size, batch.dim, tentative=True)
+    return replace(batch, tentative=True)
 
 
 def _along_dims(batch: Batch, old: Tensor, dims: Any) -> Batch:
-    if isinstance(dims, (int, tuple, list)) and batch.dim in _dims(dims, old.dim()):
+    if batch.dim in _dims(dims, old.dim()):
         return batch.losing("an operation along the sample axis mixes samples")
     return batch
 
@@ -586,11 +702,13 @@ def _einsum(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
         return batch.losing("einsum with '...' or sublists") if not batch.fits(new.shape) else batch
     equation = args[0].replace(" ", "")
     terms, _, result = equation.partition("->")
-    for term, operand in zip(terms.split(","), operands, strict=True):
-        if operand is old:
-            letter = term[batch.dim]
-            if letter in result:
-                return batch.moved(result.index(letter))
+    letters = {
+        term[batch.dim]
+        for term, operand in zip(terms.split(","), operands, strict=True)
+        if operand is old
+    }
+    if len(letters) == 1 and (letter := letters.pop()) in result:
+        return batch.moved(result.index(letter))
     return batch.losing(f"einsum {args[0]!r} sums over the sample axis")
 
 
@@ -599,13 +717,61 @@ def _aligned(batch: Batch, old: Tensor, new: Tensor) -> Batch:
     return batch.moved(batch.dim + new.dim() - old.dim())
 
 
+# Several arguments, broadcast, entry by entry.
 ELEMENTWISE.update(
     _spellings(
         *"add sub mul div true_divide divide multiply subtract rsub pow maximum minimum fmod".split(),
-        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_".split(),
+        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_ copy_".split(),
         *"eq ne lt le gt ge where __radd__ __rmul__ __rsub__ __rdiv__ __rtruediv__ __rpow__".split(),
+        *"__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __floordiv__ __rfloordiv__ floor_divide".split(),
+        *"remainder __mod__ __rmod__ atan2 arctan2 hypot xlogy xlog1py logaddexp logaddexp2".split(),
+        *"fmax fmin float_power ldexp copysign heaviside clamp clip clamp_min clamp_max".split(),
+        *"logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__".split(),
+        *"__xor__ isclose not_equal greater greater_equal less less_equal".split(),
     )
 )
+# One argument, entry by entry (or as good as, for samples).
+POINTWISE: set[Any] = set(
+    _spellings(
+        *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square sqrt rsqrt".split(),
+        *"reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh".split(),
+        *"asinh acosh atanh erf erfc erfinv lgamma digamma logit expit sigmoid sinc relu relu6".split(),
+        *"leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink".split(),
+        *"softshrink tanhshrink softsign softplus logsigmoid log_sigmoid threshold rrelu".split(),
+        *"round floor ceil trunc fix frac sign sgn nan_to_num isnan isinf isfinite logical_not".split(),
+        *"bitwise_not angle conj resolve_conj real imag dropout alpha_dropout feature_dropout".split(),
+        *"feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli to type float double half".split(),
+        *"bfloat16 int long bool short byte contiguous clone detach cpu cuda requires_grad_".split(),
+        *"type_as alias zero zero_ fill fill_ normal_ uniform_ random_ bernoulli_ exponential_".split(),
+        *"nll_loss cross_entropy".split(),
+    )
+)
+# Layers that mix their last axes, so many of them, and no others.
+_LAST_AXES: dict[Any, int] = {
+    func: ndim + channels
+    for ndim in (1, 2, 3)
+    for channels, names in (
+        (1, "conv{}d conv_transpose{}d"),
+        (0, "avg_pool{}d max_pool{}d adaptive_avg_pool{}d lp_pool{}d"),
+    )
+    for func in _spellings(*names.format(*4 * (ndim,)).split())
+}
+# Layers whose samples come first; these do something else where they do not.
+_SAMPLES_FIRST = frozenset(_spellings("batch_norm", "instance_norm", "group_norm", "interpolate"))
+
+
+def known(func: Any, batch: Batch, old: Tensor, args: tuple) -> bool:
+    """Whether an operation without a mover is known to leave samples where they are, and apart."""
+    if func in POINTWISE or func in ELEMENTWISE:
+        return True
+    if not args or old is not args[0] or not old.dim() > 1:
+        return False
+    if func in _SAMPLES_FIRST:
+        return batch.dim == 0
+    last = _LAST_AXES.get(func)
+    return last is not None and batch.dim < old.dim() - last
+
+
 FACTORIES = frozenset(
     _spellings(*"zeros ones empty full rand randn randint arange eye linspace tensor".split())
 )
@@ -613,7 +779,12 @@ EXPANSIONS = frozenset(_spellings("expand", "expand_as", "broadcast_to", "repeat
 
 
 def propagate(
-    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    new: Tensor,
+    marked: list[tuple[Tensor, Batch]],
+    place: int = 0,
 ) -> tuple[Batch | None, list[Tensor]]:
     """The sample axis of an operation's result.
 
@@ -623,6 +794,7 @@ def propagate(
         kwargs: its keyword arguments.
         new: one result tensor.
         marked: the arguments that have a sample axis.
+        place: which of the results.
 
     Returns:
         The result's axis, and the arguments that are taken for constants after all: those whose
@@ -631,9 +803,14 @@ def propagate(
     if len(marked) == 1 and func not in MOVERS:  # nearly all calls
         old, batch = marked[0]
         same = func not in ELEMENTWISE or new.dim() == old.dim()
-        if same and batch.lost is None and batch.fits(new.shape):
+        if same and batch.lost is None and batch.fits(new.shape) and known(func, batch, old, args):
             return batch, []
     batch, demoted = _propagate(func, args, kwargs, new, marked)
+    if batch.lost is None and func not in MOVERS:
+        data = [(old, axis) for old, axis in marked if not any(old is each for each in demoted)]
+        if not (func in ELEMENTWISE or all(known(func, axis, old, args) for old, axis in data)):
+            if not keeps_apart(func, args, kwargs, place, data, batch):
+                batch = batch.losing(f"{_name(func)} mixes samples")
     if batch.lost and batch.tentative:
         return None, [tensor for tensor, _ in marked]
     return batch, demoted
@@ -643,37 +820,27 @@ def _propagate(
     func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
 ) -> tuple[Batch, list[Tensor]]:
     mover = MOVERS.get(func)
-    if len(marked) == 1:
-        old, batch = marked[0]
-        if batch.lost:
-            return batch, []
-        if mover is not None:
-            batch = mover(batch, old, new, args, kwargs)
-        elif func in ELEMENTWISE and new.dim() != old.dim():
-            batch = batch.moved(batch.dim + new.dim() - old.dim())
-        if not batch.lost and not batch.fits(new.shape):
-            batch = batch.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
-        return batch, []
-
     aligns = mover is not None or func in ELEMENTWISE
     chosen: Batch | None = None
     demoted: list[Tensor] = []
-    for old, batch in sorted(marked, key=lambda pair: pair[1].tentative):
+    # Certain axes come before tentative ones, and lost ones first.
+    for old, batch in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
         if chosen is not None and chosen.lost:
             break
         here = batch
-        if mover is not None and not batch.lost:
-            here = mover(batch, old, new, args, kwargs)
-        elif func in ELEMENTWISE:
-            here = _aligned(batch, old, new)
-        if not here.lost and not here.fits(new.shape):
-            here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
+        if batch.lost is None:
+            if mover is not None:
+                here = mover(batch, old, new, args, kwargs)
+            elif func in ELEMENTWISE:
+                here = _aligned(batch, old, new)
+            if not here.lost and not here.fits(new.shape):
+                here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
         if chosen is None:
             chosen = here
         elif not chosen.agrees(here):
             if batch.tentative:
                 demoted.append(old)
-            elif aligns:
+            elif aligns or old.requires_grad:
                 chosen = chosen.losing(f"{_name(func)} combines different sample axes")
     assert chosen is not None
     return chosen, demoted

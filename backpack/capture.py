@@ -28,6 +28,7 @@ from backpack.batch import (
     Batch,
     batch_of,
     entered,
+    known,
     mark,
     propagate,
     regular_axis,
@@ -165,7 +166,8 @@ class _Recorder(TorchFunctionMode):
                 found: Batch | None = axis
                 if mover is not None:
                     found = mover(axis, first, out, args, kwargs or {})
-                if found is None or found.lost or not found.fits(out.shape) or func in ELEMENTWISE:
+                unsure = found.lost or not found.fits(out.shape) or func in ELEMENTWISE
+                if unsure or (mover is None and not known(func, axis, first, args)):
                     found, _ = propagate(func, args, kwargs or {}, out, [(first, axis)])
                 if found is not None:
                     if sources and (kwargs or not self._layer(func, args, out, found, first)):
@@ -240,7 +242,7 @@ class _Recorder(TorchFunctionMode):
             if func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
-        batch, demoted = propagate(func, args, kwargs, out, marked)
+        batch, demoted = propagate(func, args, kwargs, out, marked, place)
         if batch is None:
             return
         mark(out, batch)

@@ -1,0 +1,212 @@
+"""Does an operation keep samples apart? Asked of operations that nothing else is known of.
+
+An operation keeps samples apart if its Jacobian is block-diagonal: with a scale ``s_n`` for every
+sample and any cotangent ``c``, the vector-Jacobian product of ``s c`` is ``s`` times that of ``c``. That
+is tried out once, on detached copies and away from the caller's graph, hooks and random numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Axis(Protocol):
+    """What is asked of a sample axis."""
+
+    @property
+    def dim(self) -> int:
+        """The axis."""
+
+    def sample_ids(self, device: torch.device) -> Tensor:
+        """The sample each entry of the axis belongs to."""
+
+
+_verdicts: dict[Any, bool] = {}
+_CAPACITY = 4096
+
+
+def keeps_apart(
+    func: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    place: int,
+    data: Sequence[tuple[Tensor, Axis]],
+    axis: Axis,
+) -> bool:
+    """Whether the samples of a result depend on no other samples of the arguments.
+
+    The answer is remembered for arguments of the same kind, unless some are integers or masks: these may
+    say where entries go.
+
+    Args:
+        func: the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        place: which of its results.
+        data: the arguments that have a sample axis.
+        axis: the sample axis that the result would have.
+
+    Returns:
+        ``False`` if samples are mixed, ``True`` if they are not, or if that cannot be tried: where nothing
+        can be differentiated, and outside grad mode.
+    """
+    if not torch.is_grad_enabled():
+        return True
+    axes = {id(tensor): found for tensor, found in data}
+    leaves, spec = tree_flatten((args, kwargs))
+    if not any(id(x) in axes and _differentiable(x) and x.numel() for x in leaves):
+        return True
+    key = _key(func, leaves, str(spec), axes, place, axis)
+    if key is not None and key in _verdicts:
+        return _verdicts[key]
+
+    def results(leaves: list[Any]) -> Any:
+        new_args, new_kwargs = tree_unflatten(leaves, spec)
+        found = func(*new_args, **new_kwargs)
+        return found if isinstance(found, Tensor) else found[place]
+
+    verdict = _tried(results, leaves, axes, axis)
+    if key is not None:
+        if len(_verdicts) >= _CAPACITY:
+            _verdicts.clear()
+        _verdicts[key] = verdict
+    return verdict
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Axis], *rest: Any) -> Any:
+    """What the answer depends on; ``None`` if that includes values of tensors."""
+    parts: list[Any] = []
+    for x in leaves:
+        if not isinstance(x, Tensor):
+            parts.append((type(x), x))
+        elif _differentiable(x):
+            parts.append((x.shape, x.dtype, x.device, x.layout, axes.get(id(x))))
+        else:
+            return None
+    key = (func, spec, *parts, *rest)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _tried(
+    results: Callable[[list[Any]], Any], leaves: list[Any], axes: dict[int, Axis], axis: Axis
+) -> bool:
+    """Try in double precision at the values given, and at others where the operation takes them.
+
+    Single values may hide what an operation does: rows that are sorted already, zeros.
+    """
+    devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type != "cpu"}
+    kinds = {"cpu", *(device.type for device in devices)}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with (
+        torch._C.DisableTorchFunction(),
+        saved_tensors_hooks(lambda x: x, lambda x: x),
+        torch.random.fork_rng(devices=cuda),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        for change in (_same, _others):
+            for wide in (True, False):
+                try:
+                    with _without_autocast(kinds if wide else set()):
+                        if not _scales(results, leaves, axes, axis, change, wide):
+                            return False
+                    break
+                except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+                    pass  # not in this precision, or not at these values
+    return True
+
+
+class _without_autocast:
+    """Autocast off for some kinds of devices."""
+
+    def __init__(self, kinds: set[str]) -> None:
+        self.blocks = [torch.autocast(kind, enabled=False) for kind in sorted(kinds)]
+
+    def __enter__(self) -> None:
+        for block in self.blocks:
+            block.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        for block in reversed(self.blocks):
+            block.__exit__(*exc)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _others(x: Tensor) -> Tensor:
+    """The same entries in another order and size: positive ones stay positive."""
+    if x.layout != torch.strided:
+        return x
+    flat = x.flatten()
+    flat = torch.where(flat == 0, torch.ones_like(flat), flat)[torch.randperm(len(flat)).to(x.device)]
+    return (flat * _generic(flat.shape, flat)).reshape(x.shape)
+
+
+def _generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
+    """Numbers between 0.5 and 1.5 without a pattern."""
+    count = torch.Size(shape).numel()
+    steps = torch.arange(1, count + 1, device=like.device, dtype=torch.float32)
+    return (0.5 + (12.9898 * steps).sin().mul(437.585453).frac().abs()).to(like.dtype).reshape(shape)
+
+
+def _scales(
+    results: Callable[[list[Any]], Any],
+    leaves: list[Any],
+    axes: dict[int, Axis],
+    axis: Axis,
+    change: Callable[[Tensor], Tensor],
+    wide: bool,
+) -> bool:
+    here, places = list(leaves), []
+    for j, x in enumerate(leaves):
+        if not _differentiable(x):
+            continue
+        copy = x.detach()
+        if wide:
+            copy = copy.to(torch.complex128 if x.is_complex() else torch.float64)
+        if id(x) in axes:
+            copy = change(copy).detach().requires_grad_()
+            places.append(j)
+        here[j] = copy
+    out = results(here)
+    if not isinstance(out, Tensor) or not out.requires_grad or not out.numel():
+        return True
+    inputs = [here[j] for j in places]
+    cotangent = _generic(out.shape, out)
+    scaled = cotangent * _scale(axis, out)
+    plain = torch.autograd.grad(out, inputs, cotangent, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(out, inputs, scaled, allow_unused=True)
+    tolerance = torch.finfo(out.dtype).eps ** 0.5
+    for j, before, after in zip(places, plain, found, strict=True):
+        if before is None or after is None:
+            continue
+        wanted = before.to_dense() * _scale(axes[id(leaves[j])], here[j])
+        error = (after.to_dense() - wanted).abs()
+        largest = torch.nan_to_num(wanted.abs(), posinf=0.0).amax()
+        if bool((error > tolerance * largest).any()):
+            return False
+    return True
+
+
+def _scale(axis: Axis, like: Tensor) -> Tensor:
+    """One number for each sample, along the sample axis of a tensor."""
+    ids = axis.sample_ids(like.device)
+    scales = _generic((int(ids.max()) + 1,), like)[ids]
+    return scales.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
