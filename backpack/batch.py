@@ -125,6 +125,10 @@ class Batch:
         device = picked.samples.device
         return torch.equal(self.sample_ids(device), other.sample_ids(device))
 
+    def certain(self) -> Batch:
+        """The same axis, no longer a guess."""
+        return replace(self, tentative=False) if self.tentative else self
+
     def losing(self, why: str) -> Batch:
         """The axis after an operation that leaves its place unknown."""
         return _lost_axis(self, why) if self.picked is None else replace(self, lost=why)
@@ -232,7 +236,9 @@ def _spellings(*names: str) -> list[Any]:
     return found
 
 
-def _mover(*names: str) -> Callable[[Mover], Mover]:
+def mover(*names: str) -> Callable[[Mover], Mover]:
+    """Register how operations of these names move the sample axis."""
+
     def register(function: Mover) -> Mover:
         for func in _spellings(*names):
             MOVERS[func] = function
@@ -241,7 +247,8 @@ def _mover(*names: str) -> Callable[[Mover], Mover]:
     return register
 
 
-def _argument(args: tuple, kwargs: dict, place: int, *names: str, default: Any = None) -> Any:
+def argument(args: tuple, kwargs: dict, place: int, *names: str, default: Any = None) -> Any:
+    """An argument by its name or its place."""
     for name in names:
         if name in kwargs:
             return kwargs[name]
@@ -260,14 +267,14 @@ def _dims(dims: Any, ndim: int) -> list[int]:
     return [_wrap(d, ndim) for d in dims]
 
 
-@_mover("transpose", "swapaxes", "swapdims")
+@mover("transpose", "swapaxes", "swapdims")
 def _transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    first = _wrap(_argument(args, kwargs, 1, "dim0", "axis0"), new.dim())
-    second = _wrap(_argument(args, kwargs, 2, "dim1", "axis1"), new.dim())
+    first = _wrap(argument(args, kwargs, 1, "dim0", "axis0"), new.dim())
+    second = _wrap(argument(args, kwargs, 2, "dim1", "axis1"), new.dim())
     return batch.moved({first: second, second: first}.get(batch.dim, batch.dim))
 
 
-@_mover("t", "T", "H", "adjoint", "mT", "mH")
+@mover("t", "T", "H", "adjoint", "mT", "mH")
 def _matrix_transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     last = new.dim() - 1
     if last < 1:
@@ -275,16 +282,16 @@ def _matrix_transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwarg
     return batch.moved({last: last - 1, last - 1: last}.get(batch.dim, batch.dim))
 
 
-@_mover("permute")
+@mover("permute")
 def _permute(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dims = kwargs.get("dims") or (args[1:] if isinstance(args[1], int) else args[1])
     return batch.moved(_dims(dims, new.dim()).index(batch.dim))
 
 
-@_mover("movedim", "moveaxis")
+@mover("movedim", "moveaxis")
 def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    source = _dims(_argument(args, kwargs, 1, "source"), new.dim())
-    target = _dims(_argument(args, kwargs, 2, "destination"), new.dim())
+    source = _dims(argument(args, kwargs, 1, "source"), new.dim())
+    target = _dims(argument(args, kwargs, 2, "destination"), new.dim())
     order: list[int | None] = [None] * new.dim()
     for s, t in zip(source, target, strict=True):
         order[t] = s
@@ -292,8 +299,8 @@ def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
     return batch.moved([next(rest) if d is None else d for d in order].index(batch.dim))
 
 
-@_mover("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze")
-@_mover("ravel", "atleast_2d", "atleast_3d")
+@mover("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze")
+@mover("ravel", "atleast_2d", "atleast_3d")
 def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     return reshaped(batch, old.shape, new.shape)
 
@@ -332,7 +339,7 @@ def _reshape_picked(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     return batch.losing(f"reshape {tuple(old)} -> {tuple(new)} of picked samples")
 
 
-@_mover("expand", "expand_as", "broadcast_to")
+@mover("expand", "expand_as", "broadcast_to")
 def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     if old.shape[batch.dim] == 1 and new.shape[moved.dim] != 1:
@@ -340,7 +347,7 @@ def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     return moved
 
 
-@_mover("repeat", "tile")
+@mover("repeat", "tile")
 def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
@@ -349,10 +356,10 @@ def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     return moved.placed(moved.dim, moved.outer * factor, moved.inner)
 
 
-@_mover("repeat_interleave")
+@mover("repeat_interleave")
 def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _argument(args, kwargs, 2, "dim")
-    repeats = _argument(args, kwargs, 1, "repeats")
+    dim = argument(args, kwargs, 2, "dim")
+    repeats = argument(args, kwargs, 1, "repeats")
     if dim is None:
         return batch.losing("repeat_interleave without dim flattens the sample axis")
     if _wrap(dim, old.dim()) != batch.dim:
@@ -364,7 +371,7 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
     return batch.placed(batch.dim, batch.outer, batch.inner * repeats)
 
 
-@_mover("__getitem__")
+@mover("__getitem__")
 def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if old is not args[0]:
         own = batch_of(args[0])
@@ -464,26 +471,26 @@ def _looked_up(batch: Batch, old: Tensor, args: tuple) -> Batch:
     return batch.moved(_landing(index, table.dim()))
 
 
-@_mover("select", "select_copy")
+@mover("select", "select_copy")
 def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _wrap(_argument(args, kwargs, 1, "dim"), old.dim())
+    dim = _wrap(argument(args, kwargs, 1, "dim"), old.dim())
     if dim == batch.dim:
         return batch.losing("selecting one entry of the sample axis")
     return batch.moved(batch.dim - (dim < batch.dim))
 
 
-@_mover("unbind")
+@mover("unbind")
 def _unbind(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _wrap(_argument(args, kwargs, 1, "dim", default=0), old.dim())
+    dim = _wrap(argument(args, kwargs, 1, "dim", default=0), old.dim())
     if dim == batch.dim:
         return batch.losing("unbinding the sample axis")
     return batch.moved(batch.dim - (dim < batch.dim))
 
 
-@_mover("index_select")
+@mover("index_select")
 def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _wrap(_argument(args, kwargs, 1, "dim"), new.dim())
-    index, table = _argument(args, kwargs, 2, "index"), _argument(args, kwargs, 0, "input")
+    dim = _wrap(argument(args, kwargs, 1, "dim"), new.dim())
+    index, table = argument(args, kwargs, 2, "index"), argument(args, kwargs, 0, "input")
     if old is not table:
         own = batch_of(table)
         known = own is not None and not own.lost
@@ -491,31 +498,31 @@ def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: d
     return batch.taking(index.reshape(-1), old) if dim == batch.dim else batch
 
 
-@_mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes")
-@_mover("unfold")
+@mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes")
+@mover("unfold")
 def _along(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if new.dim() <= batch.dim or new.shape[batch.dim] != old.shape[batch.dim]:
         return batch.losing("taking parts of the sample axis")
     return batch
 
 
-@_mover("gather", "take_along_dim")
+@mover("gather", "take_along_dim")
 def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _argument(args, kwargs, 2 if isinstance(_argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim")
+    dim = argument(args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim")
     if dim is None or _wrap(dim, new.dim()) == batch.dim:
         return batch.losing("entries gathered along the sample axis")
     return batch
 
 
-@_mover("stack")
+@mover("stack")
 def _stack(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _wrap(_argument(args, kwargs, 1, "dim", default=0), new.dim())
+    dim = _wrap(argument(args, kwargs, 1, "dim", default=0), new.dim())
     return batch.moved(batch.dim + (dim <= batch.dim))
 
 
-@_mover("cat", "concat", "concatenate")
+@mover("cat", "concat", "concatenate")
 def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = _wrap(_argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
+    dim = _wrap(argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
     if dim != batch.dim:
         return batch
     parts = args[0]
@@ -532,8 +539,8 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
     return Batch(batch.size, dim, picked=Rows(torch.cat(samples), batch.size))
 
 
-@_mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "any", "all")
-@_mover("max", "min", "median", "argmax", "argmin", "nansum", "nanmean", "count_nonzero")
+@mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "any", "all")
+@mover("max", "min", "median", "argmax", "argmin", "nansum", "nanmean", "count_nonzero")
 def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dim = kwargs.get("dim", kwargs.get("axis"))
     if dim is None and len(args) > 1:
@@ -545,22 +552,22 @@ def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
     return _reduced(batch, old, new, dim)
 
 
-@_mover("norm", "vector_norm", "quantile", "nanquantile")
+@mover("norm", "vector_norm", "quantile", "nanquantile")
 def _reduction_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    q = _argument(args, kwargs, 1, "q")
+    q = argument(args, kwargs, 1, "q")
     if isinstance(q, Tensor) and q.dim():
         return batch.losing("several quantiles")
-    return _reduced(batch, old, new, _argument(args, kwargs, 2, "dim", "axis"))
+    return _reduced(batch, old, new, argument(args, kwargs, 2, "dim", "axis"))
 
 
-@_mover("kthvalue")
+@mover("kthvalue")
 def _kthvalue(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _reduced(batch, old, new, _argument(args, kwargs, 2, "dim", default=-1))
+    return _reduced(batch, old, new, argument(args, kwargs, 2, "dim", default=-1))
 
 
-@_mover("mode")
+@mover("mode")
 def _mode(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _reduced(batch, old, new, _argument(args, kwargs, 1, "dim", default=-1))
+    return _reduced(batch, old, new, argument(args, kwargs, 1, "dim", default=-1))
 
 
 def _reduced(batch: Batch, old: Tensor, new: Tensor, dim: Any) -> Batch:
@@ -572,84 +579,84 @@ def _reduced(batch: Batch, old: Tensor, new: Tensor, dim: Any) -> Batch:
     return batch.moved(batch.dim - sum(d < batch.dim for d in dims))
 
 
-@_mover("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+@mover("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def _mixing(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _along_dims(batch, old, _argument(args, kwargs, 1, "dim", "axis"))
+    return _along_dims(batch, old, argument(args, kwargs, 1, "dim", "axis"))
 
 
-@_mover("softmax", "log_softmax", "softmin")
+@mover("softmax", "log_softmax", "softmin")
 def _softmax(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     implicit = 0 if old.dim() in (0, 1, 3) else 1  # torch's, which warns
-    dim = _argument(args, kwargs, 1, "dim")
+    dim = argument(args, kwargs, 1, "dim")
     return _along_dims(batch, old, implicit if dim is None else dim)
 
 
-@_mover("flip")
+@mover("flip")
 def _flip(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dims = _argument(args, kwargs, 1, "dims")
+    dims = argument(args, kwargs, 1, "dims")
     return _along_dims(batch, old, args[1:] if isinstance(dims, int) and len(args) > 2 else dims)
 
 
-@_mover("sort", "argsort")
+@mover("sort", "argsort")
 def _sort(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     place = 2 if "stable" in kwargs and len(args) > 2 and isinstance(args[1], bool) else 1
-    dim = _argument(args, kwargs, place, "dim", default=-1)
+    dim = argument(args, kwargs, place, "dim", default=-1)
     return _along_dims(batch, old, -1 if isinstance(dim, bool) else dim)
 
 
-@_mover("msort", "flipud")
+@mover("msort", "flipud")
 def _first_axis(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     return _along_dims(batch, old, 0)
 
 
-@_mover("roll")
+@mover("roll")
 def _roll(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _along_dims(batch, old, _argument(args, kwargs, 2, "dims") or None)
+    return _along_dims(batch, old, argument(args, kwargs, 2, "dims") or None)
 
 
-@_mover("topk")
+@mover("topk")
 def _topk(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _along_dims(batch, old, _argument(args, kwargs, 2, "dim", default=-1))
+    return _along_dims(batch, old, argument(args, kwargs, 2, "dim", default=-1))
 
 
-@_mover("normalize")
+@mover("normalize")
 def _normalize(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _along_dims(batch, old, _argument(args, kwargs, 2, "dim", default=1))
+    return _along_dims(batch, old, argument(args, kwargs, 2, "dim", default=1))
 
 
-@_mover("renorm")
+@mover("renorm")
 def _renorm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if _wrap(_argument(args, kwargs, 2, "dim"), old.dim()) == batch.dim and batch.plain:
+    if _wrap(argument(args, kwargs, 2, "dim"), old.dim()) == batch.dim and batch.plain:
         return batch
     return batch.losing("norms over the sample axis mix samples")
 
 
-@_mover("layer_norm", "rms_norm")
+@mover("layer_norm", "rms_norm")
 def _layer_norm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    shape = _argument(args, kwargs, 1, "normalized_shape")
-    if old is not _argument(args, kwargs, 0, "input"):
+    shape = argument(args, kwargs, 1, "normalized_shape")
+    if old is not argument(args, kwargs, 0, "input"):
         return _aligned(batch, old, new)
     if batch.dim >= old.dim() - len(shape):
         return batch.losing("a norm over the sample axis mixes samples")
     return batch
 
 
-@_mover("scaled_dot_product_attention")
+@mover("scaled_dot_product_attention")
 def _attention(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if batch.dim >= old.dim() - 2:
         return batch.losing("attention along the sample axis mixes samples")
     return _aligned(batch, old, new)
 
 
-@_mover("embedding")
+@mover("embedding")
 def _embedding(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if old is not _argument(args, kwargs, 0, "input"):
+    if old is not argument(args, kwargs, 0, "input"):
         return batch.losing("a table that depends on the data")
     return batch
 
 
-@_mover("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-@_mover("randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
+@mover("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@mover("randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
 def _like(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     """Nobody's rows as yet: the size matches, and no more is known."""
     if batch.picked is not None and batch.length == batch.size:
@@ -663,9 +670,9 @@ def _along_dims(batch: Batch, old: Tensor, dims: Any) -> Batch:
     return batch
 
 
-@_mover("linear")
+@mover("linear")
 def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if old is not _argument(args, kwargs, 0, "input"):
+    if old is not argument(args, kwargs, 0, "input"):
         return batch.losing("a weight that depends on the data")
     if batch.dim == old.dim() - 1:
         return batch.losing("a product over the sample axis mixes samples")
@@ -676,7 +683,7 @@ def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 _FACTORS = ("input", "mat1", "batch1", "mat", "mat2", "batch2", "vec", "vec2", "other", "tensor")
 
 
-@_mover("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
+@mover("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
 def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     named = (kwargs[name] for name in _FACTORS if name in kwargs)
     tensors = [a for a in (*args, *named) if isinstance(a, Tensor)]
@@ -695,7 +702,7 @@ def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     return batch.moved(new.dim() - 1)
 
 
-@_mover("einsum")
+@mover("einsum")
 def _einsum(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
     if not isinstance(args[0], str) or "." in args[0]:
@@ -819,8 +826,8 @@ def propagate(
 def _propagate(
     func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
 ) -> tuple[Batch, list[Tensor]]:
-    mover = MOVERS.get(func)
-    aligns = mover is not None or func in ELEMENTWISE
+    move = MOVERS.get(func)
+    aligns = move is not None or func in ELEMENTWISE
     chosen: Batch | None = None
     demoted: list[Tensor] = []
     # Certain axes come before tentative ones, and lost ones first.
@@ -829,8 +836,8 @@ def _propagate(
             break
         here = batch
         if batch.lost is None:
-            if mover is not None:
-                here = mover(batch, old, new, args, kwargs)
+            if move is not None:
+                here = move(batch, old, new, args, kwargs)
             elif func in ELEMENTWISE:
                 here = _aligned(batch, old, new)
             if not here.lost and not here.fits(new.shape):

@@ -36,6 +36,7 @@ from backpack.batch import (
 from backpack.factors import Dense
 from backpack.losses import LOSSES, LossHessian
 from backpack.opened import OPENED
+from backpack.placing import assigned
 from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
 from backpack.taps import (
     BORDER,
@@ -311,25 +312,32 @@ class _Recorder(TorchFunctionMode):
     def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """In-place operations: the node to remember is the one before."""
         marked, sources = _sort_arguments(args, kwargs)
-        known = args and isinstance(args[0], Tensor) and marked
-        if not known:
+        if not (args and isinstance(args[0], Tensor) and marked):
             return func(*args, **kwargs)
         target = args[0]
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = _INPLACE[func]
         rest = [s for s in sources if s is not target]
         plain = list(args)
-        if rest and twin is not None and twin not in (Tensor.add, Tensor.sub):
-            plain[0] = target.clone()
-            if (axis := batch_of(target)) is not None:
-                mark(plain[0], axis)
-        out = func(*args, **kwargs)
-        if func == Tensor.__setitem__:
-            self._note_assignment(target, args[1], args[2], marked)
-            return out
         own = batch_of(target)
-        batch, _ = propagate(func, args, kwargs, target, marked) if own is None else (own, [])
+        # What the target was before, for those who ask for its shape or, if it is tried out, values.
+        assigns = func == Tensor.__setitem__
+        op = func if twin is None or func in ELEMENTWISE else twin
+        settled = assigns or op in MOVERS or known(op, marked[0][1], target, args)
+        taken = rest and twin is not None and twin not in (Tensor.add, Tensor.sub)
+        plain[0] = target.clone() if taken else target.detach() if settled else target.detach().clone()
+        if own is not None:
+            mark(plain[0], own)
+            marked = [(plain[0] if t is target else t, axis) for t, axis in marked]
+        out = func(*args, **kwargs)
+        batch: Batch | None
+        if assigns:
+            batch = assigned(plain[0], args[2], args[1])
+        else:
+            batch, _ = propagate(op, tuple(plain), kwargs, target, marked)
         if batch is None:
+            if own is not None:
+                delattr(target, MARK)
             return out
         mark(target, batch)
         node = target.grad_fn
@@ -340,13 +348,6 @@ class _Recorder(TorchFunctionMode):
                 *(twin, tuple(plain), kwargs, node, target.output_nr, 0, batch, rest, inputs),
             )
         return out
-
-    def _note_assignment(
-        self, target: Tensor, index: Any, value: Any, marked: list[tuple[Tensor, Batch]]
-    ) -> None:
-        size = self.recording.size
-        if batch_of(target) is None and size and target.dim() and target.shape[0] == size:
-            mark(target, regular_axis(size))
 
     def _expansion(
         self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor, sources: list[Tensor]
