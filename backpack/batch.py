@@ -4,8 +4,8 @@ Letters: ``N`` samples, ``k`` rows per sample where a sample axis holds several 
 steps, patches, heads).
 
 Every tensor that depends on the data carries a :class:`Batch`. Most operations leave the axis
-where it is; those that move, merge, drop or mix it are listed here and in ``placing.py``, those that act
-on each entry by itself here. All others are tried out (``probe.py``).
+where it is; those that move, merge, drop or mix it are listed here and in ``placing.py``, those
+that act on each entry by itself here. All others are tried out (``probe.py``).
 """
 
 from __future__ import annotations
@@ -508,7 +508,9 @@ def _along(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) ->
 
 @mover("gather", "take_along_dim")
 def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    dim = argument(args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim")
+    dim = argument(
+        args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim"
+    )
     if dim is None or _wrap(dim, new.dim()) == batch.dim:
         return batch.losing("entries gathered along the sample axis")
     return batch
@@ -740,15 +742,15 @@ ELEMENTWISE.update(
 # One argument, entry by entry (or as good as, for samples).
 POINTWISE: set[Any] = set(
     _spellings(
-        *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square sqrt rsqrt".split(),
-        *"reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh".split(),
-        *"asinh acosh atanh erf erfc erfinv lgamma digamma logit expit sigmoid sinc relu relu6".split(),
+        *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square sqrt".split(),
+        *"reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh".split(),
+        *"rsqrt tanh asinh acosh atanh erf erfc erfinv lgamma digamma logit expit sigmoid sinc relu relu6".split(),
         *"leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink".split(),
         *"softshrink tanhshrink softsign softplus logsigmoid log_sigmoid threshold rrelu".split(),
         *"round floor ceil trunc fix frac sign sgn nan_to_num isnan isinf isfinite logical_not".split(),
         *"bitwise_not angle conj resolve_conj real imag dropout alpha_dropout feature_dropout".split(),
-        *"feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli to type float double half".split(),
-        *"bfloat16 int long bool short byte contiguous clone detach cpu cuda requires_grad_".split(),
+        *"feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli to type float".split(),
+        *"double half bfloat16 int long bool short byte contiguous clone detach cpu cuda requires_grad_".split(),
         *"type_as alias zero zero_ fill fill_ normal_ uniform_ random_ bernoulli_ exponential_".split(),
         *"nll_loss cross_entropy".split(),
     )

@@ -164,10 +164,9 @@ class _Recorder(TorchFunctionMode):
                     out._backpack_batch = axis  # type: ignore[attr-defined]
             else:
                 mover = MOVERS.get(func)
-                found: Batch | None = axis
-                if mover is not None:
-                    found = mover(axis, first, out, args, kwargs or {})
-                unsure = found.lost or not found.fits(out.shape) or func in ELEMENTWISE
+                moved = axis if mover is None else mover(axis, first, out, args, kwargs or {})
+                found: Batch | None = moved
+                unsure = moved.lost or not moved.fits(out.shape) or func in ELEMENTWISE
                 if unsure or (mover is None and not known(func, axis, first, args)):
                     found, _ = propagate(func, args, kwargs or {}, out, [(first, axis)])
                 if found is not None:

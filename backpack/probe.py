@@ -1,8 +1,8 @@
 """Does an operation keep samples apart? Asked of operations that nothing else is known of.
 
 An operation keeps samples apart if its Jacobian is block-diagonal: with a scale ``s_n`` for every
-sample and any cotangent ``c``, the vector-Jacobian product of ``s c`` is ``s`` times that of ``c``. That
-is tried out once, on detached copies and away from the caller's graph, hooks and random numbers.
+sample and any cotangent ``c``, the vector-Jacobian product of ``s c`` is ``s`` times that of ``c``.
+That is tried out once, on detached copies and away from the caller's graph, hooks and random numbers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def keeps_apart(
 ) -> bool:
     """Whether the samples of a result depend on no other samples of the arguments.
 
-    The answer is remembered for arguments of the same kind, unless some are integers or masks: these may
-    say where entries go.
+    The answer is remembered for arguments of the same kind, unless some are integers or masks: these
+    may say where entries go.
 
     Args:
         func: the operation.
@@ -54,8 +54,8 @@ def keeps_apart(
         axis: the sample axis that the result would have.
 
     Returns:
-        ``False`` if samples are mixed, ``True`` if they are not, or if that cannot be tried: where nothing
-        can be differentiated, and outside grad mode.
+        ``False`` if samples are mixed, ``True`` if they are not, or if that cannot be tried: where
+        nothing can be differentiated, and outside grad mode.
     """
     if not torch.is_grad_enabled():
         return True

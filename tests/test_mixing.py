@@ -1,0 +1,309 @@
+"""Operations that mix, permute or write rows along the sample axis: right, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, extend, probe
+from backpack.extensions import (
+    BatchDiagGGNExact,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    Variance,
+)
+from backpack.oracle import check
+from tests.cases import Apply, P
+
+FIRST = (BatchGrad(), BatchL2Grad(), Variance())
+ALL = (*FIRST, DiagGGNExact(), BatchDiagGGNExact(), DiagHessian())
+PERM = torch.tensor([2, 0, 3, 1])
+PLACES = torch.tensor([1, 1, 0, 2])
+COLUMNS = PLACES[:, None].expand(4, 3)
+
+
+class Cumsum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.flip(0).cumsum(0).flip(0)
+
+
+def _ring() -> Tensor:
+    return (torch.eye(4) + torch.eye(4).roll(1, 0)).double().to_sparse()
+
+
+def _assign(h: Tensor, index: Any, rows: Any = slice(None)) -> Tensor:
+    out = torch.zeros_like(h)
+    out[index] = h[rows]
+    return out
+
+
+def _subtract(h: Tensor) -> Tensor:
+    h -= h.mean(0)
+    return h
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(4, 3, dtype=torch.float64)
+
+
+# Functions [4, 3] -> [4, 3] that mix samples or change their order.
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    # attention, graphs
+    "attention": lambda h: F.scaled_dot_product_attention(h, h, h),
+    "sparse-mm": lambda h: torch.sparse.mm(_ring(), h),
+    "sparse-matmul": lambda h: _ring() @ h,
+    "index_add": lambda h: _zeros().index_add(0, PLACES, h),
+    "index_add_": lambda h: _zeros().index_add_(0, PLACES, h),
+    "index_add-own": lambda h: h.index_add(0, PLACES, h),
+    "scatter_add_": lambda h: _zeros().scatter_add_(0, COLUMNS, h),
+    "scatter_reduce": lambda h: _zeros().scatter_reduce(0, COLUMNS, h, "sum"),
+    "index_reduce": lambda h: _zeros().index_reduce(0, PLACES, h, "mean"),
+    "masked_scatter": lambda h: _zeros().masked_scatter(h.detach() > 0, h),
+    # in place
+    "isub": _subtract,
+    "sub_": lambda h: h.sub_(h.mean(0)),
+    "add_-flip": lambda h: h.clone().add_(h.flip(0)),
+    "cumsum_": lambda h: h.cumsum_(0),
+    "renorm_": lambda h: h.renorm_(2, 1, 0.1),
+    "copy_": lambda h: h.clone().copy_(h.flip(0)),
+    "assign-shifted": lambda h: _assign(h, slice(1, None), slice(-1)),
+    "assign-permuted": lambda h: _assign(h, PERM),
+    # two arguments, one of them mixed
+    "logaddexp": lambda h: torch.logaddexp(h, h.flip(0)),
+    "hypot": lambda h: torch.hypot(h, h.mean(0)),
+    "atan2": lambda h: torch.atan2(h, h.mean(0)),
+    "xlogy": lambda h: torch.xlogy(h, h.mean(0) ** 2 + 1),
+    "fmax": lambda h: torch.fmax(h, h.flip(0)),
+    "float_power": lambda h: torch.float_power(h**2 + 1, h.mean(0)),
+    "cosine-to-mean": lambda h: h * F.cosine_similarity(h, h.mean(0, keepdim=True))[:, None],
+    # along the samples
+    "flip": lambda h: h.flip(1, 0),
+    "roll": lambda h: torch.roll(h, 1),
+    "flipud": torch.flipud,
+    "rot90": lambda h: h.rot90(2),
+    "msort": torch.msort,
+    "sort": lambda h: h.T.sort()[0].T,
+    "topk": lambda h: h.T.topk(4)[0].T,
+    "gather": lambda h: h.gather(0, PERM[:, None].expand(4, 3)),
+    "take_along_dim": lambda h: torch.take_along_dim(h, PERM[:, None], 0),
+    "take": lambda h: h.take(torch.arange(12).flip(0).view(4, 3)),
+    "cummax": lambda h: h.cummax(0)[0],
+    "cummin": lambda h: h.cummin(0)[0],
+    "renorm": lambda h: h.renorm(2, 1, 1.0),
+    "diff": lambda h: torch.diff(h, dim=0, prepend=h[:1]),
+    "fft": lambda h: torch.fft.fft(h, dim=0).real,
+    "pad": lambda h: F.pad(h, (0, 0, 1, -1)),
+    "qr": lambda h: torch.linalg.qr(h)[0],
+    "layer_norm": lambda h: F.layer_norm(h, (4, 3)),
+    "group_norm": lambda h: F.group_norm(h.T[None], 1)[0].T,
+    "conv1d": lambda h: F.conv1d(h.T[None], torch.ones(3, 1, 3).double(), padding=1, groups=3)[0].T,
+    "max_pool1d": lambda h: F.max_pool1d(h.T, 3, 1, 1).T,
+    "einsum": lambda h: torch.einsum("nd,md->nm", h, h)[:, :3],
+    "inner": lambda h: torch.inner(h, h)[:, :3],
+    "tensordot": lambda h: torch.tensordot(h, h, ([1], [1]))[:, :3],
+    "outer": lambda h: torch.outer(h[:, 0], h[:, 1])[:, :3],
+    "cov": lambda h: torch.cov(h)[:, :3],
+    "cosine-pairs": lambda h: F.cosine_similarity(h[:, None], h[None], dim=2)[:, :3],
+    "norm": lambda h: h - torch.cat([h, h[:, :1]], 1).norm(2, 0).expand(4, 4)[:, :3],
+    "kthvalue": lambda h: h - torch.cat([h, h[:, :1]], 1).kthvalue(1, 0)[0].expand(4, 4)[:, :3],
+    "quantile": lambda h: h - torch.cat([h, h[:, :1]], 1).quantile(0.5, 0).expand(4, 4)[:, :3],
+    "function": Cumsum.apply,
+}
+
+
+def _between(f: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Apply(lambda m, a: m.o(f(m.l(a).tanh() * 1).tanh()), l=nn.Linear(3, 3), o=nn.Linear(3, 2))
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce\\(\\) is in beta:UserWarning")
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = extend(_between(MIXING[name])).double()
+    loss = F.mse_loss(model(torch.randn(4, 3).double()), torch.zeros(4, 2).double())
+    with (
+        pytest.raises(RuntimeError, match="cannot tell which axis .*'o.weight'"),
+        backpack(BatchGrad()),
+    ):
+        loss.backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+# Models with samples as positions: their own parameters are behind what mixes.
+POSITIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "attention": (
+        lambda: Apply(
+            lambda m, a: m.m(a, a, a, need_weights=False)[0].flatten(1), m=nn.MultiheadAttention(4, 2)
+        ),
+        lambda: torch.randn(3, 4, 4),
+    ),
+    "attention-set": (
+        lambda: Apply(lambda m, a: m.m(a, a, a, need_weights=False)[0], m=nn.MultiheadAttention(4, 2)),
+        lambda: torch.randn(4, 4),
+    ),
+    "encoder": (lambda: nn.TransformerEncoderLayer(4, 2, 5, 0.0), lambda: torch.randn(3, 4, 4)),
+    "conv": (
+        lambda: Apply(lambda m, a: m.c(a.T[None])[0].T, c=nn.Conv1d(3, 2, 3, padding=1)),
+        lambda: torch.randn(4, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_samples_as_positions_are_refused(name: str) -> None:
+    make, data = POSITIONS[name]
+    model = extend(make())
+    loss = model(data()).square().sum()
+    with pytest.raises(RuntimeError, match="cannot tell which axis"), backpack(BatchGrad()):
+        loss.backward()
+
+
+def _route(m: Any, a: Tensor) -> Tensor:
+    """Rows are sent to one of two layers by a mask made from data."""
+    h = m.l(a).tanh()
+    mask = h[:, 0] > 0
+    out = torch.zeros_like(h)
+    out[mask] = m.k(h[mask])
+    out[~mask] = m.k(h[~mask] * 2).tanh()
+    return out.tanh()
+
+
+def _put(write: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Rows are picked, and put back where they were."""
+    return lambda m, a: m.k(write(m.l(a[PERM])).tanh())
+
+
+def _steps(m: Any, a: Tensor) -> Tensor:
+    """Steps are stored on an axis before the samples'."""
+    out = torch.empty(4, len(a), 3, dtype=a.dtype)
+    for t in range(4):
+        out[t] = m.l(a * (t + 1)).tanh()
+    return m.k(out).tanh().sum(0)
+
+
+def _layers(f: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: Apply(f, l=nn.Linear(3, 3), k=nn.Linear(3, 3), b=P(3), bb=P(4, 3))
+
+
+ROWS = PERM[:, None].expand(4, 3)
+FIRST_ROW = torch.tensor([0])
+APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "route": _route,
+    "argsort": lambda m, a: m.k(m.l(a)[(i := a[:, 0].argsort())].tanh())[i.argsort()],
+    "assign": lambda m, a: m.k(_assign(m.l(a), PERM, PERM).tanh()),
+    "index_add": _put(lambda s: _zeros().to(s.dtype).index_add(0, PERM, s)),
+    "index_copy": _put(lambda s: _zeros().to(s.dtype).index_copy(0, PERM, s)),
+    "scatter": _put(lambda s: _zeros().to(s.dtype).scatter(0, ROWS, s)),
+    "scatter_add_": _put(lambda s: _zeros().to(s.dtype).scatter_add_(0, ROWS, s)),
+    "index_put": _put(lambda s: _zeros().to(s.dtype).index_put((PERM,), s)),
+    "zeros_like": _put(lambda s: torch.zeros_like(s).index_add(0, PERM, s)),
+    "steps": _steps,
+    "t_": lambda m, a: m.k((m.l(a) * 1).t_().tanh().t()),
+    "cumsum": lambda m, a: m.k(m.l(a).cumsum(1).flip(1)),
+    "fft": lambda m, a: m.k(torch.fft.rfft(m.l(a), n=4).abs()),
+    "renorm": lambda m, a: m.k(m.l(a).renorm(2, 0, 0.5)),
+    "trapezoid": lambda m, a: m.k(torch.cumulative_trapezoid(F.pad(m.l(a), (1, 0)))),
+    "dropout": lambda m, a: m.k(F.dropout(m.l(a), 0.5)),
+    "norm": lambda m, a: m.k(m.l(a) / m.l(a).norm(2, 1, keepdim=True)),
+    "put-index_add": lambda m, a: m.l(a).index_add(0, FIRST_ROW, m.b[None]).tanh(),
+    "put-index_copy": lambda m, a: m.l(a).index_copy(0, FIRST_ROW + 2, m.b[None]).tanh(),
+    "put-index_fill": lambda m, a: m.l(a).index_fill(0, FIRST_ROW, m.b[0]).tanh(),
+    "put-scatter": lambda m, a: m.l(a).scatter(0, FIRST_ROW.expand(1, 3), m.b[None]).tanh(),
+    "put-index_put": lambda m, a: m.l(a).index_put((FIRST_ROW,), m.b).tanh(),
+    "put-select_scatter": lambda m, a: m.l(a).select_scatter(m.b, 0, 0).tanh(),
+    "put-slice_scatter": lambda m, a: m.l(a).slice_scatter(m.b[None], 0, 0, 1).tanh(),
+    "put-masked_scatter": lambda m, a: m.l(a).masked_scatter(a > 0, m.bb).tanh(),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_samples_kept_apart_agree(name: str) -> None:
+    torch.manual_seed(0)
+    report = check(
+        _layers(APART[name])(), nn.MSELoss(), torch.randn(4, 3), torch.zeros(4, 3).double(), ALL
+    )
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 3, 0], [0, 2, 5, 0], [[0, 1], [5, 2], [3, 3], [1, 0]]])
+def test_rows_of_a_table_by_index_select(ids: list) -> None:
+    torch.manual_seed(0)
+    model = Apply(lambda m, a: m.w.index_select(0, a.flatten()).view(4, -1).tanh(), w=P(6, 2))
+    X = torch.tensor(ids)
+    report = check(model, nn.MSELoss(), X, torch.zeros(4, 2 * X[0].numel()), ALL)
+    assert report.ok, f"\n{report}"
+
+
+# --------------------------------------------------------------------------------------
+# The probe leaves no traces
+
+
+def _probed(f: Callable[[Tensor], Tensor]) -> tuple[nn.Module, Tensor]:
+    probe._verdicts.clear()
+    return extend(_between(f)), torch.randn(4, 3)
+
+
+def test_probe_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    inner = probe._tried
+    monkeypatch.setattr(probe, "_tried", lambda *a: tried.append(1) or inner(*a))
+    model, X = _probed(lambda h: torch.fft.fft(h).real)
+    for _ in range(3):
+        model(X)
+    assert len(tried) == 1
+    model(X[:3])
+    assert len(tried) == 2
+    with torch.no_grad():
+        model(X[:2])
+    assert len(tried) == 2
+
+
+def test_probe_leaves_random_numbers_and_hooks_alone() -> None:
+    seen: list[Tensor] = []
+
+    def f(h: Tensor) -> Tensor:
+        h.register_hook(seen.append)
+        return torch.fft.fft(h).real + torch.poisson(h.detach() ** 2)
+
+    model, X = _probed(f)
+    torch.manual_seed(0)
+    first = model(X)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(X), first)
+    assert torch.equal(torch.rand(1), after)
+    assert not seen and all(p.grad is None for p in model.parameters())
+    first.sum().backward()
+    assert len(seen) == 1
+
+
+def test_probe_inside_a_block_and_a_checkpoint() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def part(h: Tensor) -> Tensor:
+        return torch.fft.fft(h).real
+
+    model, X = _probed(lambda h: checkpoint(part, h, use_reentrant=False))
+    with backpack(BatchGrad()), torch.autocast("cpu", dtype=torch.bfloat16):
+        F.mse_loss(model(X).float(), torch.zeros(4, 2)).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_probe_of_columns_that_are_orthogonal_already() -> None:
+    model, X = _probed(lambda h: torch.linalg.qr(h * 0 + torch.eye(4)[:, :3])[0])
+    loss = model(X).sum()
+    with pytest.raises(RuntimeError, match="linalg_qr mixes samples"), backpack(BatchGrad()):
+        loss.backward()
