@@ -57,6 +57,7 @@ class Graph:
         outside: parameters that enter above all model outputs (weight decay in the loss, say).
         mixing: why samples are mixed somewhere, if they are.
         nodes: all nodes seen.
+        mixed: why a model output that has one row for each sample has them no longer apart.
         recordings: the forward passes they belong to.
     """
 
@@ -67,6 +68,7 @@ class Graph:
     unseen: list[tuple[Tensor, str]] = field(default_factory=list)
     outside: set[Tensor] = field(default_factory=set)
     mixing: str | None = None
+    mixed: str | None = None
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
 
@@ -171,6 +173,8 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         for border in data.get(BORDER, ()):
             inside = border.recording
             graph.recordings.append(inside)
+            if border.mixed:
+                graph.mixed = border.batch.lost  # type: ignore[union-attr]
         # What is curved above a loss makes it part of one that no rule knows.
         bent = curvature and not covered and (bent or _bends(node))
         taps = data.get(TAPS)

@@ -744,15 +744,15 @@ POINTWISE: set[Any] = set(
     _spellings(
         *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square sqrt".split(),
         *"reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh".split(),
-        *"rsqrt tanh asinh acosh atanh erf erfc erfinv lgamma digamma logit expit sigmoid sinc relu relu6".split(),
-        *"leaky_relu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink".split(),
-        *"softshrink tanhshrink softsign softplus logsigmoid log_sigmoid threshold rrelu".split(),
-        *"round floor ceil trunc fix frac sign sgn nan_to_num isnan isinf isfinite logical_not".split(),
-        *"bitwise_not angle conj resolve_conj real imag dropout alpha_dropout feature_dropout".split(),
-        *"feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli to type float".split(),
-        *"double half bfloat16 int long bool short byte contiguous clone detach cpu cuda requires_grad_".split(),
-        *"type_as alias zero zero_ fill fill_ normal_ uniform_ random_ bernoulli_ exponential_".split(),
-        *"nll_loss cross_entropy".split(),
+        *"rsqrt tanh asinh acosh atanh erf erfc erfinv lgamma digamma logit expit".split(),
+        *"sigmoid sinc relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh hardswish".split(),
+        *"hardsigmoid hardshrink softshrink tanhshrink softsign softplus logsigmoid log_sigmoid".split(),
+        *"threshold rrelu round floor ceil trunc fix frac sign sgn nan_to_num isnan isinf isfinite".split(),
+        *"logical_not bitwise_not angle conj resolve_conj real imag dropout alpha_dropout".split(),
+        *"feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli to type float".split(),
+        *"double half bfloat16 int long bool short byte contiguous clone detach cpu cuda".split(),
+        *"requires_grad_ type_as alias zero zero_ fill fill_ normal_ uniform_ random_ bernoulli_".split(),
+        *"exponential_ nll_loss cross_entropy".split(),
     )
 )
 # Layers that mix their last axes, so many of them, and no others.

@@ -439,6 +439,11 @@ class Run:
                     f"samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
                     "batch_dim to extend"
                 )
+        if graph.mixed and fresh:
+            raise RuntimeError(
+                f"cannot tell which axis of the model's output holds the samples: {graph.mixed}. Keep "
+                "samples on one axis, or compute a loss that compares samples inside the model"
+            )
         if graph.mixing and self.second_order | {e.kind: [] for e in self.first_order}:
             self._refuse_mixing(graph.mixing)
         if Kind("product") in self.second_order and self.block.roots is None:

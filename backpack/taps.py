@@ -178,6 +178,13 @@ class Border:
     batch: Batch | None
     shape: torch.Size
 
+    @property
+    def mixed(self) -> bool:
+        """Whether it looks as if it had one row for each sample, but samples are not apart."""
+        size, dim = self.recording.size or 1, self.recording.batch_dim
+        lost = self.batch is not None and self.batch.lost is not None
+        return lost and size > 1 and dim < len(self.shape) and self.shape[dim] == size
+
 
 @dataclass(eq=False)
 class LossRecord:

@@ -15,7 +15,9 @@ from backpack import extensions, optim
 ROOT = Path(backpack.__file__).parent
 RIVER = (
     *(
+        "probe",
         "batch",
+        "placing",
         "kernels",
         "factors",
         "rules",

@@ -170,6 +170,26 @@ def test_samples_as_positions_are_refused(name: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("name", ["attention", "flip", "assign-permuted", "fft"])
+def test_mixed_outputs_are_refused(name: str) -> None:
+    """No parameter comes after what mixes."""
+    model = extend(Apply(lambda m, a: MIXING[name](m.l(a)), l=nn.Linear(3, 3))).double()
+    loss = F.mse_loss(model(torch.randn(4, 3).double()), torch.zeros(4, 3).double())
+    with pytest.raises(RuntimeError, match="axis of the model's output"), backpack(BatchGrad()):
+        loss.backward()
+
+
+def test_loss_inside_that_compares_samples() -> None:
+    def contrast(m: Any, a: Tensor) -> Tensor:
+        h = F.normalize(m.l(a))
+        return F.cross_entropy(h @ h.T, torch.arange(len(a)))
+
+    model = extend(Apply(contrast, l=nn.Linear(3, 3)))
+    with backpack(BatchGrad()):
+        model(torch.randn(4, 3)).backward()
+    torch.testing.assert_close(model.l.weight.grad_batch.sum(0), model.l.weight.grad)
+
+
 def _route(m: Any, a: Tensor) -> Tensor:
     """Rows are sent to one of two layers by a mask made from data."""
     h = m.l(a).tanh()
