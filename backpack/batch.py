@@ -742,17 +742,18 @@ ELEMENTWISE.update(
 # One argument, entry by entry (or as good as, for samples).
 POINTWISE: set[Any] = set(
     _spellings(
-        *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square sqrt".split(),
-        *"reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh".split(),
-        *"rsqrt tanh asinh acosh atanh erf erfc erfinv lgamma digamma logit expit".split(),
-        *"sigmoid sinc relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh hardswish".split(),
-        *"hardsigmoid hardshrink softshrink tanhshrink softsign softplus logsigmoid log_sigmoid".split(),
-        *"threshold rrelu round floor ceil trunc fix frac sign sgn nan_to_num isnan isinf isfinite".split(),
-        *"logical_not bitwise_not angle conj resolve_conj real imag dropout alpha_dropout".split(),
-        *"feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli to type float".split(),
-        *"double half bfloat16 int long bool short byte contiguous clone detach cpu cuda".split(),
-        *"requires_grad_ type_as alias zero zero_ fill fill_ normal_ uniform_ random_ bernoulli_".split(),
-        *"exponential_ nll_loss cross_entropy".split(),
+        *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square".split(),
+        *"sqrt reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan".split(),
+        *"sinh cosh rsqrt tanh asinh acosh atanh erf erfc erfinv lgamma digamma logit".split(),
+        *"expit sigmoid sinc relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh".split(),
+        *"hardswish hardsigmoid hardshrink softshrink tanhshrink softsign softplus".split(),
+        *"logsigmoid log_sigmoid threshold rrelu round floor ceil trunc fix frac sign sgn".split(),
+        *"nan_to_num isnan isinf isfinite logical_not bitwise_not angle conj resolve_conj".split(),
+        *"real imag dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d".split(),
+        *"dropout2d dropout3d bernoulli to type float double half bfloat16 int long bool".split(),
+        *"short byte contiguous clone detach cpu cuda requires_grad_ type_as alias zero".split(),
+        *"zero_ fill fill_ normal_ uniform_ random_ bernoulli_ exponential_ nll_loss".split(),
+        *"cross_entropy".split(),
     )
 )
 # Layers that mix their last axes, so many of them, and no others.
