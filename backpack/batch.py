@@ -511,6 +511,8 @@ def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     dim = argument(
         args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim"
     )
+    if batch_of(argument(args, kwargs, 0, "input")) is None:
+        return batch  # a table, and an index that depends on the data
     if dim is None or _wrap(dim, new.dim()) == batch.dim:
         return batch.losing("entries gathered along the sample axis")
     return batch

@@ -231,6 +231,8 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "zeros_like": _put(lambda s: torch.zeros_like(s).index_add(0, PERM, s)),
     "steps": _steps,
     "t_": lambda m, a: m.k((m.l(a) * 1).t_().tanh().t()),
+    "gather": lambda m, a: m.k(m.l(a).gather(1, a.argsort(1))),
+    "gather-table": lambda m, a: m.k(m.bb.gather(0, (a > 0).long() * 2)) + m.l(a),
     "cumsum": lambda m, a: m.k(m.l(a).cumsum(1).flip(1)),
     "fft": lambda m, a: m.k(torch.fft.rfft(m.l(a), n=4).abs()),
     "renorm": lambda m, a: m.k(m.l(a).renorm(2, 0, 0.5)),
