@@ -132,7 +132,6 @@ OPERATIONS = [
     Case("iadd", lambda: Apply(lambda m, a: _iadd(m.l(a), m.b), l=nn.Linear(3, 3), b=P(3)), x(4, 3)),
     Case("sub", lambda: Apply(lambda m, a: (m.b - a - m.c).tanh(), b=P(3), c=P(1)), x(4, 3)),
     Case("mul", lambda: Apply(lambda m, a: (a * m.b).tanh().sum(1), b=P(2, 1)), x(4, 2, 3)),
-    Case("matmul-transposed", lambda: Apply(lambda m, a: torch.tanh(a @ m.w.T) @ m.v.mT, w=P(5, 4), v=P(3, 5)), x(4, 4)),
     Case("complex", lambda: Apply(lambda m, a: torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(m.w), n=5).tanh() @ m.v, w=P(5), v=P(5, 3)), x(4, 5)),
     Case("complex-input", lambda: Apply(lambda m, a: ((torch.fft.fft(a) * m.w).abs() + m.b.exp()).log() @ m.v, w=P(5), b=P(5), v=P(5, 3)), x(4, 5)),
     Case("div", lambda: Apply(lambda m, a: a / (m.b.exp() + 1), b=P(3)), x(4, 3)),

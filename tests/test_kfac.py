@@ -419,3 +419,13 @@ def test_empirical_fisher(approx) -> None:
     bias = model[3].bias
     close(bias.kfac_empirical[0], bias.grad_batch.T @ bias.grad_batch)
     close(bias.kfac_empirical[0].diagonal(), bias.sum_grad_squared)
+
+
+@pytest.mark.parametrize(
+    "turned", [lambda w: w.T, lambda w: w.t(), lambda w: w.mT, lambda w: w.permute(1, 0)]
+)
+def test_transposed_weight_has_two_factors(turned: Callable[[Tensor], Tensor]) -> None:
+    model = extend(Apply(lambda m, a: a @ turned(m.w), w=P(4, 6)))
+    with backpack(KFLR()):
+        extend(nn.CrossEntropyLoss())(model(torch.randn(3, 6)), torch.tensor([0, 3, 1])).backward()
+    assert [len(factor) for factor in model.w.kflr] == [4, 6]
