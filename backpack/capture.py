@@ -19,24 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack.batch import (
-    ELEMENTWISE,
-    EXPANSIONS,
-    FACTORIES,
-    MARK,
-    MOVERS,
-    Batch,
-    batch_of,
-    entered,
-    known,
-    mark,
-    propagate,
-    regular_axis,
-)
+from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis
 from backpack.factors import Dense
 from backpack.losses import LOSSES, LossHessian
+from backpack.moves import MOVERS
 from backpack.opened import OPENED
 from backpack.placing import assigned
+from backpack.propagation import ELEMENTWISE, EXPANSIONS, FACTORIES, known, propagate
 from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
 from backpack.taps import (
     BORDER,

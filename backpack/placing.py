@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.batch import Batch, argument, batch_of, mover, regular_axis
+from backpack.batch import Batch, batch_of, regular_axis
+from backpack.moves import argument, mover
 
 _LOST = "rows written to places of other samples"
 

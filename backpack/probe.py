@@ -9,24 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-
-class Axis(Protocol):
-    """What is asked of a sample axis."""
-
-    @property
-    def dim(self) -> int:
-        """The axis."""
-
-    def sample_ids(self, device: torch.device) -> Tensor:
-        """The sample each entry of the axis belongs to."""
-
+from backpack.batch import Batch
 
 _verdicts: dict[Any, bool] = {}
 _CAPACITY = 4096
@@ -37,8 +27,8 @@ def keeps_apart(
     args: tuple,
     kwargs: dict[str, Any],
     place: int,
-    data: Sequence[tuple[Tensor, Axis]],
-    axis: Axis,
+    data: Sequence[tuple[Tensor, Batch]],
+    axis: Batch,
 ) -> bool:
     """Whether the samples of a result depend on no other samples of the arguments.
 
@@ -84,7 +74,7 @@ def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
-def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Axis], *rest: Any) -> Any:
+def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Batch], *rest: Any) -> Any:
     """What the answer depends on; ``None`` if that includes values of tensors."""
     parts: list[Any] = []
     for x in leaves:
@@ -103,7 +93,7 @@ def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Axis], *rest: 
 
 
 def _tried(
-    results: Callable[[list[Any]], Any], leaves: list[Any], axes: dict[int, Axis], axis: Axis
+    results: Callable[[list[Any]], Any], leaves: list[Any], axes: dict[int, Batch], axis: Batch
 ) -> bool:
     """Try in double precision at the values given, and at others where the operation takes them.
 
@@ -169,8 +159,8 @@ def _generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
 def _scales(
     results: Callable[[list[Any]], Any],
     leaves: list[Any],
-    axes: dict[int, Axis],
-    axis: Axis,
+    axes: dict[int, Batch],
+    axis: Batch,
     change: Callable[[Tensor], Tensor],
     wide: bool,
 ) -> bool:
@@ -205,7 +195,7 @@ def _scales(
     return True
 
 
-def _scale(axis: Axis, like: Tensor) -> Tensor:
+def _scale(axis: Batch, like: Tensor) -> Tensor:
     """One number for each sample, along the sample axis of a tensor."""
     ids = axis.sample_ids(like.device)
     scales = _generic((int(ids.max()) + 1,), like)[ids]

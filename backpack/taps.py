@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, entered, reshaped
+from backpack.batch import Batch, entered
 from backpack.factors import Dense, Form, Outer, Pullback
 from backpack.losses import LossHessian
+from backpack.moves import reshaped
 from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback
 
 # Operations that are linear in each argument, though they have no rule.

@@ -15,9 +15,11 @@ from backpack import extensions, optim
 ROOT = Path(backpack.__file__).parent
 RIVER = (
     *(
-        "probe",
         "batch",
+        "probe",
+        "moves",
         "placing",
+        "propagation",
         "kernels",
         "factors",
         "rules",

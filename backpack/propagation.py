@@ -1,0 +1,144 @@
+"""The sample axis of an operation's result, from those of its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backpack.batch import Batch
+from backpack.moves import MOVERS, aligned, spellings
+from backpack.probe import keeps_apart
+
+# Several arguments, broadcast, entry by entry.
+ELEMENTWISE: set[Any] = set(
+    spellings(
+        *"add sub mul div true_divide divide multiply subtract rsub pow maximum minimum fmod".split(),
+        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_ copy_".split(),
+        *"eq ne lt le gt ge where __radd__ __rmul__ __rsub__ __rdiv__ __rtruediv__ __rpow__".split(),
+        *"__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __floordiv__ __rfloordiv__ floor_divide".split(),
+        *"remainder __mod__ __rmod__ atan2 arctan2 hypot xlogy xlog1py logaddexp logaddexp2".split(),
+        *"fmax fmin float_power ldexp copysign heaviside clamp clip clamp_min clamp_max".split(),
+        *"logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__".split(),
+        *"__xor__ isclose not_equal greater greater_equal less less_equal".split(),
+    )
+)
+# One argument, entry by entry (or as good as, for samples).
+POINTWISE: set[Any] = set(
+    spellings(
+        *"abs absolute neg negative positive __neg__ __pos__ __abs__ __invert__ square".split(),
+        *"sqrt reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan".split(),
+        *"sinh cosh rsqrt tanh asinh acosh atanh erf erfc erfinv lgamma digamma logit".split(),
+        *"expit sigmoid sinc relu relu6 leaky_relu elu selu celu gelu silu mish hardtanh".split(),
+        *"hardswish hardsigmoid hardshrink softshrink tanhshrink softsign softplus".split(),
+        *"logsigmoid log_sigmoid threshold rrelu round floor ceil trunc fix frac sign sgn".split(),
+        *"nan_to_num isnan isinf isfinite logical_not bitwise_not angle conj resolve_conj".split(),
+        *"real imag dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d".split(),
+        *"dropout2d dropout3d bernoulli to type float double half bfloat16 int long bool".split(),
+        *"short byte contiguous clone detach cpu cuda requires_grad_ type_as alias zero".split(),
+        *"zero_ fill fill_ normal_ uniform_ random_ bernoulli_ exponential_ nll_loss".split(),
+        *"cross_entropy".split(),
+    )
+)
+# Layers that mix their last axes, so many of them, and no others.
+_LAST_AXES: dict[Any, int] = {
+    func: ndim + channels
+    for ndim in (1, 2, 3)
+    for channels, names in (
+        (1, "conv{}d conv_transpose{}d"),
+        (0, "avg_pool{}d max_pool{}d adaptive_avg_pool{}d lp_pool{}d"),
+    )
+    for func in spellings(*names.format(*4 * (ndim,)).split())
+}
+# Layers whose samples come first; these do something else where they do not.
+_SAMPLES_FIRST = frozenset(spellings("batch_norm", "instance_norm", "group_norm", "interpolate"))
+
+
+def known(func: Any, batch: Batch, old: Tensor, args: tuple) -> bool:
+    """Whether an operation without a mover is known to leave samples where they are, and apart."""
+    if func in POINTWISE or func in ELEMENTWISE:
+        return True
+    if not args or old is not args[0] or not old.dim() > 1:
+        return False
+    if func in _SAMPLES_FIRST:
+        return batch.dim == 0
+    last = _LAST_AXES.get(func)
+    return last is not None and batch.dim < old.dim() - last
+
+
+FACTORIES = frozenset(
+    spellings(*"zeros ones empty full rand randn randint arange eye linspace tensor".split())
+)
+EXPANSIONS = frozenset(spellings("expand", "expand_as", "broadcast_to", "repeat", "tile"))
+
+
+def propagate(
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    new: Tensor,
+    marked: list[tuple[Tensor, Batch]],
+    place: int = 0,
+) -> tuple[Batch | None, list[Tensor]]:
+    """The sample axis of an operation's result.
+
+    Args:
+        func: the function as the torch-function protocol reports it.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        new: one result tensor.
+        marked: the arguments that have a sample axis.
+        place: which of the results.
+
+    Returns:
+        The result's axis, and the arguments that are taken for constants after all: those whose
+        tentative axis disagrees with a certain one, or gets lost.
+    """
+    if len(marked) == 1 and func not in MOVERS:  # nearly all calls
+        old, batch = marked[0]
+        same = func not in ELEMENTWISE or new.dim() == old.dim()
+        if same and batch.lost is None and batch.fits(new.shape) and known(func, batch, old, args):
+            return batch, []
+    batch, demoted = _propagate(func, args, kwargs, new, marked)
+    if batch.lost is None and func not in MOVERS:
+        data = [(old, axis) for old, axis in marked if not any(old is each for each in demoted)]
+        if not (func in ELEMENTWISE or all(known(func, axis, old, args) for old, axis in data)):
+            if not keeps_apart(func, args, kwargs, place, data, batch):
+                batch = batch.losing(f"{_name(func)} mixes samples")
+    if batch.lost and batch.tentative:
+        return None, [tensor for tensor, _ in marked]
+    return batch, demoted
+
+
+def _propagate(
+    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
+) -> tuple[Batch, list[Tensor]]:
+    move = MOVERS.get(func)
+    aligns = move is not None or func in ELEMENTWISE
+    chosen: Batch | None = None
+    demoted: list[Tensor] = []
+    # Certain axes come before tentative ones, and lost ones first.
+    for old, batch in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+        if chosen is not None and chosen.lost:
+            break
+        here = batch
+        if batch.lost is None:
+            if move is not None:
+                here = move(batch, old, new, args, kwargs)
+            elif func in ELEMENTWISE:
+                here = aligned(batch, old, new)
+            if not here.lost and not here.fits(new.shape):
+                here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
+        if chosen is None:
+            chosen = here
+        elif not chosen.agrees(here):
+            if batch.tentative:
+                demoted.append(old)
+            elif aligns or old.requires_grad:
+                chosen = chosen.losing(f"{_name(func)} combines different sample axes")
+    assert chosen is not None
+    return chosen, demoted
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
