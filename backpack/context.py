@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from backpack.engine import _current_block, backpack
+from backpack.blocks import Options, current_block
 from backpack.quantities import BackpropExtension
 
 
-def _owner() -> backpack | None:
-    block = _current_block()
+def _owner() -> Options | None:
+    block = current_block()
     return None if block is None else block.owner
 
 

@@ -13,26 +13,11 @@ import backpack
 from backpack import extensions, optim
 
 ROOT = Path(backpack.__file__).parent
-RIVER = (
-    *(
-        "batch",
-        "probe",
-        "moves",
-        "placing",
-        "propagation",
-        "kernels",
-        "factors",
-        "rules",
-        "losses",
-        "taps",
-        "capture",
-        "backprop",
-        "hessian",
-        "chain",
-        "quantities",
-    ),
-    *("quantities", "engine", "extend", "oracle"),
-)
+RIVER = [
+    *"batch probe moves placing propagation kernels factors recurrent rules losses opened taps".split(),
+    *"capture backprop hessian products chain quantities blocks checks exposed run engine".split(),
+    *"extend oracle".split(),
+]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
@@ -71,6 +56,10 @@ def test_imports_go_one_way(name: str) -> None:
     later = {f"backpack.{other}" for other in RIVER if other not in above}
     assert ours(ROOT / f"{name}.py").isdisjoint(later)
     assert "backpack" not in ours(ROOT / f"{name}.py")
+
+
+def test_reading_order() -> None:
+    assert f"    {', '.join(RIVER)}\n" in (ROOT.parent / "CONTRIBUTING.md").read_text()
 
 
 def test_no_cycles() -> None:
