@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from backpack.batch import Batch
 
 _verdicts: dict[Any, bool] = {}
 _CAPACITY = 4096
+# Samples that an operation is tried out with where it takes fewer than there are.
+FEW = 5
 
 
 def keeps_apart(
@@ -62,7 +65,10 @@ def keeps_apart(
         found = func(*new_args, **new_kwargs)
         return found if isinstance(found, Tensor) else found[place]
 
-    verdict = _tried(results, leaves, axes, axis)
+    few = None if key is None else _few(leaves, axes, axis)
+    verdict = None if few is None else _tried(results, *few)
+    if verdict is None:
+        verdict = _tried(results, leaves, axes, axis) is not False
     if key is not None:
         if len(_verdicts) >= _CAPACITY:
             _verdicts.clear()
@@ -92,13 +98,32 @@ def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Batch], *rest:
     return key
 
 
+def _few(
+    leaves: list[Any], axes: dict[int, Batch], axis: Batch
+) -> tuple[list[Any], dict[int, Batch], Batch] | None:
+    """The arguments with few samples only, which cost less; ``None`` if there are no more."""
+    found = [*axes.values(), axis]
+    if axis.size <= FEW or not all(each.plain and each.size == axis.size for each in found):
+        return None
+    here, fewer = list(leaves), {}
+    for j, x in enumerate(leaves):
+        if id(x) in axes:
+            here[j] = x.detach().narrow(axes[id(x)].dim, 0, FEW)
+            fewer[id(here[j])] = replace(axes[id(x)], size=FEW)
+    return here, fewer, replace(axis, size=FEW)
+
+
 def _tried(
     results: Callable[[list[Any]], Any], leaves: list[Any], axes: dict[int, Batch], axis: Batch
-) -> bool:
+) -> bool | None:
     """Try in double precision at the values given, and at others where the operation takes them.
 
     Single values may hide what an operation does: rows that are sorted already, zeros.
+
+    Returns:
+        ``None`` if no attempt went through.
     """
+    known = None
     devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type != "cpu"}
     kinds = {"cpu", *(device.type for device in devices)}
     cuda = [device for device in devices if device.type == "cuda"]
@@ -115,10 +140,11 @@ def _tried(
                     with _without_autocast(kinds if wide else set()):
                         if not _scales(results, leaves, axes, axis, change, wide):
                             return False
+                    known = True
                     break
                 except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
                     pass  # not in this precision, or not at these values
-    return True
+    return known
 
 
 class _without_autocast:
