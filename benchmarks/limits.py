@@ -28,10 +28,11 @@ With ``x`` elements in the input, ``g`` in the output, ``w = I O`` in the weight
 | ``SumGradSquared`` else: blocks | F + N w | x + g + w |
 | ``Variance`` | as above | as above + 2 w |
 | columns carried to the layers before, each of ``M`` | M F | M (g + x) + w |
-| diagonal from columns | as ``SumGradSquared``, ``M`` times | x + M g + w |
-| Kronecker factors, symmetric halves | N R I^2 / 2 + M N R O^2 / 2 | x + I^2 + M g + O^2 |
+| diagonal from columns, ``R = 1``: squares first | N w + M N O | x + M g + w |
+| diagonal from columns else | as ``SumGradSquared``, ``M`` times | x + M g + w |
+| Kronecker factors, symmetric halves | N R I^2 / 2 + M N O^2 / 2 | x + I^2 + M g + O^2 |
 
-Sampled curvature has ``M = 1`` column, exact curvature of cross-entropy one for each class. Layers
+Sampled curvature has ``M = 1`` column, exact curvature of cross-entropy one less than classes. Layers
 that act elementwise (also pooling and batch norm in evaluation mode) only move elements; columns
 through an LSTM take both of its products. An embedding moves what it looks up.
 """
@@ -118,8 +119,10 @@ class Layer(NamedTuple):
         if not self.products:
             return []
         blocks = self.samples * self.weights
-        macs = blocks if self.positions == 1 else self.forward + blocks
-        return [Work(columns * macs, self.x + columns * self.g + self.weights)]
+        macs = columns * (self.forward + blocks)
+        if self.positions == 1:
+            macs = blocks + columns * self.samples * sum(o for _, o in self.products)
+        return [Work(macs, self.x + columns * self.g + self.weights)]
 
     def variance(self) -> list[Work]:
         """``Variance``."""
@@ -129,11 +132,12 @@ class Layer(NamedTuple):
         """``KFAC`` and ``KFLR``; a lookup's first factor is diagonal."""
         if self.rows:
             width = self.g / (self.samples * self.positions)
-            return [Work(columns * self.g * width / 2, columns * self.g + width**2 + self.rows / width)]
+            macs = columns * self.samples * width**2 / 2
+            return [Work(macs, columns * self.g + width**2 + self.rows / width)]
         if not self.products:
             return []
-        shared = self.samples * self.positions
-        macs = sum(shared * (i * i + columns * o * o) / 2 for i, o in self.products)
+        sides = ((self.positions * i * i, columns * o * o) for i, o in self.products)
+        macs = self.samples * sum(map(sum, sides)) / 2
         factors = sum(i * i + o * o for i, o in self.products)
         return [Work(macs, self.x + columns * self.g + factors)]
 
@@ -183,7 +187,7 @@ def layers(model: nn.Module, X: Tensor) -> list[Layer]:
 
 
 def extra(quantity: str, stack: list[Layer], classes: int) -> list[Work]:
-    """A quantity's work beside the gradient's; ``classes`` columns stand for the exact curvature."""
+    """A quantity's work beside the gradient's; exact curvature has one column less than ``classes``."""
 
     def every(part: Callable[[Layer], list[Work]]) -> list[Work]:
         return [work for layer in stack for work in part(layer)]
@@ -196,6 +200,7 @@ def extra(quantity: str, stack: list[Layer], classes: int) -> list[Work]:
         blocks = Work(layer.samples * layer.weights, 0)
         return layer.norms() if layer.positions == 1 else [blocks] * bool(layer.weights)
 
+    exact = classes - 1
     ways: dict[str, Callable[[], list[Work]]] = {
         GRADIENT: lambda: [],
         EXTEND: lambda: [],
@@ -204,10 +209,10 @@ def extra(quantity: str, stack: list[Layer], classes: int) -> list[Work]:
         "SumGradSquared": lambda: every(Layer.squares),
         "Variance": lambda: every(Layer.variance),
         "DiagGGNMC": lambda: curvature(1, Layer.squares),
-        "DiagGGNExact": lambda: curvature(classes, lambda layer: layer.squares(classes)),
-        "DiagHessian": lambda: curvature(classes, lambda layer: layer.squares(classes)),
+        "DiagGGNExact": lambda: curvature(exact, lambda layer: layer.squares(exact)),
+        "DiagHessian": lambda: curvature(exact, lambda layer: layer.squares(exact)),
         "KFAC": lambda: curvature(1, lambda layer: layer.factors(1)),
-        "KFLR": lambda: curvature(classes, lambda layer: layer.factors(classes)),
+        "KFLR": lambda: curvature(exact, lambda layer: layer.factors(exact)),
         COMBINED: lambda: (
             every(Layer.variance) + every(shared_norms) + curvature(1, lambda layer: layer.squares(1))
         ),
