@@ -333,6 +333,7 @@ class Run:
                     at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
                     del arrived
                     self._arrived(at, len(parts[0]), some, refining)
+                    del at  # before the next columns are carried
 
     def _arrived(
         self, at: dict[int, Tensor | None], columns: int, exts: list[BackpropExtension], refining: bool

@@ -295,9 +295,13 @@ def lines(results: Entry, path: Path) -> None:
         axes.set_xticks([each[size] for each in entries], [each[size] for each in entries])
         axes.minorticks_off()
         axes.set_title(TITLES[name], fontsize=9)
-        axes.legend(fontsize=6)
+    shown: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles, names = axes.get_legend_handles_labels()
+        shown |= dict(zip(names, handles, strict=True))
+    figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown), fontsize=8)
     figure.supylabel("multiple of the gradient's time", fontsize=9)
-    figure.suptitle("solid: ours, dotted: backpack-for-pytorch", fontsize=9)
+    figure.supxlabel("solid: ours, dotted: backpack-for-pytorch", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
