@@ -249,8 +249,8 @@ def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
 
 def _inside_tap(node: Node, taps: Sequence[Tap]) -> Iterator[tuple[Tensor, str]]:
     """Parameters that an operation reaches without being among its sources."""
-    if any(tap.released for tap in taps):
-        return
+    if any(tap.released for tap in taps) or all(tap.args is not None for tap in taps):
+        return  # a plain layer's sources are all there is
     stops = {below for tap in taps for below in tap.inputs}
     known: set[Tensor] = set()
     for tap in taps:

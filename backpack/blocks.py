@@ -36,7 +36,8 @@ class Block:
         thread: the thread that entered it.
         runs: the backward passes under way, by their numbers.
         roots: where a backward call starts, with the gradients there, while one is seen.
-        wanted: what it differentiates with respect to; ``None``: all leaves.
+        wanted: what it differentiates with respect to, as far as that is known.
+        complete: whether it computes the gradients of all leaves.
         nested: how many times the library itself is differentiating.
     """
 
@@ -46,6 +47,7 @@ class Block:
         self.runs: dict[int, Any] = {}
         self.roots: list[tuple[GradientEdge, Tensor]] | None = None
         self.wanted: set[Tensor] | None = None
+        self.complete = False
         self.nested = 0
 
 

@@ -101,6 +101,7 @@ class _Block(Block):
 
     def close(self) -> None:
         self.watch.__exit__(None, None, None)
+        del self.watch  # which refers to the block
         open_blocks.remove(self)
         for run in list(self.runs.values()):
             run.abort()
@@ -123,7 +124,8 @@ class _Watch(TorchFunctionMode):
             kwargs = {**kwargs, "retain_graph": True}
         if func is Tensor.backward:
             gradient = kwargs.get("gradient", args[1] if len(args) > 1 else None)
-            return self._backward(func, args, kwargs, [args[0]], [gradient])
+            limited = kwargs.get("inputs", args[4] if len(args) > 4 else None) is not None
+            return self._backward(func, args, kwargs, [args[0]], [gradient], limited=limited)
         if func is torch.autograd.grad:
             outputs = kwargs.get("outputs", args[0] if args else ())
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -140,7 +142,7 @@ class _Watch(TorchFunctionMode):
                 with Nested(self.block):
                     return func(*args, **kwargs)
             wanted = {t for t in inputs if isinstance(t, Tensor)}
-            return self._backward(func, args, kwargs, list(outputs), list(gradients), wanted)
+            return self._backward(func, args, kwargs, list(outputs), list(gradients), wanted, True)
         return func(*args, **kwargs)
 
     def _backward(
@@ -151,8 +153,10 @@ class _Watch(TorchFunctionMode):
         outputs: list,
         gradients: list,
         wanted: set[Tensor] | None = None,
+        limited: bool = False,
     ) -> Any:
-        block, outer = self.block, (self.block.roots, self.block.wanted)
+        block = self.block
+        outer = block.roots, block.wanted, block.complete
         plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
         if block.nested or not plain or not block.owner.active or current_block() is not block:
             return func(*args, **kwargs)
@@ -162,7 +166,7 @@ class _Watch(TorchFunctionMode):
                     f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
                     "for NaN in the inputs or a learning rate that is too large"
                 )
-        block.wanted = wanted
+        block.wanted, block.complete = wanted, not limited
         block.roots = [
             (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
             for t, g in zip(outputs, gradients, strict=True)
@@ -172,7 +176,7 @@ class _Watch(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         finally:
-            block.roots, block.wanted = outer
+            block.roots, block.wanted, block.complete = outer
             for handle in handles:
                 handle.remove()
 

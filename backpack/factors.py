@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from backpack import kernels
+from backpack.memory import fresh, fresh_zeros
 
 # A block of G is squared and summed while it is in the processor's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 # Patches written out for a product over all samples.
 PATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
-# On a CPU, one sample's product of matrices is done by itself, into the same memory each time, if it is
-# large enough (multiplications) for its call not to count.
-ALONE = 2**18
+# On a CPU, products of matrices that are squared at once are written into the same memory each time, up
+# to so many bytes of them; all at once if they take no more than the lesser number.
+PRODUCT_BYTES, SMALL_BYTES = 2**20, 2**17
 # What is written out is reduced in one piece up to this many numbers.
 SMALL = 2**18
 LARGEST_FACTOR = 2**14
@@ -351,9 +352,23 @@ class Outer(Form):
         return Outer(self.inputs[samples], self.g[columns][:, samples], self.layout)
 
     def dense(self) -> Tensor:
-        if self.positions == 1:
-            return self.layout.store(self.g.mT * self.a)
-        return self.layout.store(self.g.mT @ self.a)
+        if torch.is_grad_enabled():
+            return self.layout.store(self.g.mT * self.a if self.positions == 1 else self.g.mT @ self.a)
+        swapped = self.layout.kind == "columns"
+        sides = self.g.shape[-1], self.inputs.shape[-1]
+        matrices = fresh(self.g, (*self.g.shape[:3], *(reversed(sides) if swapped else sides)))
+        first = 0
+        for piece in self._pieces(PATCH_BYTES):
+            out = matrices[:, first : first + piece.samples]
+            first += piece.samples
+            g, a = piece.g, piece.a.expand(self.columns, *piece.inputs.shape)
+            left, right = (a, g) if swapped else (g, a)
+            if self.positions == 1:
+                torch.mul(left.mT, right, out=out)
+                continue
+            for x, y, product in zip(left, right, out, strict=True):
+                torch.bmm(x.flatten(0, 1).mT, y.flatten(0, 1), out=product.flatten(0, 1))
+        return self.layout.store(matrices.mT if swapped else matrices)
 
     def total(self) -> Tensor:
         g = _sum_first(self.g).transpose(0, 1).flatten(1, 2)
@@ -366,10 +381,10 @@ class Outer(Form):
         return (a.windows, a.ndim) if isinstance(a, Patches) else (a.mT, 1)
 
     @property
-    def _alone(self) -> bool:
-        """Whether samples are multiplied one by one, into memory used again."""
-        work = self.positions * self.g.shape[-1] * self.inputs.shape[-1]
-        return work >= ALONE and self.g.device.type == "cpu" and not torch.is_grad_enabled()
+    def _large(self) -> bool:
+        """Whether products are written for some samples at a time, into memory used again."""
+        size = self.columns * self.samples * self.shape.numel() * self.g.element_size()
+        return size > SMALL_BYTES and self.g.device.type == "cpu" and not torch.is_grad_enabled()
 
     def _pieces(self, limits: dict[str, int]) -> Iterator[Outer]:
         """The form; where patches are not kept, for as many samples at a time as fit the limit."""
@@ -382,30 +397,52 @@ class Outer(Form):
             for n in range(0, self.samples, step):
                 yield self.take(slice(None), slice(n, n + step))
 
-    def _matrices(self, centre: Tensor | None = None) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Column, sample, group and ``g^T a - centre``, in memory that the next one overwrites."""
-        matrix = self.g.new_empty(self.g.shape[-1], self.inputs.shape[-1])
-        inputs = (a for piece in self._pieces(BLOCK_BYTES) for a in piece.a)
-        for n, a in enumerate(inputs):
-            for v in range(self.columns):
-                for q, (left, right) in enumerate(zip(self.g[v, n], a, strict=True)):
-                    if centre is None:
-                        torch.mm(left.mT, right, out=matrix)
+    def _products(self, centre: Tensor | None = None) -> Iterator[tuple[int, slice, Tensor]]:
+        """Column, samples and their ``g^T a - centre [n, q, o, i]``, in memory that is overwritten."""
+        shape = self.g.shape[2], self.g.shape[-1], self.inputs.shape[-1]
+        step = max(1, PRODUCT_BYTES // (prod(shape) * self.g.element_size()))
+        memory = self.g.new_empty(min(step, self.samples), *shape)
+        first = 0
+        for piece in self._pieces(BLOCK_BYTES):
+            a = piece.a
+            for n in range(0, piece.samples, step):
+                here = slice(n, min(n + step, piece.samples))
+                right = a[here].flatten(0, 1)
+                products = memory[: here.stop - n]
+                out = products.flatten(0, 1)
+                for v in range(self.columns):
+                    left = piece.g[v, here].flatten(0, 1).mT
+                    if centre is not None:
+                        start = centre.expand(products.shape).flatten(0, 1)
+                        torch.baddbmm(start, left, right, beta=-1, out=out)
+                    elif len(out) == 1:
+                        torch.mm(left[0], right[0], out=out[0])
                     else:
-                        torch.addmm(centre[q], left.mT, right, beta=-1, out=matrix)
-                    yield v, n, q, matrix
+                        torch.bmm(left, right, out=out)
+                    yield v, slice(first + n, first + here.stop), products
+            first += piece.samples
+
+    def _add_squares(self, result: Tensor, products: Tensor, weights: Tensor | None = None) -> None:
+        """Add up squares over samples; overwrites ``products``."""
+        if len(products) == 1:
+            value = 1.0 if weights is None else float(weights[0])
+            result.addcmul_(products[0], products[0], value=value)
+            return
+        products.square_()
+        if weights is not None:
+            products *= weights.reshape(-1, 1, 1, 1)
+        result += products.sum(0)
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
         if self.positions != 1:
             fused = kernels.square_sum(*self._windows, self.g, sign)
             if fused is not None:
                 return self.layout.store(fused)
-            if not self._alone:
+            if not self._large:
                 return super().square_sum(sign)
             result = self.g.new_zeros(self.g.shape[2], self.g.shape[-1], self.inputs.shape[-1])
-            for v, n, q, matrix in self._matrices():
-                weight = 1.0 if sign is None else float(sign[v, n])
-                result[q].addcmul_(matrix, matrix, value=weight)
+            for v, n, products in self._products():
+                self._add_squares(result, products, None if sign is None else sign[v, n])
             return self.layout.store(result)
         g, a = self.g[:, :, :, 0], self.a[:, :, 0]
         g = _sum_first(_signed(g * g, sign, slice(None), slice(None))).transpose(0, 1)
@@ -415,12 +452,12 @@ class Outer(Form):
         """About zero for one position, where centring would mean writing ``G`` out."""
         if self.positions == 1:
             return None, self.square_sum()
-        if not self._alone:
+        if not self._large:
             return super().centred_square_sum()
         centre = self.g[0, 0].mT @ self.take(slice(0, 1), slice(0, 1)).a[0]
         result = torch.zeros_like(centre)
-        for _, _, q, matrix in self._matrices(centre):
-            result[q].addcmul_(matrix, matrix)
+        for _, _, products in self._products(centre):
+            self._add_squares(result, products)
         return self.layout.store(centre), self.layout.store(result)
 
     def square_sum_per_sample(self, sign: Tensor | None = None) -> Tensor:
@@ -440,12 +477,12 @@ class Outer(Form):
         fused = kernels.squared_norms(*self._windows, self.g)
         if fused is not None:
             return fused
-        if not self._alone:
+        if not self._large:
             return super().squared_norms()
-        sums = [0.0] * self.samples
-        for _, n, _, matrix in self._matrices():
-            sums[n] += float(torch.dot(matrix.flatten(), matrix.flatten()))
-        return self.g.new_tensor(sums)
+        norms = self.g.new_zeros(self.samples)
+        for _, n, products in self._products():
+            norms[n] += torch.linalg.vector_norm(products.flatten(1), dim=1).square()
+        return norms
 
     def _norms_by_grams(self) -> Tensor:
         similar, a = _sum_first(self.g @ self.g.mT), self.a
@@ -567,8 +604,12 @@ class Lookup(Form):
     def dense(self) -> Tensor:
         v, n, s, d = self.g.shape
         rows = torch.arange(n, device=self.index.device).unsqueeze(1) * self.shape[0] + self.index
-        table = self.g.new_zeros(v, n * self.shape[0], d)
-        table = table.index_add(1, rows.flatten(), self.g.flatten(1, 2))
+        if torch.is_grad_enabled():
+            table = self.g.new_zeros(v, n * self.shape[0], d)
+            table = table.index_add(1, rows.flatten(), self.g.flatten(1, 2))
+        else:
+            table = fresh_zeros(self.g, (v, n * self.shape[0], d))
+            table.index_add_(1, rows.flatten(), self.g.flatten(1, 2))
         return table.reshape(v, n, *self.shape)
 
     def _touched(self) -> tuple[Tensor, Tensor, Tensor]:

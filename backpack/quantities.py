@@ -57,6 +57,8 @@ class BackpropExtension:
     written_out: bool = True
     # Whether the columns are looked at again, by `refine`.
     refines: bool = False
+    # Whether the value of an earlier pass is let go before this one's is computed.
+    large: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
@@ -128,6 +130,7 @@ class BatchGrad(BackpropExtension):
     """
 
     savefield = "grad_batch"
+    large = True
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
@@ -212,6 +215,8 @@ class _Diagonal(BackpropExtension):
 
 
 class _BatchDiagonal(BackpropExtension):
+    large = True
+
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)
 
@@ -260,6 +265,7 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 
 class _SquareRoot(BackpropExtension):
     every_column = True
+    large = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
         index = _index(self.subsampling, form.samples)

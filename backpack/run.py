@@ -54,6 +54,8 @@ class _Leaf:
         self.states: dict[str, Any] = {}
         self.total: Tensor | None = None
         self.contracted = False
+        # Whether a gradient has arrived at one of its taps.
+        self.arrived = False
         self.hooked = bool(getattr(parameter, "_backward_hooks", None))
 
 
@@ -81,6 +83,11 @@ class Run:
         for ext in exts:
             if ext.kind.name != "gradient":
                 self.second_order.setdefault(ext.kind, []).append(ext)
+        self.whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
+        self.large = [ext.savefield for ext in exts if ext.large]
+        # What is known once a parameter's last tap is reached need not wait for its gradient.
+        own = all(type(ext).finish is BackpropExtension.finish for ext in exts)
+        self.early = own and block.owner.extension_hook is None
 
     # ----------------------------------------------------------------------------------
     # Beginning
@@ -175,7 +182,7 @@ class Run:
                     if self._executes(parameter):
                         self._use(parameter, node, tap, source, names)
         for node, taps in nodes.items():
-            self.handles.append(node.register_prehook(partial(self.tap, taps)))
+            self._hear(node, taps)
         if self.block.owner.extension_hook is not None:
             self._own_modules(fresh)
         if self.block.owner.debug:
@@ -185,7 +192,9 @@ class Run:
         """Whether this backward pass computes the parameter's gradient."""
         if self.block.wanted is not None:
             return parameter in self.block.wanted
-        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        return self.block.complete or torch._C._will_engine_execute_node(
+            get_gradient_edge(parameter).node
+        )
 
     def _use(self, parameter: Tensor, node: Node, tap: Tap, source: Source, names: Names) -> None:
         leaf = self.leaves.get(parameter)
@@ -196,7 +205,10 @@ class Run:
             )
         if leaf is None:
             leaf = self.leaves[parameter] = _Leaf(parameter, tap.batch.size)
-            self.handles.append(parameter.register_hook(partial(self.complete, leaf)))
+            if not self.early or not parameter.numel():
+                self._await(leaf)
+            for field in self.large:
+                parameter.__dict__.pop(field, None)
         if leaf.samples != tap.batch.size:
             raise RuntimeError(
                 f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
@@ -212,6 +224,14 @@ class Run:
         leaf.uses.append((node, tap, source))
         self.uses.setdefault(tap, []).append((leaf, source))
         leaf.waiting.add(tap)
+
+    def _hear(self, node: Node, taps: list[Tap]) -> None:
+        """Take notice when backward reaches a node with taps."""
+        self.handles.append(node.register_prehook(partial(self.tap, taps)))
+
+    def _await(self, leaf: _Leaf) -> None:
+        """Save a parameter's quantities when its gradient is complete."""
+        self.handles.append(leaf.parameter.register_hook(partial(self.complete, leaf)))
 
     def _own_modules(self, fresh: Iterable[tuple[Node, Tap]]) -> None:
         known = {id(module) for module, _ in self.modules}
@@ -434,13 +454,17 @@ class Run:
 
     def tap(self, taps: list[Tap], grads: Sequence[Tensor | None]) -> None:
         """Backward has reached a tap's node."""
-        if self.block.nested or torch._C._current_graph_task_id() != self.task:
-            return
+        if not self.block.nested and torch._C._current_graph_task_id() == self.task:
+            self.arrive(taps, grads)
+
+    def arrive(self, taps: list[Tap], grads: Sequence[Tensor | None]) -> None:
+        """Take the gradients at a node's outputs to the parameters that its taps are about."""
         ready = []
         for tap in taps:
-            g = grads[tap.place] if self.first_order else None
-            column = None if g is None else g.unsqueeze(0)
+            g = grads[tap.place]
+            column = g.unsqueeze(0) if self.first_order and g is not None else None
             for leaf, source in self.uses.get(tap, ()):
+                leaf.arrived |= g is not None
                 if column is not None:
                     with patches_kept() if len(self.first_order) > 1 else _NOTHING:
                         form = self._source_form(leaf, source, column)
@@ -454,6 +478,10 @@ class Run:
         for leaf in ready:
             with self._timed(leaf.parameter):
                 self._contract(leaf)
+            if self.early and leaf.arrived:
+                self._save(leaf, Context(leaf.parameter, leaf.samples, partial(_total, leaf)))
+            elif self.early:
+                self._await(leaf)
         for tap in taps:
             if self.block.owner.extension_hook is not None:
                 first = tap.args[0] if tap.args else tap.input() if tap.input else None
@@ -472,16 +500,18 @@ class Run:
         if not forms:
             return
         form = merge(forms)
-        whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
         others = [ext for ext in self.first_order if ext.written_out]
         with self._nested():
             self._reduce(leaf, [ext for ext in self.first_order if not ext.written_out], form)
-            if whole and len(others) > 1:
+            if self.whole and len(others) > 1:
                 form = Dense(form.dense())  # written out anyway: it serves the others too
             self._reduce(leaf, others, form)
-            if any(isinstance(ext, Variance) for ext in self.first_order):
-                if self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside:
-                    leaf.total = form.total()
+            if any(isinstance(ext, Variance) for ext in self.first_order) and self._needs_total(leaf):
+                leaf.total = form.total()
+
+    def _needs_total(self, leaf: _Leaf) -> bool:
+        """Whether the gradient that arrives at the parameter may be another than that of its uses."""
+        return self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside
 
     # ----------------------------------------------------------------------------------
     # Saving
@@ -496,16 +526,21 @@ class Run:
                 return leaf.total
             return gradient.to_dense() if gradient.is_sparse else gradient
 
-        context = Context(leaf.parameter, leaf.samples, total)
+        self._save(leaf, Context(leaf.parameter, leaf.samples, total))
+
+    def _save(self, leaf: _Leaf, context: Context) -> None:
+        detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
             if ext.savefield in leaf.states:
                 value = ext.finish(leaf.states.pop(ext.savefield), context)
             else:
                 value = ext.zero(context)
-            if not torch.is_grad_enabled():
-                value = _detached(value)
-            setattr(leaf.parameter, ext.savefield, value)
+            setattr(leaf.parameter, ext.savefield, _detached(value) if detaches else value)
             self.saved.append((leaf.parameter, ext.savefield))
+        self._call_hook(leaf)
+
+    def _call_hook(self, leaf: _Leaf) -> None:
+        """Call the extension hook with modules all of whose parameters have their quantities."""
         hook = self.block.owner.extension_hook
         if hook is None:
             return
@@ -560,9 +595,16 @@ def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return product
 
 
+def _total(leaf: _Leaf) -> Tensor:
+    """The gradient of a parameter whose quantities do not wait for it."""
+    if leaf.total is None:
+        raise RuntimeError("this quantity needs the gradient, which it can have in `finish` only")
+    return leaf.total
+
+
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach() if value.requires_grad else value
     if isinstance(value, list):
         return [_detached(each) for each in value]
     return value

@@ -14,9 +14,9 @@ from backpack import extensions, optim
 
 ROOT = Path(backpack.__file__).parent
 RIVER = [
-    *"batch probe moves placing propagation kernels factors recurrent rules losses opened taps".split(),
-    *"capture backprop hessian products chain quantities blocks checks exposed run engine".split(),
-    *"extend oracle".split(),
+    *"batch probe moves placing propagation memory kernels factors recurrent rules losses".split(),
+    *"opened taps capture backprop hessian products chain quantities blocks checks exposed run".split(),
+    *"engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
