@@ -22,6 +22,7 @@ class Options(Protocol):
     debug: bool
     retain_graph: bool
     chunk_size: int | None
+    gradient: bool
 
     @property
     def active(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack import capture
 from backpack.blocks import Block, ExtensionHook, Nested, current_block, open_blocks
+from backpack.direct import DirectRun
 from backpack.quantities import BackpropExtension
 from backpack.run import Run
 from backpack.taps import LossRecord, Recording
@@ -38,6 +40,10 @@ class backpack:  # noqa: N801
         retain_graph: keep what was captured although ``backward`` frees the graph's buffers.
         chunk_size: number of second-order columns carried through the graph at a time; by default
             as many as fit a memory budget.
+        gradient: with ``False``, ``loss.backward()`` computes the quantities only: no ``p.grad`` is
+            computed or changed, which saves a third of a gradient, and hooks of parameters are not
+            called. Without first-order quantities the graph's memory is freed with the loss, not by
+            ``backward``. For clipping, curvature of a trained model, attribution.
 
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions.
@@ -53,6 +59,7 @@ class backpack:  # noqa: N801
         debug: bool = False,
         retain_graph: bool = False,
         chunk_size: int | None = None,
+        gradient: bool = True,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -72,6 +79,7 @@ class backpack:  # noqa: N801
         self.debug = debug
         self.retain_graph = retain_graph
         self.chunk_size = chunk_size
+        self.gradient = gradient
         self._blocks: list[_Block] = []
 
     @property
@@ -171,14 +179,38 @@ class _Watch(TorchFunctionMode):
             (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
             for t, g in zip(outputs, gradients, strict=True)
         ]
-        # The run begins before anything is executed and freed.
-        handles = [e.node.register_prehook(partial(_run_begins, block)) for e, _ in block.roots]
+        handles = []
         try:
+            direct = func is Tensor.backward and not block.owner.gradient
+            if direct and capture.disable.should_store_io():
+                return self._directly(*args, **kwargs)
+            # The run begins before anything is executed and freed.
+            begins = partial(_run_begins, block)
+            handles = [edge.node.register_prehook(begins) for edge, _ in block.roots]
             return func(*args, **kwargs)
         finally:
             block.roots, block.wanted, block.complete = outer
             for handle in handles:
                 handle.remove()
+
+    def _directly(
+        self,
+        tensor: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        """The quantities of ``tensor.backward(...)``, without the gradient."""
+        if inputs is not None:
+            self.block.wanted = {inputs} if isinstance(inputs, Tensor) else set(inputs)
+        keeps = create_graph if retain_graph is None else retain_graph
+        run = DirectRun(self.block, keeps or self.block.owner.retain_graph)
+        with torch.set_grad_enabled(create_graph):
+            try:
+                run.pass_down()
+            finally:
+                run.abort()
 
 
 def _run_begins(block: Block, grads: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -34,9 +34,12 @@ from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
 from backpack.losses import differentiate_twice
-from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product, Variance
+from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product
 from backpack.rules import patches_kept
 from backpack.taps import LossRecord, Source, Tap
+
+# Gradients at a node's outputs, by their numbers.
+Arrived = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 _BY_COLUMNS = ("exact", "sampled", "averaged")
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -86,8 +89,9 @@ class Run:
         self.whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
         self.large = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
-        own = all(type(ext).finish is BackpropExtension.finish for ext in exts)
-        self.early = own and block.owner.extension_hook is None
+        ask = [ext for ext in exts if type(ext).finish is not BackpropExtension.finish]
+        self.early = not ask and block.owner.extension_hook is None
+        self.totals = any(ext in self.first_order for ext in ask)
 
     # ----------------------------------------------------------------------------------
     # Beginning
@@ -452,14 +456,19 @@ class Run:
     # ----------------------------------------------------------------------------------
     # First order
 
-    def tap(self, taps: list[Tap], grads: Sequence[Tensor | None]) -> None:
+    def tap(self, taps: list[Tap], grads: Arrived) -> None:
         """Backward has reached a tap's node."""
         if not self.block.nested and torch._C._current_graph_task_id() == self.task:
             self.arrive(taps, grads)
 
-    def arrive(self, taps: list[Tap], grads: Sequence[Tensor | None]) -> None:
+    def arrive(self, taps: list[Tap], grads: Arrived) -> None:
         """Take the gradients at a node's outputs to the parameters that its taps are about."""
-        ready = []
+        ready: dict[_Leaf, None] = {}
+        for tap in taps if self.block.owner.extension_hook is not None else ():
+            first = tap.args[0] if tap.args else tap.input() if tap.input else None
+            for leaf, _ in self.uses.get(tap, ()):
+                if first is not None:
+                    self.inputs.setdefault(leaf.parameter, first)
         for tap in taps:
             g = grads[tap.place]
             column = g.unsqueeze(0) if self.first_order and g is not None else None
@@ -474,27 +483,19 @@ class Run:
                     leaf.forms.append(form)
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
-                    ready.append(leaf)
+                    ready[leaf] = None
         for leaf in ready:
             with self._timed(leaf.parameter):
                 self._contract(leaf)
             if self.early and leaf.arrived:
-                self._save(leaf, Context(leaf.parameter, leaf.samples, partial(_total, leaf)))
+                self.save(leaf)
             elif self.early:
                 self._await(leaf)
-        for tap in taps:
-            if self.block.owner.extension_hook is not None:
-                first = tap.args[0] if tap.args else tap.input() if tap.input else None
-                for leaf, _ in self.uses.get(tap, ()):
-                    if first is not None:
-                        self.inputs.setdefault(leaf.parameter, first)
-            if not self.keeps:
-                tap.release()
+        for tap in taps if not self.keeps else ():
+            tap.release()
 
     def _contract(self, leaf: _Leaf) -> None:
         """All uses of a parameter are there: reduce its first-order form."""
-        if leaf.contracted:
-            return
         leaf.contracted = True
         forms, leaf.forms = leaf.forms, []
         if not forms:
@@ -506,7 +507,7 @@ class Run:
             if self.whole and len(others) > 1:
                 form = Dense(form.dense())  # written out anyway: it serves the others too
             self._reduce(leaf, others, form)
-            if any(isinstance(ext, Variance) for ext in self.first_order) and self._needs_total(leaf):
+            if self.totals and self._needs_total(leaf):
                 leaf.total = form.total()
 
     def _needs_total(self, leaf: _Leaf) -> bool:
@@ -521,14 +522,21 @@ class Run:
         if self.block.nested or torch._C._current_graph_task_id() != self.task:
             return
 
+        self.save(leaf, gradient)
+
+    def save(self, leaf: _Leaf, gradient: Tensor | None = None) -> None:
+        """Save a parameter's quantities, and call the extension hook."""
+
         def total() -> Tensor:
-            if leaf.total is not None:
-                return leaf.total
-            return gradient.to_dense() if gradient.is_sparse else gradient
+            found = gradient if leaf.total is None else leaf.total
+            if found is None:
+                raise RuntimeError(
+                    "a quantity asks for the gradient where it is not known: in `zero`, or of second "
+                    "order in a pass with gradient=False"
+                )
+            return found.to_dense() if found.is_sparse else found
 
-        self._save(leaf, Context(leaf.parameter, leaf.samples, total))
-
-    def _save(self, leaf: _Leaf, context: Context) -> None:
+        context = Context(leaf.parameter, leaf.samples, total)
         detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
             if ext.savefield in leaf.states:
@@ -593,13 +601,6 @@ def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
             return function(mat)
 
     return product
-
-
-def _total(leaf: _Leaf) -> Tensor:
-    """The gradient of a parameter whose quantities do not wait for it."""
-    if leaf.total is None:
-        raise RuntimeError("this quantity needs the gradient, which it can have in `finish` only")
-    return leaf.total
 
 
 def _detached(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -32,17 +34,30 @@ def test_case(case: Case, loss: LossCase) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_without_waiting(case: Case) -> None:
+    """Quantities that need no parameter's gradient are saved earlier; first and second order apart."""
+    agree(case, LOSSES[0], torch.float64, 1e-8, [E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared()])
+    agree(case, LOSSES[0], torch.float64, 1e-8, [E.DiagGGNExact(), E.DiagHessian()])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_single_precision(case: Case) -> None:
     agree(case, LOSSES[0], torch.float32, 1e-4)
 
 
-def agree(case: Case, loss: LossCase, dtype: torch.dtype, tolerance: float) -> None:
+def agree(
+    case: Case,
+    loss: LossCase,
+    dtype: torch.dtype,
+    tolerance: float,
+    quantities: Sequence[E.BackpropExtension] = QUANTITIES,
+) -> None:
     torch.manual_seed(0)
     model, inputs = case.model(), case.inputs()
     with torch.no_grad():
         output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     report = check(
-        *(model, loss.loss(), inputs, loss.target(output), QUANTITIES),
+        *(model, loss.loss(), inputs, loss.target(output), quantities),
         batch_dim=case.batch_dim,
         output_dim=case.output_dim,
         dtype=dtype,

@@ -140,11 +140,9 @@ class DPSGD(BackpackOptimizer):
                     "argument l2 for weight decay"
                 )
         try:
-            with torch.enable_grad(), backpack(BatchL2Grad()):
-                gradients = torch.autograd.grad(
-                    losses.sum(), parameters, retain_graph=True, allow_unused=True
-                )
-            used = [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
+            with torch.enable_grad(), backpack(BatchL2Grad(), gradient=False):
+                losses.sum().backward(retain_graph=True, inputs=parameters)
+            used = [p for p in parameters if hasattr(p, "batch_l2")]
             if not used:
                 raise ValueError(nothing)
             norms = self._norms(used, losses)
@@ -163,11 +161,7 @@ class DPSGD(BackpackOptimizer):
     def _norms(self, used: list[Tensor], losses: Tensor) -> Tensor:
         squares = losses.new_zeros(len(losses)).detach()
         for p in used:
-            found = getattr(p, "batch_l2", None)
-            if found is None:
-                raise RuntimeError(
-                    f"parameter {self._name(p)} has a gradient, but no norms of individual gradients"
-                )
+            found: Tensor = p.batch_l2  # type: ignore[attr-defined]
             if len(found) != len(losses):
                 raise ValueError(
                     f"there are {len(losses)} losses, but the model saw {len(found)} samples; give one "
