@@ -30,6 +30,7 @@ from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
 from backpack.taps import (
     BORDER,
     CURVED,
+    LAYERS,
     LOSS,
     MIXES,
     TAPS,
@@ -171,11 +172,14 @@ class _Recorder(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
-        node = out.grad_fn
-        if func not in _LAYERS or node is None or input is not args[0] or out._base is not None:
+        node, places = out.grad_fn, LAYERS.get(func)
+        if places is None or node is None or out._base is not None:
             return False
-        weight, bias = args[1], args[2] if len(args) > 2 else None
-        if not weight.requires_grad or weight.grad_fn is not None:
+        at, *own = places
+        if input is not args[at]:
+            return False
+        weight, bias = (args[j] if j < len(args) else None for j in own)
+        if weight is None or not weight.requires_grad or weight.grad_fn is not None:
             return False
         if bias is not None and bias.grad_fn is not None:
             return False
@@ -444,11 +448,6 @@ def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
 
-# Layers: the input, a weight, perhaps a bias, and options; one node of one output.
-_LAYERS = frozenset(
-    {torch.nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}
-    | {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
-)
 _HALVES = (torch.float16, torch.bfloat16)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS

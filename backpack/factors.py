@@ -32,6 +32,8 @@ PATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
 # On a CPU, products of matrices that are squared at once are written into the same memory each time, up
 # to so many bytes of them; all at once if they take no more than the lesser number.
 PRODUCT_BYTES, SMALL_BYTES = 2**20, 2**17
+# On a CPU, products of a matrix with itself of so many multiplications are done by halves.
+MIRRORED = 2**26
 # What is written out is reduced in one piece up to this many numbers.
 SMALL = 2**18
 LARGEST_FACTOR = 2**14
@@ -184,20 +186,20 @@ def gram(x: Tensor) -> Tensor:
     product = _gram(x)
     if known is not None:
         known.append((x, product))
-        return product.clone()
     return product
 
 
-def _gram(x: Tensor) -> Tensor:
-    """On a CPU by blocks, of which those above the diagonal are mirrored."""
+def _gram(x: Tensor, count: int = 1) -> Tensor:
+    """``x^T x / count``; on a CPU by blocks, of which those above the diagonal are mirrored."""
     rows, size = x.shape
-    if x.device.type != "cpu" or rows * size**2 < 2**27 or torch.is_grad_enabled():
-        return x.mT @ x
-    product = x.new_empty(size, size)
-    step = -(-size // 3)
+    if torch.is_grad_enabled():
+        return x.mT @ x / count
+    product = fresh(x, (size, size))
+    parts = 1 if x.device.type != "cpu" or rows * size**2 < MIRRORED else 3
+    step = max(1, -(-size // parts))
     for i in range(0, size, step):
         strip = product[i : i + step, : i + step]
-        torch.mm(x[:, i : i + step].mT, x[:, : i + step], out=strip)
+        torch.addmm(strip, x[:, i : i + step].mT, x[:, : i + step], beta=0, alpha=1 / count, out=strip)
         product[:i, i : i + step] = strip[:, :i].mT
     return product
 
@@ -470,8 +472,8 @@ class Outer(Form):
         """By Gram matrices over positions where they are smaller than the weight."""
         s, o, i = self.positions, self.g.shape[-1], self.inputs.shape[-1]
         if s == 1:
-            g, a = _squared_norm(self.g, (0, 3, 4)), _squared_norm(self.a, (2, 3))
-            return (g * a)[:, 0] if g.shape[1] == 1 else (g * a).sum(1)
+            norms = _squared_norm(self.g, (0, 3, 4)) * _squared_norm(self.a, (2, 3))
+            return norms.squeeze(1) if norms.shape[1] == 1 else norms.sum(1)
         if s * (o + i + 1) < o * i:
             return torch.cat([piece._norms_by_grams() for piece in self._pieces(PATCH_BYTES)])
         fused = kernels.squared_norms(*self._windows, self.g)
@@ -512,7 +514,7 @@ class Outer(Form):
             if isinstance(self.inputs, Patches) and sharing != "reduce":
                 return self.inputs.gram().to(g.dtype) / count
             a = self.a.mean(2, keepdim=True) if sharing == "reduce" else self.a
-            return _gram(a.flatten(0, 2)) / count
+            return _gram(a.flatten(0, 2), count)
 
         output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
         return [inputs, output] if self.layout.kind == "columns" else [output, inputs]

@@ -230,11 +230,14 @@ class _Softmax(LossHessian):
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         dim = self.block[0]
         p = self.f.softmax(dim)
-        rows = p.detach().movedim(dim, -1).flatten(0, -2)
-        draws = torch.multinomial(rows, count, replacement=True, generator=generator)
-        hot = F.one_hot(draws.T, p.shape[dim]).to(p.dtype)
-        hot = hot.reshape(count, *p.movedim(dim, -1).shape).movedim(-1, dim + 1)
-        return (p - hot) * _root(self.weight)
+        rows = p.movedim(dim, -1)
+        flat = rows.flatten(0, -2)
+        draws = torch.multinomial(flat.detach(), count, replacement=True, generator=generator)
+        places = draws.T.unsqueeze(2)
+        columns = flat.expand(count, *flat.shape).scatter_add(
+            2, places, p.new_full((), -1).expand_as(places)
+        )
+        return columns.reshape(count, *rows.shape).movedim(-1, dim + 1) * _root(self.weight)
 
     def incoming(self, grad: Tensor) -> Tensor:
         return grad if self.reduced else grad.unsqueeze(self.block[0])
@@ -260,12 +263,15 @@ def cross_entropy(
         return None
     with torch.no_grad():
         classes = input.shape[1]
-        per_class = input.new_ones(classes) if weight is None else weight
+        per_class = input.new_ones(()).expand(classes) if weight is None else weight
         if target.is_floating_point():
             smooth = target * (1 - label_smoothing) + label_smoothing / classes
             shape = [classes if d == 1 else 1 for d in range(input.dim())]
             position = (smooth * per_class.reshape(shape)).sum(1)
             total: Any = position.numel()
+        elif weight is None and not label_smoothing:
+            position = (target != ignore_index).to(input.dtype)
+            total = position.sum()
         else:
             kept = target != ignore_index
             own = per_class[target.where(kept, 0)] * kept

@@ -72,6 +72,11 @@ def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = No
     if batch_of(input) is None or weight.dim() != 2:
         return None
     layout = Layout(weight.shape)
+    if input.dim() == 2 and batch.plain and batch.dim == 0:
+        return [
+            (weight, lambda g: Outer(input[:, None, None], g[:, :, None, None], layout)),
+            (bias, Dense),
+        ]
     return [
         (weight, lambda g: _outer(batch.rows(input), batch.rows(g, 1), layout)),
         (bias, lambda g: Dense(_position_sum(batch.rows(g, 1)))),

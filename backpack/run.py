@@ -465,10 +465,9 @@ class Run:
         """Take the gradients at a node's outputs to the parameters that its taps are about."""
         ready: dict[_Leaf, None] = {}
         for tap in taps if self.block.owner.extension_hook is not None else ():
-            first = tap.args[0] if tap.args else tap.input() if tap.input else None
             for leaf, _ in self.uses.get(tap, ()):
-                if first is not None:
-                    self.inputs.setdefault(leaf.parameter, first)
+                if tap.first is not None:
+                    self.inputs.setdefault(leaf.parameter, tap.first)
         for tap in taps:
             g = grads[tap.place]
             column = g.unsqueeze(0) if self.first_order and g is not None else None

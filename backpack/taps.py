@@ -27,6 +27,15 @@ from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback
 _LINEAR_FALLBACKS = frozenset(
     {torch.einsum, torch.nn.functional.bilinear, torch.bilinear, torch.cat, torch.stack, torch.bmm}
 )
+# Plain layers, one node of one output each: places of the input, the weight and the bias (if there is
+# one) among their arguments.
+LAYERS: dict[Any, tuple[int, int, int]] = {
+    **dict.fromkeys((torch.nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d), (0, 1, 2)),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d), (0, 1, 2)),
+    torch.conv_transpose3d: (0, 1, 2),
+    torch.nn.functional.layer_norm: (0, 2, 3),
+    torch.addmm: (1, 2, 0),
+}
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
 MIXES, CURVED = "backpack_mixes", "backpack_curved"
@@ -108,6 +117,13 @@ class Tap:
         return getattr(self.func, "__name__", str(self.func))
 
     @property
+    def first(self) -> Tensor | None:
+        """The input of a layer; the first argument of another operation, if somebody still holds it."""
+        if self.args is not None:
+            return self.args[LAYERS[self.func][0]]
+        return self.input() if self.input is not None else None
+
+    @property
     def rule(self) -> str:
         """How its forms are found."""
         return "by its rule" if self.func in {**RULES, **SEVERAL_OUTPUTS} else "sample by sample"
@@ -118,11 +134,13 @@ class Tap:
         if self._sources is None:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
-            axes, entered.axes = entered.axes, {id(self.args[0]): self.batch}
+            at, *own = LAYERS[self.func]
+            axes, entered.axes = entered.axes, {id(self.args[at]): self.batch}
             pairs = RULES[self.func](self.batch, *self.args)
             if pairs is None:
-                own = [t for t in self.args[1:3] if t is not None and t.requires_grad]
-                pairs = fallback(self.batch, 0, self.func, self.args, {}, own)  # type: ignore[assignment]
+                given = [self.args[j] for j in own if j < len(self.args)]
+                leaves = [t for t in given if t is not None and t.requires_grad]
+                pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
             entered.axes = axes
             self._sources = [
                 Source(tensor, None, form, True)

@@ -96,7 +96,8 @@ class Backpack(Library):
     """This library."""
 
     distribution = "backpack-anew"
-    quantities = QUANTITIES[1:]
+    quantities: tuple[str, ...] = QUANTITIES[1:]
+    options: dict[str, Any] = {}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         backpack = importlib.import_module("backpack")
@@ -128,7 +129,7 @@ class Backpack(Library):
         classes = [getattr(self.extensions, name) for name in quantity.split("+")]
 
         def step() -> None:
-            with self.context(*(each() for each in classes)):
+            with self.context(*(each() for each in classes), **self.options):
                 forward_backward()
 
         return step
@@ -143,6 +144,13 @@ class Backpack(Library):
                         value if isinstance(value, list) else [cast(Tensor, value)]
                     )
         return found
+
+
+class Alone(Backpack):
+    """This library, without ``p.grad``."""
+
+    quantities = ("BatchGrad", "BatchL2Grad", "SumGradSquared", "DiagGGNMC", "KFAC")
+    options = {"gradient": False}
 
 
 class Original(Backpack):
@@ -283,13 +291,14 @@ class Curvlinops(Library):
 LIBRARIES: dict[str, type[Library]] = {
     "backpack-for-pytorch": Original,
     "ours": Backpack,
+    "ours-no-gradient": Alone,
     "torch.func": Functional,
     "opacus": Opacus,
     "opacus-ghost": Ghost,
     "curvlinops": Curvlinops,
 }
 # The folder that a library is installed in; the others come with the environment.
-FOLDERS = {"opacus-ghost": "opacus", "torch.func": "", "ours": ""}
+FOLDERS = {"opacus-ghost": "opacus", "torch.func": "", "ours": "", "ours-no-gradient": ""}
 
 
 def distance(found: Values, expected: Values) -> tuple[float, int]:

@@ -195,6 +195,7 @@ def markdown(results: Entry) -> str:
 
 COLOURS = {
     "ours": "tab:orange",
+    "ours-no-gradient": "tab:red",
     "backpack-for-pytorch": "tab:blue",
     "torch.func": "tab:green",
     "opacus": "tab:purple",
