@@ -33,8 +33,9 @@ class Names:
             f"parameter {self(parameter)} takes part in the loss in a way that backpack cannot see "
             f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, code "
             "that ran outside the extended module, or with data in which samples are mixed. Write "
-            "that part with ordinary torch functions inside the extended module, or freeze the "
-            "parameter with requires_grad_(False)"
+            "that part with ordinary torch functions inside the extended module, give a custom "
+            "Function a rule (backpack.rules.op_rule), or freeze the parameter with "
+            "requires_grad_(False)"
         )
 
 

@@ -297,9 +297,20 @@ def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: d
 
 
 @mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes")
+def _parts(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    length, stride = new.shape[batch.dim], old.stride(batch.dim)
+    if length == old.shape[batch.dim]:
+        return batch
+    if not stride or not length or old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+        return batch.losing("taking parts of the sample axis")
+    # A view: where it begins tells which part it is.
+    start = (new.storage_offset() - old.storage_offset()) // stride
+    return batch.taking(slice(start, start + length), old)
+
+
 @mover("unfold")
-def _along(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if new.dim() <= batch.dim or new.shape[batch.dim] != old.shape[batch.dim]:
+def _unfold(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if new.shape[batch.dim] != old.shape[batch.dim]:
         return batch.losing("taking parts of the sample axis")
     return batch
 

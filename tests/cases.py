@@ -178,6 +178,8 @@ OPERATIONS = [
     Case("time-first", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1)).tanh().sum(0), l=nn.Linear(3, 3)), x(4, 4, 3)),
     Case("time-first-flat", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1).reshape(-1, 3)).tanh().view(2, 4, 3).sum(0), l=nn.Linear(3, 3)), x(4, 2, 3)),
     Case("picked", lambda: Apply(lambda m, a: torch.zeros_like(a).index_add(0, PICKS, m.k(m.l(a)[PICKS].tanh())), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
+    Case("siamese", lambda: Apply(lambda m, a: torch.mul(*m.l(torch.cat([a, a * a])).tanh().chunk(2)), l=nn.Linear(3, 3)), x(4, 3)),
+    Case("split", lambda: Apply(lambda m, a: torch.cat([m.k(part) for part in m.l(a).tanh().split([1, 3])]), l=nn.Linear(3, 3), k=nn.Linear(3, 2)), x(4, 3)),
     Case("sliced", lambda: Apply(lambda m, a: torch.cat([m.l(a[:1]), m.k(a[1:])]).tanh(), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
     Case("experts", lambda: Apply(_experts, gate=nn.Linear(3, 2), w=P(2, 3, 3), norm=norm(nn.LayerNorm(3))), x(4, 3, 3)),
     Case("relative-bias", lambda: Apply(_relative_bias, q=nn.Linear(4, 4), table=P(5, 2)), x(3, 3, 4)),

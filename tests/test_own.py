@@ -27,6 +27,7 @@ def page() -> Iterator[dict[str, Any]]:
     exec(compile(code, str(PAGE), "exec"), space)
     yield space
     RULES.pop(space["clipped_scale"])
+    RULES.pop(space["cube"])
     LOSSES.pop(space["log_cosh"])
 
 
@@ -43,3 +44,19 @@ def test_page(page: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     for p in model.parameters():
         torch.testing.assert_close(p.grad_max, p.grad_batch.flatten(1).abs().amax(1))
         torch.testing.assert_close(p.trace_ggn_batch, p.diag_ggn_exact_batch.flatten(1).sum(1))
+
+
+def test_custom_function(page: dict[str, Any]) -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+            self.weight = torch.nn.Parameter(torch.rand(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after(page["cube"](self.before(x), self.weight))
+
+    X, y = torch.randn(5, 4), torch.randn(5, 2)
+    quantities = [E.BatchGrad(), E.Variance(), E.DiagGGNExact(), E.SqrtGGNExact()]
+    report = check(Network(), torch.nn.MSELoss(), X, y, quantities)
+    assert report.ok, f"\n{report}"
