@@ -30,7 +30,7 @@ from backpack.taps import (
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
 # memory costs more than it saves: columns go together only if they are small.
 COLUMN_BYTES = {"cpu": 2**24, "cuda": 2**31}
-SEVERAL, SMALL_COLUMN = 5, (2**16, 2**19)
+SEVERAL, SMALL_COLUMN = 5, 2**19
 
 # What a loss module may do to the model output before it calls a loss with a known Hessian without
 # adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
@@ -299,8 +299,8 @@ def carry(
     With several starts, the ``v``-th column is that of all of them together. Unless ``retain``, the
     graph is freed with the only column.
 
-    One column at a time on a CPU, where large temporaries cost more than they save, and batching tiny
-    ones too; batched in between and on other devices.
+    Batched on devices, and on a CPU where columns are small; large temporaries cost more there than they
+    save, and large columns go one at a time.
     """
     starts = [start] if isinstance(start, GradientEdge) else start
     columns = [columns] if isinstance(columns, Tensor) else columns
@@ -313,7 +313,7 @@ def carry(
         return [next(carried) if found is None else found for found in arrived]
     create = torch.is_grad_enabled()
     count = len(columns[0])
-    small = count >= SEVERAL and SMALL_COLUMN[0] <= bytes_at(targets) <= SMALL_COLUMN[1]
+    small = count >= SEVERAL and bytes_at(targets) <= SMALL_COLUMN
     if count > 1 and (small or columns[0].device.type != "cpu"):
         # Some operations cannot be batched, or only with errors of all kinds: then one by one.
         with suppress(RuntimeError):

@@ -66,9 +66,16 @@ def agree(
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_single_columns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in large models on a CPU: one column goes down after the other."""
+    monkeypatch.setattr("backpack.backprop.SMALL_COLUMN", -1)
+    agree(case, LOSSES[0], torch.float64, 1e-8, [E.DiagGGNExact(), E.BatchDiagGGNExact()])
+
+
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda c: c.name)
 def test_batched_columns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: all columns go down together, as far as the operations can do that."""
     monkeypatch.setattr("backpack.backprop.SEVERAL", 2)
-    monkeypatch.setattr("backpack.backprop.SMALL_COLUMN", (0, 2**30))
+    monkeypatch.setattr("backpack.backprop.SMALL_COLUMN", 2**30)
     agree(case, LOSSES[0], torch.float64, 1e-8)
