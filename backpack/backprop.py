@@ -299,8 +299,8 @@ def carry(
     With several starts, the ``v``-th column is that of all of them together. Unless ``retain``, the
     graph is freed with the only column.
 
-    Batched on devices, and on a CPU where columns are small; large temporaries cost more there than they
-    save, and large columns go one at a time.
+    Batched on devices, and on a CPU where columns are small. Large ones go one at a time there: fresh
+    memory costs more than it saves.
     """
     starts = [start] if isinstance(start, GradientEdge) else start
     columns = [columns] if isinstance(columns, Tensor) else columns
