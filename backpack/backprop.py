@@ -292,12 +292,10 @@ def carry(
     start: GradientEdge | Sequence[GradientEdge],
     targets: Sequence[GradientEdge],
     columns: Tensor | Sequence[Tensor],
-    retain: bool = True,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products of all columns, ``[v, *start.shape] -> [v, *target.shape]`` each.
 
-    With several starts, the ``v``-th column is that of all of them together. Unless ``retain``, the
-    graph is freed with the only column.
+    With several starts, the ``v``-th column is that of all of them together.
 
     Batched on devices, and on a CPU where columns are small. Large ones go one at a time there: fresh
     memory costs more than it saves.
@@ -308,7 +306,7 @@ def carry(
     here = dict(zip(((edge.node, edge.output_nr) for edge in starts), columns, strict=True))
     if len(starts) == 1 and here.keys() & {(edge.node, edge.output_nr) for edge in targets}:
         further = [edge for edge in targets if (edge.node, edge.output_nr) not in here]
-        carried = iter(carry(starts, further, columns, retain) if further else ())
+        carried = iter(carry(starts, further, columns) if further else ())
         arrived = (here.get((edge.node, edge.output_nr)) for edge in targets)
         return [next(carried) if found is None else found for found in arrived]
     create = torch.is_grad_enabled()
@@ -335,7 +333,7 @@ def carry(
                 list(starts),
                 list(targets),
                 list(column),
-                retain_graph=retain,
+                retain_graph=True,
                 create_graph=create,
                 allow_unused=True,
             )

@@ -6,12 +6,13 @@ layers, which is a third of a gradient's work.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
-from backpack.backprop import carry
 from backpack.blocks import Block
 from backpack.run import Run
 
@@ -41,14 +42,13 @@ class DirectRun(Run):
                 self.loss(record, edge, grad)
 
     def _reach_taps(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.arrived = True
         taps = [(node, tap) for node, tap in self.graph.taps if tap in self.uses]
         grads: list[Tensor | None] = [None] * len(taps)
         if self.first_order:
             edges = [GradientEdge(node, tap.place) for node, tap in taps]
             grads = self._gradients(edges, self.keeps)
-        else:
-            for leaf in self.leaves.values():
-                leaf.arrived = True
         for i, (_, tap) in enumerate(taps):
             grad, grads[i] = grads[i], None
             self.arrive([tap], {tap.place: grad})
@@ -58,9 +58,27 @@ class DirectRun(Run):
             return []
         assert self.block.roots is not None
         starts, weights = zip(*self.block.roots, strict=True)
-        with self._nested():
-            columns = carry(starts, edges, [w.unsqueeze(0) for w in weights], retain)
-        return [None if column is None else column[0] for column in columns]
+        # Where backward goes on, autograd notes the gradient before hooks of the user change it.
+        changed: dict[Node, Any] = {}
+        nodes = {edge.node for edge in edges}
+        handles = [node.register_prehook(partial(changed.__setitem__, node)) for node in nodes]
+        try:
+            with self._nested():
+                found = torch.autograd.grad(
+                    starts,
+                    edges,
+                    weights,
+                    retain_graph=retain,
+                    create_graph=torch.is_grad_enabled(),
+                    allow_unused=True,
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [
+            changed[edge.node][edge.output_nr] if edge.node in changed else gradient
+            for edge, gradient in zip(edges, found, strict=True)
+        ]
 
     def _hear(self, *_: Any) -> None:
         """No hook is called: all gradients are at hand."""

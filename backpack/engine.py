@@ -42,8 +42,9 @@ class backpack:  # noqa: N801
             as many as fit a memory budget.
         gradient: with ``False``, ``loss.backward()`` computes the quantities only: no ``p.grad`` is
             computed or changed, which saves a third of a gradient, and hooks of parameters are not
-            called. Without first-order quantities the graph's memory is freed with the loss, not by
-            ``backward``. For clipping, curvature of a trained model, attribution.
+            called. (Functions of ``torch.autograd`` compute it all the same.) Without first-order
+            quantities the graph's memory is freed with the loss, not by ``backward``. For clipping,
+            curvature of a trained model, attribution.
 
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions.
@@ -199,11 +200,17 @@ class _Watch(TorchFunctionMode):
         gradient: Tensor | None = None,
         retain_graph: bool | None = None,
         create_graph: bool = False,
-        inputs: Tensor | Sequence[Tensor] | None = None,
+        inputs: Tensor | GradientEdge | Sequence[Tensor | GradientEdge] | None = None,
     ) -> None:
         """The quantities of ``tensor.backward(...)``, without the gradient."""
+        if gradient is None and tensor.numel() != 1:
+            raise RuntimeError("backward() of a tensor with several entries needs their gradient")
         if inputs is not None:
-            self.block.wanted = {inputs} if isinstance(inputs, Tensor) else set(inputs)
+            given = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)
+            if not given:
+                raise RuntimeError("inputs of backward() is empty")
+            leaves = (t if isinstance(t, Tensor) else getattr(t.node, "variable", None) for t in given)
+            self.block.wanted = {leaf for leaf in leaves if leaf is not None}
         keeps = create_graph if retain_graph is None else retain_graph
         run = DirectRun(self.block, keeps or self.block.owner.retain_graph)
         with torch.set_grad_enabled(create_graph):
@@ -216,7 +223,7 @@ class _Watch(TorchFunctionMode):
 def _run_begins(block: Block, grads: Any) -> None:
     """A backward call seen by the block's watch has reached its root."""
     if not block.nested and capture.disable.should_store_io():
-        _run_of(block)
+        _run_of(block).tap_here(grads)
 
 
 def _run_of(block: Block) -> Run:
@@ -243,3 +250,4 @@ def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     run.reach(node)
     if loss is not None:
         run.loss(loss, GradientEdge(node, 0), grads[0])
+    run.tap_here(grads)

@@ -194,7 +194,7 @@ def _gram(x: Tensor, count: int = 1) -> Tensor:
     rows, size = x.shape
     if torch.is_grad_enabled():
         return x.mT @ x / count
-    product = fresh(x, (size, size))
+    product, count = fresh(x, (size, size)), max(count, 1)
     parts = 1 if x.device.type != "cpu" or rows * size**2 < MIRRORED else 3
     step = max(1, -(-size // parts))
     for i in range(0, size, step):

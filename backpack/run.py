@@ -79,6 +79,7 @@ class Run:
         self.costs: dict[Tensor | str, float] = {}
         # First inputs of operations, for the extension hook.
         self.inputs: dict[Tensor, Tensor] = {}
+        self.here: list[Tap] = []
         self.done = False
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if ext.kind.name == "gradient"]
@@ -231,7 +232,16 @@ class Run:
 
     def _hear(self, node: Node, taps: list[Tap]) -> None:
         """Take notice when backward reaches a node with taps."""
-        self.handles.append(node.register_prehook(partial(self.tap, taps)))
+        if node is torch._C._current_autograd_node():
+            self.here = taps  # whose hooks are being called already
+        else:
+            self.handles.append(node.register_prehook(partial(self.tap, taps)))
+
+    def tap_here(self, grads: Arrived) -> None:
+        """Backward began, or was first seen, at a node with taps."""
+        here, self.here = self.here, []
+        if here:
+            self.tap(here, grads)
 
     def _await(self, leaf: _Leaf) -> None:
         """Save a parameter's quantities when its gradient is complete."""

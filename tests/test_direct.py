@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, disable, extend
 from backpack import extensions as E
-from tests.cases import CASES, LOSSES, Case
+from tests.cases import CASES, LOSSES, Apply, Case
 
 QUANTITIES = [
     *(E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()),
@@ -278,3 +278,96 @@ def test_nothing_is_kept(problem, ext) -> None:
         noted = [weakref.ref(tap) for tap in loss.grad_fn.next_functions[0][0].metadata["of the test"]]
         del loss
         assert noted[0]() is None
+
+
+@pytest.mark.parametrize("where", ["hidden", "output", "loss"])
+def test_hooks_of_tensors_count(problem, where: str) -> None:
+    """Hooks that change the gradient on its way, at taps too."""
+    model, lossfunc, X, y = problem
+    exts: list[Any] = [E.BatchGrad(), E.Variance(), E.BatchL2Grad()]
+    exts += [E.DiagGGNExact()] if where == "loss" else []
+    tensors: dict[str, Tensor] = {}
+    model[0].register_forward_hook(lambda module, args, out: tensors.update(hidden=out))
+    found = []
+    for gradient in (True, False):
+        tensors["output"] = model(X)
+        tensors["loss"] = lossfunc(tensors["output"], y)
+        tensors[where].register_hook(lambda g: 2 * g)
+        with backpack(*exts, gradient=gradient):
+            tensors["loss"].backward()
+        found.append(fields(model, exts))
+    torch.testing.assert_close(found[1], found[0])
+    grads = torch.autograd.grad(lossfunc(model(X), y), list(model.parameters()))
+    factors = (2, 2, 1, 1) if where == "hidden" else (2, 2, 2, 2)
+    for p, g, factor in zip(model.parameters(), grads, factors, strict=True):
+        torch.testing.assert_close(p.grad_batch.sum(0), factor * g)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(
+    "exts", [[E.BatchL2Grad(), E.BatchGrad()], [E.Variance(), E.BatchGrad()]], ids=str
+)
+def test_backward_from_a_layers_output(exts: list[Any], gradient: bool) -> None:
+    """The root of the pass is an operation with parameters; no field of a former pass is left."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double())
+    for X in (torch.randn(5, 4).double(), torch.randn(5, 4).double(), torch.randn(1, 4).double()):
+        model.zero_grad()
+        with backpack(*exts, gradient=gradient):
+            model(X).backward(torch.ones(len(X), 1).double())
+        for n in range(len(X)):
+            with disable():
+                rows = torch.autograd.grad(model(X[n : n + 1]), list(model.parameters()))
+            for p, row in zip(model.parameters(), rows, strict=True):
+                torch.testing.assert_close(p.grad_batch[n], row)
+        for p in model.parameters():
+            if hasattr(p, "variance"):
+                torch.testing.assert_close(p.variance, p.grad_batch.var(0, unbiased=False))
+            else:
+                torch.testing.assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
+
+
+class Stops(torch.autograd.Function):
+    """Passes its input on and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_arrives(problem) -> None:
+    """Zeros, in passes of both kinds."""
+    model, lossfunc, X, y = problem
+    model.insert(1, extend(Apply(lambda m, a: Stops.apply(a))))
+    for gradient in (True, False):
+        clear(model)
+        with backpack(E.BatchGrad(), E.BatchL2Grad(), gradient=gradient):
+            lossfunc(model(X), y).backward()
+        assert not model[0].weight.grad_batch.any()
+        assert not model[0].bias.batch_l2.any()
+        assert model[3].weight.grad_batch.any()
+
+
+def test_what_torch_refuses(problem) -> None:
+    model, lossfunc, X, y = problem
+    with backpack(E.BatchGrad(), gradient=False):
+        with pytest.raises(RuntimeError, match="several entries"):
+            model(X).backward()
+        with pytest.raises(RuntimeError, match="empty"):
+            lossfunc(model(X), y).backward(inputs=[])
+        edge = torch.autograd.graph.get_gradient_edge(model[0].weight)
+        lossfunc(model(X), y).backward(inputs=[edge])
+    assert [hasattr(p, "grad_batch") for p in model.parameters()] == [True, False, False, False]
+
+
+def test_empty_batch(problem) -> None:
+    model, _, X, _ = problem
+    exts = [E.BatchGrad(), E.KFLR(), E.KFAC()]
+    with backpack(*exts, gradient=False):
+        extend(nn.MSELoss(reduction="sum"))(model(X[:0]), torch.zeros(0, 3).double()).backward()
+    assert model[0].weight.grad_batch.shape == (0, 6, 4)
+    assert not any(factor.any() for p in model.parameters() for factor in (*p.kflr, *p.kfac))

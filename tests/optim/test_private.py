@@ -450,3 +450,24 @@ def test_epsilon_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ImportError, match=r"backpack-anew\[privacy\]"):
         optim.epsilon(steps=1, sample_rate=0.1, noise_multiplier=1.0, delta=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_hooks_of_tensors_are_clipped(layer: int) -> None:
+    """Hooks that scale the gradient on its way: what is clipped is what arrives."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
+    model[layer].register_forward_hook(lambda m, i, out: out.register_hook(lambda g: 100 * g) and None)
+    optimizer = optim.DPSGD(
+        model, lr=1.0, noise_multiplier=0.0, max_grad_norm=0.1, expected_batch_size=1.0
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    X, y = torch.randn(1, 4).double(), torch.tensor([1])
+    norm = optimizer.backward(F.cross_entropy(model(X), y, reduction="none"))
+    with disable():
+        grads = torch.autograd.grad(F.cross_entropy(model(X), y), list(model.parameters()))
+    expected = torch.cat([g.flatten() for g in grads]).norm()
+    torch.testing.assert_close(norm[0], expected)
+    optimizer.step()
+    moved = [(p - old).flatten() for p, old in zip(model.parameters(), before, strict=True)]
+    torch.testing.assert_close(torch.cat(moved).norm(), torch.tensor(0.1).double())
