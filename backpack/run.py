@@ -353,6 +353,12 @@ class Run:
         if kind.name == "averaged":
             self._averaged(starts, loss, grad, [tap for _, tap in taps], exts)
             return
+        for ext in exts:
+            if ext.refines and any(ext.savefield in leaf.states for leaf in self.leaves.values()):
+                raise NotImplementedError(
+                    f"{ext.savefield} has eigenvectors of one loss's factors, but backward has reached "
+                    "another loss; use KFLR or KFAC, or call backward on each loss"
+                )
         targets = [GradientEdge(node, tap.place) for node, tap in taps]
         drawn = [loss.sampled(grad, *kind[1:])] if kind.name == "sampled" else None
         exact = loss if any(ext.every_column for ext in exts) else loss.fewest()

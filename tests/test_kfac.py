@@ -429,3 +429,13 @@ def test_transposed_weight_has_two_factors(turned: Callable[[Tensor], Tensor]) -
     with backpack(KFLR()):
         extend(nn.CrossEntropyLoss())(model(torch.randn(3, 6)), torch.tensor([0, 3, 1])).backward()
     assert [len(factor) for factor in model.w.kflr] == [4, 6]
+
+
+@pytest.mark.parametrize("quantity", [EKFLR, EKFAC])
+def test_corrected_eigenvalues_of_two_losses_are_refused(quantity) -> None:
+    model = extend(nn.Sequential(nn.Linear(4, 3)))
+    output, y = model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])
+    loss = extend(nn.CrossEntropyLoss())(output, y) + extend(nn.MSELoss())(output, torch.ones(5, 3))
+    with backpack(quantity()), pytest.raises(NotImplementedError, match="another loss"):
+        loss.backward()
+    assert not any(hasattr(p, quantity().savefield) for p in model.parameters())
