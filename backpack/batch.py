@@ -187,6 +187,55 @@ def _lost_axis(batch: Batch, why: str) -> Batch:
     return replace(batch, lost=why)
 
 
+NOBODY = -1
+
+
+def owners_of(axis: Batch, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The sample that each entry of a tensor of that shape belongs to (a view)."""
+    ids = axis.sample_ids(device)
+    return ids.reshape([-1 if d == axis.dim else 1 for d in range(len(shape))]).expand(*shape)
+
+
+def axis_of(owners: Tensor, size: int) -> Batch | None:
+    """The sample axis of a tensor, from the sample that each of its entries belongs to.
+
+    Args:
+        owners: samples, of the tensor's shape; ``NOBODY`` for entries that may be anybody's.
+        size: number of samples ``N``.
+
+    Returns:
+        ``None`` if entries at one place of every axis belong to different samples, or a place of the
+        axis belongs to nobody and the others follow no regular order.
+    """
+    found = None
+    for dim in range(owners.dim() if owners.numel() else 0):
+        rows = owners.movedim(dim, 0).reshape(owners.shape[dim], -1).amax(1)
+        along = rows.reshape([-1 if d == dim else 1 for d in range(owners.dim())])
+        if not bool(((owners == along) | (owners == NOBODY)).all()):
+            continue
+        axis = _regular(rows, size, dim)
+        if axis is not None:
+            return axis
+        if found is None and not bool((rows == NOBODY).any()):
+            found = Batch(size, dim, picked=Rows(rows, size))
+    return found
+
+
+def _regular(rows: Tensor, size: int, dim: int) -> Batch | None:
+    """The axis on which samples come in regular order, if they do."""
+    length = len(rows)
+    if not size or length % size:
+        return None
+    known = rows != NOBODY
+    for inner in range(1, length // size + 1):
+        outer, rest = divmod(length, size * inner)
+        if not rest:
+            axis = regular_axis(size, dim, outer, inner)
+            if bool(((axis.sample_ids(rows.device) == rows) | ~known).all()):
+                return axis
+    return None
+
+
 class _Inputs(threading.local):
     """Sample axes of the inputs of the forward pass that this thread is in, by the inputs' ids.
 

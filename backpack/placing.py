@@ -6,30 +6,23 @@ which sample each place of the target belongs to, and which sample each entry of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backpack.batch import Batch, batch_of, regular_axis
+from backpack.batch import Batch, batch_of, owners_of, regular_axis
 from backpack.moves import argument, mover
 
 _LOST = "rows written to places of other samples"
-
-
-def _owners(axis: Batch, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The sample that each entry of a tensor belongs to."""
-    ids = axis.sample_ids(device)
-    return ids.reshape([-1 if d == axis.dim else 1 for d in range(len(shape))]).expand(*shape)
 
 
 def _fits(axis: Batch, target: Tensor, source: Batch, values: Tensor, index: Any) -> bool:
     """Whether ``target[index] = values`` writes to each sample's places what is that sample's."""
     if axis.lost or not axis.fits(target.shape):
         return False
-    places = _owners(axis, target.shape, target.device)[index]
-    owners = _owners(source, values.shape, target.device)
+    places = owners_of(axis, target.shape, target.device)[index]
+    owners = owners_of(source, values.shape, target.device)
     while owners.dim() > places.dim() and owners.shape[0] == 1:
         owners = owners[0]
     return torch.equal(places, owners.expand_as(places))
