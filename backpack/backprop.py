@@ -14,18 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.taps import (
-    BORDER,
-    LOSS,
-    MIXES,
-    TAPS,
-    Border,
-    LossRecord,
-    Recording,
-    Tap,
-    loss_at,
-    notes,
-)
+from backpack.taps import BORDER, LOSS, MIXES, TAPS, Border, LossRecord, Recording, Tap, notes
+from backpack.tracing import axis_at, kind_of
 
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
 # memory costs more than it saves: columns go together only if they are small.
@@ -112,7 +102,7 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[Border]], bool]:
             curved |= bent
         elif TAPS not in notes(node):
             children = [child for child, _ in node.next_functions if child is not None]
-            kind = node.name().rstrip("0123456789").removesuffix("Backward")
+            kind = kind_of(node)
             product = kind in _PRODUCTS and len(children) == 1
             product &= kind != "Div" or node.next_functions[0][0] is not None
             stack += [(child, bent or not (product or kind in _LINEAR)) for child in children]
@@ -154,16 +144,16 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             graph.mixing = data[MIXES]
         record = None
         if not covered and not bent:
-            record = loss_at(node) if curvature else data.get(LOSS)
+            record = data.get(LOSS)
         if record is not None and not curvature:
             graph.losses[node] = record, {}
             covered = True
         elif record is not None:
             below, curved = _outputs_below(record)
-            if curved and record.module is not None:
-                # The user put the border there, by extending the loss; it stands by itself.
-                below, curved = {}, False
-            if not curved:
+            if below:
+                placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
+                record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
+            if not curved and record.known is not None:
                 graph.losses[node] = record, below
                 covered = True
         outputs = _outputs(node)
@@ -202,7 +192,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
 
 def _bends(node: Node) -> bool:
     """Whether an operation between root and losses adds curvature."""
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    kind = kind_of(node)
     if kind in _LINEAR:
         return False
     children = [child for child, _ in node.next_functions]
@@ -238,7 +228,7 @@ def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
                 stack += [(child, False) for child, _ in node.next_functions if child]
             continue
         children = {child for child, _ in node.next_functions if child}
-        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        kind = kind_of(node)
         for child in children if kind not in _LINEAR else ():
             if any(model[other] for other in children - {child}):
                 found += [(leaf, node.name()) for leaf in leaves[child]]
@@ -349,21 +339,6 @@ def carry(
             if grad is not None:
                 result.append(grad)
     return [None if not r else r[0].unsqueeze(0) if len(r) == 1 else torch.stack(r) for r in results]
-
-
-@contextmanager
-def cut(nodes: Iterable[Node]) -> Iterator[None]:
-    """Nothing flows on below these nodes: what is differentiated depends on them as such only."""
-    handles = [node.register_prehook(_nothing) for node in nodes]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _nothing(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
 
 
 @contextmanager

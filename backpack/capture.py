@@ -368,17 +368,17 @@ def _note_loss(
 ) -> None:
     """Remember how to find the Hessian of a loss."""
     f: Tensor = args[0] if args else kwargs["input"]
-    if axis is None or axis.lost or not f.requires_grad:
+    if not f.requires_grad:
         return
-    rule = _without_logits(func, axis, args, kwargs, node)
-    record = LossRecord(rule, get_gradient_edge(f), module, f.device.type)
+    rule = _without_logits(func, args, kwargs, node)
+    record = LossRecord(rule, get_gradient_edge(f), module, axis, f.device.type)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: _on_backward(recording, record, grads))
 
 
 def _without_logits(
-    func: Any, axis: Batch, args: tuple, kwargs: dict[str, Any], node: Node
-) -> Callable[[], LossHessian | None]:
+    func: Any, args: tuple, kwargs: dict[str, Any], node: Node
+) -> Callable[[Batch], LossHessian | None]:
     """The rule of a loss, holding no more than autograd does.
 
     Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
@@ -388,10 +388,10 @@ def _without_logits(
     while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
         below = below.next_functions[0][0] if below.next_functions else None
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
-        return lambda: LOSSES[func](axis, *map(_widened, args), **kwargs)
+        return lambda axis: LOSSES[func](axis, *map(_widened, args), **kwargs)
     logits, rest, saved = weakref.ref(args[0]), args[1:], below
 
-    def rule() -> LossHessian | None:
+    def rule(axis: Batch) -> LossHessian | None:
         f = logits()
         f = saved._saved_result if f is None else f  # type: ignore[attr-defined]
         return LOSSES[func](axis, _widened(f), *rest, **kwargs)

@@ -172,10 +172,10 @@ def _others(x: Tensor) -> Tensor:
         return x
     flat = x.flatten()
     flat = torch.where(flat == 0, torch.ones_like(flat), flat)[torch.randperm(len(flat)).to(x.device)]
-    return (flat * _generic(flat.shape, flat)).reshape(x.shape)
+    return (flat * generic(flat.shape, flat)).reshape(x.shape)
 
 
-def _generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
+def generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     """Numbers between 0.5 and 1.5 without a pattern."""
     count = torch.Size(shape).numel()
     steps = torch.arange(1, count + 1, device=like.device, dtype=torch.float32)
@@ -205,7 +205,7 @@ def _scales(
     if not isinstance(out, Tensor) or not out.requires_grad or not out.numel():
         return True
     inputs = [here[j] for j in places]
-    cotangent = _generic(out.shape, out)
+    cotangent = generic(out.shape, out)
     scaled = cotangent * _scale(axis, out)
     plain = torch.autograd.grad(out, inputs, cotangent, retain_graph=True, allow_unused=True)
     found = torch.autograd.grad(out, inputs, scaled, allow_unused=True)
@@ -224,5 +224,5 @@ def _scales(
 def _scale(axis: Batch, like: Tensor) -> Tensor:
     """One number for each sample, along the sample axis of a tensor."""
     ids = axis.sample_ids(like.device)
-    scales = _generic((int(ids.max()) + 1,), like)[ids]
+    scales = generic((int(ids.max()) + 1,), like)[ids]
     return scales.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])

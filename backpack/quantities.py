@@ -55,6 +55,8 @@ class BackpropExtension:
     every_column: bool = False
     # Whether a written-out form is as good as a factored one.
     written_out: bool = True
+    # Whether exact columns may come with signs, where the Hessian of the loss is indefinite.
+    signed: bool = False
     # Whether the columns are looked at again, by `refine`.
     refines: bool = False
     # Whether the value of an earlier pass is let go before this one's is computed.
@@ -210,12 +212,15 @@ class _Sampled(BackpropExtension):
 
 
 class _Diagonal(BackpropExtension):
+    signed = True
+
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum(sign)
 
 
 class _BatchDiagonal(BackpropExtension):
     large = True
+    signed = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)

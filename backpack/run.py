@@ -24,7 +24,6 @@ from backpack.backprop import (
     Graph,
     bytes_at,
     carry,
-    cut,
     leaves_below,
     pull_back,
     survey,
@@ -33,10 +32,11 @@ from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
-from backpack.losses import differentiate_twice
+from backpack.losses import differentiate_twice, signed_columns
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product
 from backpack.rules import patches_kept
 from backpack.taps import LossRecord, Source, Tap
+from backpack.tracing import cut
 
 # Gradients at a node's outputs, by their numbers.
 Arrived = Sequence[Tensor | None] | Mapping[int, Tensor | None]
@@ -102,7 +102,7 @@ class Run:
         roots = self.block.roots
         if roots is None:
             return
-        graph = survey([edge.node for edge, _ in roots], bool(self.second_order))
+        graph = self._survey([edge.node for edge, _ in roots])
         self.listen(graph)
         if not graph.taps:
             warnings.warn(
@@ -163,7 +163,11 @@ class Run:
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
         if self.block.roots is None and node not in self.graph.nodes:
-            self.listen(survey([node], bool(self.second_order)))
+            self.listen(self._survey([node]))
+
+    def _survey(self, roots: list[Node]) -> Graph:
+        with self._nested():
+            return survey(roots, bool(self.second_order))
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
@@ -360,29 +364,36 @@ class Run:
                     "another loss; use KFLR or KFAC, or call backward on each loss"
                 )
         targets = [GradientEdge(node, tap.place) for node, tap in taps]
-        drawn = [loss.sampled(grad, *kind[1:])] if kind.name == "sampled" else None
+        drawn = loss.sampled(grad, *kind[1:]) if kind.name == "sampled" else None
         exact = loss if any(ext.every_column for ext in exts) else loss.fewest()
+        signed, chunk = all(ext.signed for ext in exts), self._chunk(loss, targets)
         for refining in (False, True):
             some = [ext for ext in exts if ext.refines] if refining else exts
-            chunks = drawn or exact.columns(grad, self._chunk(loss, targets))
-            for chunk in chunks if some else ():
+            chunks = signed_columns(exact, grad, chunk, signed)
+            if drawn is not None:
+                chunks = iter([([drawn] if isinstance(drawn, Tensor) else drawn, None)])
+            for parts, sign in chunks if some else ():
                 with self._nested():
-                    parts = [chunk] if isinstance(chunk, Tensor) else chunk
                     with self._timed("columns carried to all taps"):
                         arrived = carry(starts, targets, parts)
                     at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
                     del arrived
-                    self._arrived(at, len(parts[0]), some, refining)
+                    self._arrived(at, len(parts[0]), some, refining, sign)
                     del at  # before the next columns are carried
 
     def _arrived(
-        self, at: dict[int, Tensor | None], columns: int, exts: list[BackpropExtension], refining: bool
+        self,
+        at: dict[int, Tensor | None],
+        columns: int,
+        exts: list[BackpropExtension],
+        refining: bool,
+        sign: Tensor | None = None,
     ) -> None:
         """Reduce columns that have arrived at all taps."""
         with products_kept():
             for leaf in self.leaves.values():
                 with self._timed(leaf.parameter):
-                    self._arrived_at(leaf, at, columns, exts, refining)
+                    self._arrived_at(leaf, at, columns, exts, refining, sign)
 
     def _arrived_at(
         self,
@@ -391,6 +402,7 @@ class Run:
         columns: int,
         exts: list[BackpropExtension],
         refining: bool,
+        sign: Tensor | None,
     ) -> None:
         form = self._form(leaf, at)
         if form is None:
@@ -401,7 +413,7 @@ class Run:
             for ext in exts:
                 leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
         else:
-            self._reduce(leaf, exts, form)
+            self._reduce(leaf, exts, form, sign)
 
     def _averaged(
         self,

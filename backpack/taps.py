@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -210,22 +209,36 @@ class LossRecord:
     """A loss for which there is a rule.
 
     Attributes:
-        rule: gives its Hessian; asked only when a second-order quantity needs it.
-        edge: the model output.
+        rule: gives its Hessian for the sample axis of its input; asked only when a second-order
+            quantity needs it.
+        edge: the input of the loss: a model output, or a function of model outputs.
         module: the extended loss module that computed it, if one did.
+        axis: where the samples of that input are, as far as capture knows; where model outputs lie
+            below, it is found from them when backward starts (:meth:`locate`). ``None``: on no axis.
         device: kind of device it is on.
     """
 
-    rule: Callable[[], LossHessian | None]
+    rule: Callable[[Batch], LossHessian | None]
     edge: GradientEdge
     module: nn.Module | None
+    axis: Batch | None
     device: str = "cpu"
+    _known: tuple[Batch, LossHessian | None] | None = None
 
-    @cached_property
+    def locate(self, axis: Batch | None) -> None:
+        """Say where the samples are."""
+        if axis is None or self._known is None or axis != self._known[0]:
+            self.axis, self._known = axis, None
+
+    @property
     def known(self) -> LossHessian | None:
-        """The Hessian; ``None`` if the rule does not cover this call."""
-        with torch.autocast(self.device, enabled=False):
-            return self.rule()
+        """The Hessian; ``None`` if the rule does not cover this call, or its samples are mixed."""
+        if self.axis is None or self.axis.lost:
+            return None
+        if self._known is None:
+            with torch.autocast(self.device, enabled=False):
+                self._known = self.axis, self.rule(self.axis)
+        return self._known[1]
 
     @property
     def hessian(self) -> LossHessian:
