@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Graph:
         nodes: all nodes seen.
         mixed: why a model output that has one row for each sample has them no longer apart.
         recordings: the forward passes they belong to.
+        kinds: kinds of all nodes, in the order in which they were seen.
     """
 
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
@@ -61,6 +63,15 @@ class Graph:
     mixed: str | None = None
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
+
+    def signature(self) -> int:
+        """The same number for graphs of the same operations, with the same taps and shapes."""
+        taps = (
+            (tap.func, tap.place, tap.batch, tuple(node._input_metadata[tap.place].shape))
+            for node, tap in self.taps
+        )
+        return hash((*self.kinds, *taps))
 
     def joint(self) -> tuple[dict[Node, list[Border]], set[Node]]:
         """The model outputs whose Hessian no rule gives, and the known losses that add to it."""
@@ -74,7 +85,7 @@ class Graph:
         return outputs, absorbed
 
 
-def _outputs(node: Node) -> list[Border]:
+def outputs_at(node: Node) -> list[Border]:
     """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
     found: dict[int, Border] = {}
     for border in notes(node).get(BORDER, ()):
@@ -96,7 +107,7 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[Border]], bool]:
         if (node, bent) in seen:
             continue
         seen.add((node, bent))
-        borders = _outputs(node)
+        borders = outputs_at(node)
         if borders:
             found[node] = borders
             curved |= bent
@@ -127,6 +138,8 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if (node, covered, bent, id(inside)) in seen:
             continue
         seen.add((node, covered, bent, id(inside)))
+        # Kinds of nodes have types of their own, but for a few, all of one type.
+        graph.kinds.append(type(node))
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if inside is None:
@@ -156,7 +169,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             if not curved and record.known is not None:
                 graph.losses[node] = record, below
                 covered = True
-        outputs = _outputs(node)
+        outputs = outputs_at(node)
         if outputs and not covered:
             graph.outputs[node] = outputs
             covered = True

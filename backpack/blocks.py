@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
@@ -23,6 +23,7 @@ class Options(Protocol):
     retain_graph: bool
     chunk_size: int | None
     gradient: bool
+    certify: Literal["once", "always", "never"]
 
     @property
     def active(self) -> bool:

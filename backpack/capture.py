@@ -30,6 +30,7 @@ from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
 from backpack.taps import (
     BORDER,
     CURVED,
+    ENDS,
     LAYERS,
     LOSS,
     MIXES,
@@ -160,6 +161,8 @@ class _Recorder(TorchFunctionMode):
                 if unsure or (mover is None and not known(func, axis, first, args)):
                     found, _ = propagate(func, args, kwargs or {}, out, [(first, axis)])
                 if found is not None:
+                    if found.lost is not None:
+                        _note_end(self.recording, out, [(first, axis)])
                     if sources and (kwargs or not self._layer(func, args, out, found, first)):
                         self._look(func, args, kwargs or {}, out)
                     else:
@@ -239,6 +242,8 @@ class _Recorder(TorchFunctionMode):
         if batch is None:
             return
         mark(out, batch)
+        if batch.lost is not None:
+            _note_end(recording, out, marked)
         if demoted:
             sources = sources + [t for t in demoted if t.requires_grad]
         node = out.grad_fn if out.requires_grad else None
@@ -355,6 +360,13 @@ class _Recorder(TorchFunctionMode):
             repeats = _repeats(old, out)
             forms: list[tuple[Tensor, ToForm]] = [(old, lambda g: Dense(_unexpand(g, shape, repeats)))]
             store_tap(self.recording, func, node, out.output_nr, batch, forms, (), True)
+
+
+def _note_end(recording: Recording, out: Tensor, marked: list[tuple[Tensor, Batch]]) -> None:
+    """Remember what a result was computed from in which samples are no longer apart."""
+    if out.grad_fn is not None:
+        ends = [(get_gradient_edge(t), axis) for t, axis in marked if t.requires_grad and not axis.lost]
+        notes(out.grad_fn)[ENDS] = [(edge, axis, recording) for edge, axis in ends]
 
 
 def _note_loss(

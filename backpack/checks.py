@@ -27,6 +27,10 @@ class Names:
                     return f"'{name}'"
         return f"of shape {tuple(parameter.shape)}"
 
+    def of(self, tap: Tap) -> str:
+        """The names of the parameters of a tap."""
+        return ", ".join(self(p) for source in tap.sources for p in parameters_of(source))
+
     def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
         parameter, where = unseen[0]
         return (
@@ -86,10 +90,9 @@ def check(
                 "backward with retain_graph=True, or run the forward pass again"
             )
         if tap.batch.lost:
-            who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
             raise RuntimeError(
-                f"cannot tell which axis of the output of {tap.op} (parameters {who}) holds the "
-                f"samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
+                f"cannot tell which axis of the output of {tap.op} (parameters {names.of(tap)}) holds "
+                f"the samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
                 "batch_dim to extend"
             )
     if graph.mixed and fresh:

@@ -14,7 +14,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack import capture
+from backpack import capture, certificate
 from backpack.blocks import Block, ExtensionHook, Nested, current_block, open_blocks
 from backpack.direct import DirectRun
 from backpack.quantities import BackpropExtension
@@ -45,6 +45,11 @@ class backpack:  # noqa: N801
             called. (Functions of ``torch.autograd`` compute it all the same.) Without first-order
             quantities the graph's memory is freed with the loss, not by ``backward``. For clipping,
             curvature of a trained model, attribution.
+        certify: how often to try out, by two more passes through the graph, that below the model's
+            output samples are apart as it seemed in the forward pass: ``"once"`` for each model and
+            kind of graph, again at a low rate, and where samples are picked by an index; ``"always"``;
+            ``"never"``. By default once (``backpack.certificate.default``). A failure is an error that
+            names the operation at which samples are mixed.
 
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions.
@@ -61,6 +66,7 @@ class backpack:  # noqa: N801
         retain_graph: bool = False,
         chunk_size: int | None = None,
         gradient: bool = True,
+        certify: certificate.Mode | None = None,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -80,7 +86,10 @@ class backpack:  # noqa: N801
         self.debug = debug
         self.retain_graph = retain_graph
         self.chunk_size = chunk_size
+        if certify not in (None, *certificate.MODES):
+            raise ValueError(f"certify must be one of {certificate.MODES}, got {certify!r}")
         self.gradient = gradient
+        self.certify: certificate.Mode = certify or certificate.default
         self._blocks: list[_Block] = []
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack import chain, hessian, products
+from backpack import certificate, chain, hessian, products
 from backpack.backprop import (
     COLUMN_BYTES,
     Graph,
@@ -104,6 +104,7 @@ class Run:
             return
         graph = self._survey([edge.node for edge, _ in roots])
         self.listen(graph)
+        self._certify(graph)
         if not graph.taps:
             warnings.warn(
                 "no extended model takes part in this backward pass, so that there is nothing to "
@@ -163,7 +164,18 @@ class Run:
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
         if self.block.roots is None and node not in self.graph.nodes:
-            self.listen(self._survey([node]))
+            graph = self._survey([node])
+            self.listen(graph)
+            self._certify(graph)
+
+    def _certify(self, graph: Graph) -> None:
+        """Try out that samples are apart, if that is due and any quantity asks for samples."""
+        exts = [ext for ext in self.block.owner.extensions if ext.kind.name != "product"]
+        if graph.mixing or not (exts and certificate.due(graph, self.block.owner.certify)):
+            return
+        names = Names(graph.recordings)
+        with self._nested(), self._timed("certificate that samples are apart"):
+            certificate.certify(graph, names.of)
 
     def _survey(self, roots: list[Node]) -> Graph:
         with self._nested():

@@ -38,6 +38,8 @@ LAYERS: dict[Any, tuple[int, int, int]] = {
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
 MIXES, CURVED = "backpack_mixes", "backpack_curved"
+# Below the node of a result without sample axis: the arguments that had one.
+ENDS = "backpack_ends"
 
 
 def notes(node: Node) -> dict[str, Any]:

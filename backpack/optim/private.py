@@ -140,7 +140,7 @@ class DPSGD(BackpackOptimizer):
                     "argument l2 for weight decay"
                 )
         try:
-            with torch.enable_grad(), backpack(BatchL2Grad(), gradient=False):
+            with torch.enable_grad(), backpack(BatchL2Grad(), gradient=False, certify="always"):
                 losses.sum().backward(retain_graph=True, inputs=parameters)
             used = [p for p in parameters if hasattr(p, "batch_l2")]
             if not used:
