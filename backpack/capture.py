@@ -302,7 +302,7 @@ class _Recorder(TorchFunctionMode):
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False),  # type: ignore[arg-type]
+                    *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
                 )
         return out
 
@@ -395,20 +395,40 @@ def _without_logits(
 
     Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
     """
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    versions = [t._version for t in tensors[1:]]
     logits_node = args[0].grad_fn if args else None
     below: Node | None = node if func is torch.nn.functional.cross_entropy else None
     while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
         below = below.next_functions[0][0] if below.next_functions else None
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
-        return lambda axis: LOSSES[func](axis, *map(_widened, args), **kwargs)
-    logits, rest, saved = weakref.ref(args[0]), args[1:], below
+        first = tensors[0]._version
+
+        def by_arguments(axis: Batch) -> LossHessian | None:
+            _refuse_changed(func, tensors, [first, *versions])
+            return LOSSES[func](axis, *map(_widened, args), **kwargs)
+
+        return by_arguments
+    logits, rest, saved, version = weakref.ref(args[0]), args[1:], below, args[0]._version
+    others = tensors[1:]
 
     def rule(axis: Batch) -> LossHessian | None:
+        _refuse_changed(func, others, versions)
         f = logits()
-        f = saved._saved_result if f is None else f  # type: ignore[attr-defined]
+        if f is None or f._version != version:
+            f = saved._saved_result  # type: ignore[attr-defined]
         return LOSSES[func](axis, _widened(f), *rest, **kwargs)
 
     return rule
+
+
+def _refuse_changed(func: Any, tensors: list[Tensor], versions: list[int]) -> None:
+    if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+        raise RuntimeError(
+            f"an argument of the loss {func.__name__} was modified by an in-place operation after the "
+            "loss was computed, so that its Hessian is not known; use the out-of-place version of that "
+            "operation, or call backward before it"
+        )
 
 
 def _widened(x: Any) -> Any:

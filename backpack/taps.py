@@ -8,7 +8,7 @@ collected): taps hold inputs, which lie below, and recordings hold taps weakly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback
 _LINEAR_FALLBACKS = frozenset(
     {torch.einsum, torch.nn.functional.bilinear, torch.bilinear, torch.cat, torch.stack, torch.bmm}
 )
+# Operations whose derivatives are constants.
+_SUMS = frozenset({torch.add, Tensor.add, Tensor.__radd__, torch.sub, Tensor.sub})
 # Plain layers, one node of one output each: places of the input, the weight and the bias (if there is
 # one) among their arguments.
 LAYERS: dict[Any, tuple[int, int, int]] = {
@@ -84,11 +86,12 @@ class Tap:
         released: whether autograd has passed and freed its buffers.
         args: arguments of the operation, if it is a plain layer.
         input: its first argument, as long as somebody else holds it.
+        read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "batch", "inputs", "recording", "released"),
-        *("args", "input", "_sources", "__weakref__"),
+        *("args", "input", "read", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -110,7 +113,9 @@ class Tap:
         self._sources = sources
         # A plain layer: all else is known from its arguments, once it is asked for.
         self.args = args
+        self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
+        self.read: list[tuple[weakref.ref[Tensor], int]] = []
 
     @property
     def op(self) -> str:
@@ -123,6 +128,18 @@ class Tap:
         if self.args is not None:
             return self.args[LAYERS[self.func][0]]
         return self.input() if self.input is not None else None
+
+    @property
+    def changed(self) -> bool:
+        """Whether what its forms are made from was changed in place since.
+
+        Autograd finds that out by itself, but only in passes that compute the parameters' gradients.
+        """
+        if self.args is not None:
+            at, weight, _ = LAYERS[self.func]
+            return self.args[at]._version != self._version and self.args[weight].requires_grad
+        tensors = ((ref(), version) for ref, version in self.read)
+        return any(tensor is not None and tensor._version != version for tensor, version in tensors)
 
     @property
     def rule(self) -> str:
@@ -295,7 +312,9 @@ def make_tap(
         if below.lost is None:
             node, output_nr, batch = base.grad_fn, base.output_nr, below
             pairs = [(t, _viewed(form, shape)) for t, form in pairs]
-    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear)
+    read = [t for t in numbers if isinstance(t, Tensor) and not any(t is s for s in sources)]
+    read = [] if func in _SUMS else read
+    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear, read)
     if args and isinstance(args[0], Tensor):
         tap.input = weakref.ref(args[0])
 
@@ -317,9 +336,11 @@ def store_tap(
     pairs: list[tuple[Tensor, ToForm]],
     inputs: tuple[Node, ...],
     linear: bool,
+    read: Sequence[Tensor] = (),
 ) -> Tap:
     sources = [_source(tensor, form, linear) for tensor, form in pairs]
     tap = Tap(func, output_nr, batch, inputs, recording, sources)
+    tap.read = [(weakref.ref(t), t._version) for t in read]
     kept = notes(node)
     if TAPS in kept:
         kept[TAPS].append(tap)
