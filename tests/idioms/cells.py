@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backpack import extend
 from tests.idioms.compare import Comparison
-from tests.idioms.idioms import IDIOMS, Idiom, Sizes, expanded, made
+from tests.idioms.idioms import IDIOMS, SIZES, Idiom, Sizes, expanded, made
 from tests.idioms.losses import LOSSES, Loss
 from tests.idioms.reference import Truth
 
@@ -24,7 +24,7 @@ class Cell(NamedTuple):
     loss: Loss
     reduction: str
     way: str
-    sizes: Sizes = Sizes()
+    sizes: Sizes = SIZES
 
     def __str__(self) -> str:
         return f"{self.idiom.name}-{self.loss.name}-{self.reduction}-{self.way}"
@@ -79,7 +79,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "reduction: 'mean' divides")
 
 
-def cells(sizes: Sizes = Sizes()) -> Iterator[Cell]:
+def cells(sizes: Sizes = SIZES) -> Iterator[Cell]:
     """The whole table."""
     for idiom in IDIOMS:
         for loss in LOSSES:

@@ -99,7 +99,7 @@ class Comparison:
                 errors = {n: _product(value, expected[n], p) for n, value, p in self._zip(found)}
             else:
                 errors = self._plain(field, found)
-        except Wrong as error:
+        except WrongError as error:
             return f"wrong: {field}: {error}"
         worst = max(errors.values())
         return "" if worst <= TOLERANCE else f"wrong: {field} {worst:.1e}"
@@ -120,7 +120,7 @@ class Comparison:
         shape = at.parameters[name].shape
         allowed = (0, columns) if self.truth.flat else (columns,)
         if root.shape[1:] != (at.samples, *shape) or len(root) not in allowed:
-            raise Wrong(f"shape {list(root.shape)} for {columns} outputs of {at.samples} samples")
+            raise WrongError(f"shape {list(root.shape)} for {columns} outputs of {at.samples} samples")
         flat = root.reshape(-1, shape.numel())
         return flat.T @ flat
 
@@ -151,14 +151,14 @@ class Comparison:
         return max(errors)
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A value of the wrong shape."""
 
 
 def relative(found: Tensor, expected: Tensor, largest: float) -> float:
     """The largest error, relative to the largest entry or a thousandth of ``largest``."""
     if found.shape != expected.shape:
-        raise Wrong(f"shape {list(found.shape)} instead of {list(expected.shape)}")
+        raise WrongError(f"shape {list(found.shape)} instead of {list(expected.shape)}")
     scale = max(float(expected.abs().max()), 1e-3 * largest) or 1.0
     error = float((found - expected).abs().max()) / scale
     return error if error == error else float("inf")

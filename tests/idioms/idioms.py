@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ class Sizes:
     T: int = 2
     C: int = 4
 
+    def __str__(self) -> str:
+        return f"{self.N}-{self.T}-{self.C}"
+
+
+SIZES = Sizes()
 
 # Models' outputs: shape of the input, axis of samples, axis of classes.
 KINDS: dict[str, tuple[Callable[[Sizes], tuple[int, ...]], int, int]] = {
@@ -138,7 +143,7 @@ def made(kind: str, forwards: int, loss: Loss, sizes: Sizes) -> tuple[Net, list[
     return net, [draw() for _ in range(forwards)], batch_dim
 
 
-@lru_cache(maxsize=None)
+@cache
 def _expanded(kind: str, forwards: int, last: str, sizes: Sizes) -> Expanded:
     return Expanded(*made(kind, forwards, BY_NAME[last], sizes))
 

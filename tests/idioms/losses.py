@@ -103,15 +103,15 @@ def sets(f: Tensor) -> tuple[Tensor]:
     return (torch.cat([first, torch.full((len(f), f.shape[1] - 1), -1)], 1),)
 
 
-def class_weights(f: Tensor) -> Tensor:
+def by_class(f: Tensor) -> Tensor:
     return 0.5 + uniform(f.shape[1])
 
 
-def last_weights(f: Tensor) -> Tensor:
+def by_last(f: Tensor) -> Tensor:
     return 0.5 + uniform(f.shape[-1])
 
 
-def weights(f: Tensor) -> Tensor:
+def by_entry(f: Tensor) -> Tensor:
     return 0.5 + uniform(f.shape)
 
 
@@ -162,30 +162,30 @@ _BATCH = ("mean", "sum", "none", "batchmean")
 
 LOSSES = [
     Loss("ce", *_CE, labels, classes=True),
-    Loss("ce-weight", *_CE, labels, {"weight": class_weights}, classes=True),
+    Loss("ce-weight", *_CE, labels, {"weight": by_class}, classes=True),
     Loss("ce-ignore", *_CE, labels, {"ignore_index": 1}, classes=True),
     Loss("ce-smooth", *_CE, labels, {"label_smoothing": 0.3, "ignore_index": 1}, classes=True),
     Loss(
         "ce-smooth-weight",
         *_CE,
         labels,
-        {"weight": class_weights, "label_smoothing": 0.2},
+        {"weight": by_class, "label_smoothing": 0.2},
         classes=True,
     ),
     Loss("ce-soft", *_CE, soft, classes=True),
-    Loss("ce-soft-weight", *_CE, soft, {"weight": class_weights, "label_smoothing": 0.1}, classes=True),
+    Loss("ce-soft-weight", *_CE, soft, {"weight": by_class, "label_smoothing": 0.1}, classes=True),
     Loss("mse", nn.MSELoss, F.mse_loss, near),
     Loss("bce-logits", *_LOGITS, bits),
-    Loss("bce-logits-weight", *_LOGITS, probabilities, {"weight": weights, "pos_weight": last_weights}),
+    Loss("bce-logits-weight", *_LOGITS, probabilities, {"weight": by_entry, "pos_weight": by_last}),
     Loss("bce", *_BCE, bits, last=sigmoid),
-    Loss("bce-weight", *_BCE, probabilities, {"weight": weights}, last=sigmoid),
+    Loss("bce-weight", *_BCE, probabilities, {"weight": by_entry}, last=sigmoid),
     Loss("poisson", *_POISSON, counts),
     Loss("poisson-rate", *_POISSON, counts, {"log_input": False}, last=positive),
-    Loss("gaussian", *_GAUSS, lambda f: (*near(f), weights(f))),
+    Loss("gaussian", *_GAUSS, lambda f: (*near(f), by_entry(f))),
     Loss("huber", nn.HuberLoss, F.huber_loss, near, {"delta": 0.4}),
     Loss("smooth-l1", nn.SmoothL1Loss, F.smooth_l1_loss, near, {"beta": 0.6}),
     Loss("soft-margin", nn.SoftMarginLoss, F.soft_margin_loss, signs),
-    Loss("multilabel-soft-margin", *_SOFT, bits, {"weight": last_weights}),
+    Loss("multilabel-soft-margin", *_SOFT, bits, {"weight": by_last}),
     Loss("multi-margin-1", *_MARGIN, labels, classes=True, rows=True, plain=multi_margin),
     Loss("multi-margin-2", *_MARGIN, labels, {"p": 2}, classes=True, rows=True, plain=multi_margin),
     Loss(
@@ -195,7 +195,7 @@ LOSSES = [
         plain=multilabel_margin,
     ),
     Loss("l1", nn.L1Loss, F.l1_loss, near),
-    Loss("nll", *_NLL, labels, {"weight": class_weights, "ignore_index": 0}, log_soft, classes=True),
+    Loss("nll", *_NLL, labels, {"weight": by_class, "ignore_index": 0}, log_soft, classes=True),
     Loss("kl", *_KL, soft, {}, log_soft, classes=True, reductions=_BATCH),
     Loss("hinge-embedding", nn.HingeEmbeddingLoss, F.hinge_embedding_loss, signs, {"margin": 0.3}),
 ]

@@ -1,7 +1,7 @@
-"""Brute force for any loss of a model's outputs, samples mixed or not, with plain autograd in float64.
+"""Brute force for any loss of a model's outputs, samples mixed or not, by plain autograd in float64.
 
-The model is taken apart at its outputs once: values, first and second derivatives of every entry. For each
-loss only its gradient and Hessian in these entries are needed then, so that many losses cost little.
+The model is taken apart at its outputs once: values, first and second derivatives of every entry. For
+each loss only its gradient and Hessian in these entries are needed then: many losses cost little.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Truth:
     def convex(self) -> bool:
         """Whether the loss's Hessian has a square root."""
         values = torch.linalg.eigvalsh((self.hessian + self.hessian.T) / 2)
-        assert not bool(((-1e-5 < values) & (values < -1e-13)).any()), "a Hessian on the edge"
+        assert not bool(((values > -1e-5) & (values < -1e-13)).any()), "a Hessian on the edge"
         return bool((values > -1e-5).all())
 
     def _shaped(self, name: str, value: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.idioms.cells import Cell
 
 # The groups that need a square root of the loss's Hessian.
@@ -40,6 +42,12 @@ def refusal(cell: Cell, group: str) -> str | None:
     if group == "kfra" and idiom in NO_CHAIN:
         reasons.append("kfra")
     return "|".join(reasons) or None
+
+
+def fine(cell: Cell, group: str, text: str) -> bool:
+    """Whether an outcome is right, or refused as it may be."""
+    allowed = refusal(cell, group)
+    return not text or bool(text.startswith("refused") and allowed and re.search(allowed, text))
 
 
 def _by_rule(cell: Cell, group: str) -> bool:
