@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.backprop import carry, hooks_suspended
+from backpack.backprop import carry, differentiable_twice, hooks_suspended
 from backpack.batch import Batch
 from backpack.factors import Dense, Form, merge
 from backpack.taps import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
@@ -264,8 +264,8 @@ def gradients(
     """Gradients of ``sum weight * start`` at some places of the graph."""
     if not places or not starts:
         return [None] * len(places)
-    return list(
-        torch.autograd.grad(
+    with differentiable_twice():
+        found = torch.autograd.grad(
             [edge for edge, _ in starts],
             list(places),
             [weight for _, weight in starts],
@@ -273,7 +273,7 @@ def gradients(
             create_graph=create_graph,
             allow_unused=True,
         )
-    )
+    return list(found)
 
 
 def refuse_mixing(
@@ -301,7 +301,8 @@ def refuse_mixing(
         return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
     def product(columns: list[Tensor]) -> list[Tensor]:
-        rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
+        with differentiable_twice():
+            rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
         return [columns[0].new_zeros(()) if row is None else row for row in rows]
 
     columns = [torch.cos(5 * torch.arange(g.numel()).to(g) + 2).reshape(g.shape) for g in flat]
@@ -431,9 +432,10 @@ def sampled(
     for _ in range(count if known else 0):
         signs = [None if g is None else _signs(g, generator) for g in found]
         drawn = [u for u, g in zip(signs, found, strict=True) if g is not None and g.requires_grad]
-        curved = torch.autograd.grad(
-            known, edges, drawn, retain_graph=True, create_graph=create, allow_unused=True
-        )
+        with differentiable_twice():
+            curved = torch.autograd.grad(
+                known, edges, drawn, retain_graph=True, create_graph=create, allow_unused=True
+            )
         at = {
             key: (u, torch.zeros_like(u) if c is None else c)
             for key, u, c in zip(taps, signs, curved, strict=True)
@@ -518,9 +520,10 @@ def _entries(gradient: Tensor | None, parameter: Tensor, place: GradientEdge, cr
         return diagonal.reshape(parameter.shape)
     found = []
     for j, entry in enumerate(gradient.flatten()):
-        (row,) = torch.autograd.grad(
-            entry, [place], retain_graph=True, create_graph=create, allow_unused=True
-        )
+        with differentiable_twice():
+            (row,) = torch.autograd.grad(
+                entry, [place], retain_graph=True, create_graph=create, allow_unused=True
+            )
         found.append(diagonal[j] if row is None else row.flatten()[j])
     return torch.stack(found).reshape(parameter.shape)
 
@@ -538,8 +541,9 @@ def _drawn_entries(
         return diagonal
     for _ in range(count):
         u = _signs(gradient, generator)
-        (product,) = torch.autograd.grad(
-            *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
-        )
+        with differentiable_twice():
+            (product,) = torch.autograd.grad(
+                *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
+            )
         diagonal = diagonal if product is None else diagonal + u * product / count
     return diagonal

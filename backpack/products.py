@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backpack.backprop import hooks_suspended
+from backpack.backprop import differentiable_twice, hooks_suspended
 from backpack.hessian import Path, bend, gradients
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
@@ -47,9 +47,10 @@ def hessian_product(starts: Starts, parameter: Tensor) -> Product:
         (gradient,) = gradients(starts, [place], create_graph=True)
         if gradient is None or not gradient.requires_grad:
             return torch.zeros_like(parameter)
-        (found,) = torch.autograd.grad(
-            [gradient], [place], [vector], retain_graph=True, allow_unused=True
-        )
+        with differentiable_twice():
+            (found,) = torch.autograd.grad(
+                [gradient], [place], [vector], retain_graph=True, allow_unused=True
+            )
         return _or_zeros(found, parameter)
 
     return _by_rows(parameter, "hmp", one)
@@ -93,13 +94,14 @@ def _ggn_vector(
         return torch.zeros_like(parameter)
     edges = [edge for edge, _ in used]
     forward = _jacobian_products(edges, [g for _, g in used], parameter, vector)
-    back = torch.autograd.grad(
-        curved,
-        edges,
-        [f for f, (_, g) in zip(forward, used, strict=True) if g.requires_grad],
-        retain_graph=True,
-        allow_unused=True,
-    )
+    with differentiable_twice():
+        back = torch.autograd.grad(
+            curved,
+            edges,
+            [f for f, (_, g) in zip(forward, used, strict=True) if g.requires_grad],
+            retain_graph=True,
+            allow_unused=True,
+        )
     kept = [(edge, b) for edge, b in zip(edges, back, strict=True) if b is not None]
     (found,) = gradients(kept, [get_gradient_edge(parameter)], create_graph=False)
     return _or_zeros(found, parameter)

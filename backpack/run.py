@@ -416,7 +416,8 @@ class Run:
         refining: bool,
         sign: Tensor | None,
     ) -> None:
-        form = self._form(leaf, at)
+        # Factors of inputs are those of all uses, also where these columns reach some of them only.
+        form = self._form(leaf, at, columns if any(not ext.written_out for ext in exts) else 0)
         if form is None:
             shape = (columns, leaf.samples, *leaf.parameter.shape)
             zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
@@ -446,10 +447,26 @@ class Run:
                 )
         with self._nested():
             chunks = loss.fewest().columns(grad, self._chunk(loss, starts))
-            columns = (chunk if isinstance(chunk, Tensor) else chunk[0] for chunk in chunks)
+            columns: Iterable[Tensor] = (c if isinstance(c, Tensor) else c[0] for c in chunks)
             samples = next(iter(self.leaves.values())).samples
-            at = chain.averaged(starts[0], samples, columns, taps)
+            start = self._model_output(starts[0])
+            if start != starts[0]:  # the average is one over the rows of the model's output
+                columns = (g for c in columns if (g := carry(starts, [start], c)[0]) is not None)
+            at = chain.averaged(start, samples, columns, taps)
             self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
+
+    def _model_output(self, place: GradientEdge) -> GradientEdge:
+        """The model output that the input of a loss is computed from."""
+        found = [
+            (GradientEdge(node, border.place), border.batch)
+            for record, below in self.graph.losses.values()
+            for node, borders in below.items()
+            for border in borders
+            if record.edge == place
+        ]
+        if len(found) > 1:
+            raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
+        return found[0][0] if found else place
 
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
         if self.block.owner.chunk_size is not None:
@@ -457,13 +474,19 @@ class Run:
         per_column = bytes_at(targets)
         return max(1, COLUMN_BYTES.get(loss.f.device.type, 2**28) // max(per_column, 1))
 
-    def _form(self, leaf: _Leaf, at: dict[int, Tensor | None]) -> Form | None:
-        forms = [
-            self._source_form(leaf, source, g)
-            for _, tap, source in leaf.uses
-            if (g := at[id(tap)]) is not None
-        ]
-        return merge(forms) if forms else None
+    def _form(self, leaf: _Leaf, at: dict[int, Tensor | None], absent: int) -> Form | None:
+        """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
+        if all(at[id(tap)] is None for _, tap, _ in leaf.uses):
+            return None
+        forms = []
+        for node, tap, source in leaf.uses:
+            g = at[id(tap)]
+            if g is None and absent:
+                about = node._input_metadata[tap.place]
+                g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
+            if g is not None:
+                forms.append(self._source_form(leaf, source, g))
+        return merge(forms)
 
     def _source_form(self, leaf: _Leaf, source: Source, g: Tensor) -> Form:
         form = source.form(g)
