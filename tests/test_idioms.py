@@ -42,6 +42,8 @@ def _with_one_reduction() -> Iterator[Cell]:
 def faults(cell: Cell, gradient: bool = True) -> list[str]:
     """What is neither right nor refused by the words of the table."""
     truth = cell.truth()
+    if not truth.loss.isfinite():
+        return []  # a mean over nothing: all labels are ignored
     if cell.sizes == SIZES:
         assert truth.convex == (cell.loss.name not in NOT_CONVEX.get(cell.idiom.name, ()))
     assert not truth.mixes

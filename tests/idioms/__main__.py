@@ -21,8 +21,11 @@ def main(words: list[str]) -> None:
     for cell in cells():
         if not all(word in f"-{cell}-" for word in words):
             continue
+        truth = cell.truth()
+        if not truth.loss.isfinite():
+            continue
         count += 1
-        for group, text in cell.comparison().outcome().items():
+        for group, text in cell.comparison(truth).outcome().items():
             if not fine(cell, group, text):
                 what = re.sub(r"[\d.]+e[+-]\d+", "", text)[:90]
                 found[group, cell.way, what, cell.idiom.name].append(

@@ -96,16 +96,17 @@ class Comparison:
                 errors = {n: self._kronecker(field, n, value) for n, value in found.items()}
             elif field in ("ggnmp", "hmp"):
                 expected = self.truth.value(field)
-                errors = {n: _product(value, expected[n], p) for n, value, p in self._zip(found)}
+                largest = max(float(e.abs().max()) for e in expected.values())
+                errors = {
+                    n: _product(value, expected[n], self.truth.at.parameters[n], largest)
+                    for n, value in found.items()
+                }
             else:
                 errors = self._plain(field, found)
         except WrongError as error:
             return f"wrong: {field}: {error}"
         worst = max(errors.values())
         return "" if worst <= TOLERANCE else f"wrong: {field} {worst:.1e}"
-
-    def _zip(self, found: dict[str, Any]) -> list[tuple[str, Any, Tensor]]:
-        return [(n, value, self.truth.at.parameters[n]) for n, value in found.items()]
 
     def _plain(self, field: str, found: dict[str, Any]) -> dict[str, float]:
         expected = self.truth.value(field)
@@ -164,9 +165,9 @@ def relative(found: Tensor, expected: Tensor, largest: float) -> float:
     return error if error == error else float("inf")
 
 
-def _product(function: Any, block: Tensor, p: Tensor) -> float:
+def _product(function: Any, block: Tensor, p: Tensor, largest: float) -> float:
     vectors = torch.randn(2, len(block), generator=torch.Generator().manual_seed(1), dtype=block.dtype)
-    return relative(function(vectors.reshape(2, *p.shape)).flatten(1), vectors @ block, 0.0)
+    return relative(function(vectors.reshape(2, *p.shape)).flatten(1), vectors @ block, largest)
 
 
 def wrong(outcome: Outcome) -> Sequence[str]:

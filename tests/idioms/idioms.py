@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.idioms.losses import BY_NAME, Loss
-from tests.idioms.reference import Expanded
+from tests.idioms.reference import Tabulated
 
 FEATURES, HIDDEN = 2, 3
 
@@ -144,11 +144,11 @@ def made(kind: str, forwards: int, loss: Loss, sizes: Sizes) -> tuple[Net, list[
 
 
 @cache
-def _expanded(kind: str, forwards: int, last: str, sizes: Sizes) -> Expanded:
-    return Expanded(*made(kind, forwards, BY_NAME[last], sizes))
+def _expanded(kind: str, forwards: int, last: str, sizes: Sizes) -> Tabulated:
+    return Tabulated(*made(kind, forwards, BY_NAME[last], sizes))
 
 
-def expanded(kind: str, forwards: int, loss: str, sizes: Sizes) -> Expanded:
+def expanded(kind: str, forwards: int, loss: str, sizes: Sizes) -> Tabulated:
     """The derivatives of a model, found once for all losses that share its last operation."""
     last = BY_NAME[loss].last
     same = next(other.name for other in BY_NAME.values() if other.last is last)
