@@ -287,7 +287,8 @@ class _SquareRoot(BackpropExtension):
 class SqrtGGNExact(_SquareRoot):
     """Square root ``V^T`` of the GGN, ``G = V V^T = sum_n J_n^T H_n J_n``, shape ``[C, N, *p]``.
 
-    ``C`` is the number of model outputs per sample. Concatenated over parameters it gives the full
+    ``C`` is the number of model outputs per sample, or of the numbers that the loss is computed from,
+    where these are fewer. Concatenated over parameters it gives the full
     matrix, blocks between parameters included.
 
     Args:

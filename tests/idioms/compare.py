@@ -119,8 +119,9 @@ class Comparison:
         at = self.truth.at
         columns = sum(o.numel() for o in at.outputs) // at.samples
         shape = at.parameters[name].shape
-        allowed = (0, columns) if self.truth.flat else (columns,)
-        if root.shape[1:] != (at.samples, *shape) or len(root) not in allowed:
+        # A loss that takes a part of the outputs, or their means, has as many columns as it has inputs.
+        fewest = 0 if self.truth.flat else 1
+        if root.shape[1:] != (at.samples, *shape) or not fewest <= len(root) <= columns:
             raise WrongError(f"shape {list(root.shape)} for {columns} outputs of {at.samples} samples")
         flat = root.reshape(-1, shape.numel())
         return flat.T @ flat
