@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -95,7 +96,10 @@ class backpack:  # noqa: N801
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._blocks.pop().close()
+        # Another thread may have entered the same object since.
+        block = [each for each in self._blocks if each.thread == threading.get_ident()][-1]
+        self._blocks.remove(block)
+        block.close()
 
 
 class _Block(Block):
@@ -105,16 +109,17 @@ class _Block(Block):
 
     def open(self) -> None:
         open_blocks.append(self)
-        capture.reached = _reached
         self.watch.__enter__()
 
     def close(self) -> None:
-        self.watch.__exit__(None, None, None)
-        del self.watch  # which refers to the block
-        open_blocks.remove(self)
-        for run in list(self.runs.values()):
-            run.abort()
-        self.runs.clear()
+        try:
+            self.watch.__exit__(None, None, None)
+        finally:
+            del self.watch  # which refers to the block
+            open_blocks.remove(self)
+            for run in list(self.runs.values()):
+                run.abort()
+            self.runs.clear()
 
 
 class _Watch(TorchFunctionMode):
@@ -175,15 +180,15 @@ class _Watch(TorchFunctionMode):
                     f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
                     "for NaN in the inputs or a learning rate that is too large"
                 )
-        block.wanted, block.complete = wanted, not limited
-        block.roots = [
-            (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
-            for t, g in zip(outputs, gradients, strict=True)
-        ]
         handles = []
         try:
+            block.wanted, block.complete = wanted, not limited
+            block.roots = [
+                (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
+                for t, g in zip(outputs, gradients, strict=True)
+            ]
             direct = func is Tensor.backward and not block.owner.gradient
-            if direct and capture.disable.should_store_io():
+            if direct and block.listens:
                 return self._directly(*args, **kwargs)
             # The run begins before anything is executed and freed.
             begins = partial(_run_begins, block)
@@ -222,7 +227,7 @@ class _Watch(TorchFunctionMode):
 
 def _run_begins(block: Block, grads: Any) -> None:
     """A backward call seen by the block's watch has reached its root."""
-    if not block.nested and capture.disable.should_store_io():
+    if not block.nested and block.listens:
         _run_of(block).tap_here(grads)
 
 
@@ -239,8 +244,8 @@ def _run_of(block: Block) -> Run:
 
 def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     """Backward has reached a loss or a model output."""
-    block = current_block() if capture.disable.should_store_io() else None
-    if block is None or not block.owner.active:
+    block = current_block()
+    if block is None or not block.listens:
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             recording.release()
         return
@@ -251,3 +256,6 @@ def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     if loss is not None:
         run.loss(loss, GradientEdge(node, 0), grads[0])
     run.tap_here(grads)
+
+
+capture.reached = _reached
