@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from backpack import capture
 from backpack.blocks import Block, ExtensionHook, Nested, current_block, open_blocks
 from backpack.direct import DirectRun
-from backpack.quantities import BackpropExtension
+from backpack.quantities import BackpropExtension, Columns
 from backpack.run import Run
 from backpack.taps import LossRecord, Recording
 
@@ -48,7 +48,7 @@ class backpack:  # noqa: N801
             curvature of a trained model, attribution.
 
     Raises:
-        ValueError: if ``exts`` holds anything but instances of extensions.
+        ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
 
     Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
     entered it.
@@ -71,6 +71,8 @@ class backpack:  # noqa: N801
                 )
             if not isinstance(ext, BackpropExtension):
                 raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
+            if ext.kind.name not in get_args(Columns):
+                raise ValueError(f"{ext!r} asks for columns of an unknown kind, {ext.kind.name!r}")
         fields = [ext.savefield for ext in exts]
         for name in sorted({name for name in fields if fields.count(name) > 1}):
             warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)

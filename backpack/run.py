@@ -34,7 +34,7 @@ from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
 from backpack.losses import differentiate_twice
-from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product
+from backpack.quantities import BackpropExtension, Context, Kind, Product
 from backpack.rules import patches_kept
 from backpack.taps import LossRecord, Source, Tap
 
@@ -87,10 +87,10 @@ class Run:
         for ext in exts:
             if ext.kind.name != "gradient":
                 self.second_order.setdefault(ext.kind, []).append(ext)
-        self.whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
+        self.whole = any(ext.writes_out for ext in self.first_order)
         self.large = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
-        ask = [ext for ext in exts if type(ext).finish is not BackpropExtension.finish]
+        ask = [ext for ext in exts if ext.needs_gradient]
         self.early = not ask and block.owner.extension_hook is None
         self.totals = any(ext in self.first_order for ext in ask)
 
@@ -319,7 +319,7 @@ class Run:
             with self._nested(), cut(joint.keys() | self.graph.losses.keys() - absorbed):
                 hessian.refuse_mixing(starts, [(e, b) for e, b in places if b is not None])
         for kind, exts in self.second_order.items():
-            per_sample = any(ext.savefield.endswith("_batch") for ext in exts)
+            per_sample = any(ext.per_sample for ext in exts)
             with self._nested():
                 if kind.name == "hessian":
                     found = hessian.diagonal(starts, leaves, per_sample, outputs)
@@ -546,8 +546,9 @@ class Run:
             found = gradient if leaf.total is None else leaf.total
             if found is None:
                 raise RuntimeError(
-                    "a quantity asks for the gradient where it is not known: in `zero`, or of second "
-                    "order in a pass with gradient=False"
+                    "a quantity asks for the gradient where it is not known: its class does not say "
+                    "needs_gradient = True, or it is in `zero`, or of second order in a pass with "
+                    "gradient=False"
                 )
             return found.to_dense() if found.is_sparse else found
 

@@ -31,7 +31,7 @@ class Placed(BackpropExtension):
         factors: the quantity, which is saved as it is.
     """
 
-    written_out = False
+    needs_gradient = False
 
     def __init__(self, factors: BackpropExtension) -> None:
         self.factors = factors
