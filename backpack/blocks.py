@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from backpack.capture import captures
 from backpack.quantities import BackpropExtension
 
 ExtensionHook = Callable[[nn.Module], None]
@@ -51,6 +52,11 @@ class Block:
         self.wanted: set[Tensor] | None = None
         self.complete = False
         self.nested = 0
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is anything to do, and the block's thread has not switched it off."""
+        return self.owner.active and captures(self.thread)
 
 
 open_blocks: list[Block] = []

@@ -44,16 +44,24 @@ from backpack.taps import (
     store_tap,
 )
 
-# The engine listens here: called with the node that backward has reached.
-reached: Callable[[Recording, LossRecord | None, Any], None] | None = None
+
+def _unheard(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    raise AssertionError("the engine is imported with the package")
+
+
+# Called when backward has reached a loss or a model output. The engine, which comes later in the order
+# of files, puts itself here when it is imported; nothing changes it afterwards.
+reached: Callable[[Recording, LossRecord | None, Any], None] = _unheard
 
 
 class _State(threading.local):
     recorder: _Recorder | None = None
-    enabled: bool = True
 
 
 _state = _State()
+# How often each thread has switched capture off. Not a thread's own state: autograd's threads for
+# devices ask for the thread that called backward.
+_switched_off: dict[int, int] = {}
 
 
 # --------------------------------------------------------------------------------------
@@ -555,7 +563,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
 
 def _recordable() -> bool:
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return _state.enabled and torch.is_grad_enabled() and not compiling
+    return disable.should_store_io() and torch.is_grad_enabled() and not compiling
 
 
 def _calls_running(module: nn.Module | None) -> int:
@@ -623,38 +631,50 @@ def _close() -> None:
     recorder = _state.recorder
     assert recorder is not None
     _state.recorder = None
-    recorder.close()
-    recorder.__exit__(None, None, None)
-    entered.axes = {}
-    recorder.recording.arguments.clear()
+    try:
+        recorder.close()
+        recorder.__exit__(None, None, None)
+    finally:
+        entered.axes = {}
+        recorder.recording.arguments.clear()
 
 
 def _on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
-    if reached is not None:
-        reached(recording, loss, grads)
-    elif not torch._C._autograd._get_current_graph_task_keep_graph():
-        recording.release()
+    reached(recording, loss, grads)
+
+
+def captures(thread: int) -> bool:
+    """Whether capture is on in a thread."""
+    return thread not in _switched_off
+
+
+class _StoreIO:
+    """The attribute of that name, read from the class or an instance."""
+
+    def __get__(self, instance: object, owner: object) -> bool:
+        return captures(threading.get_ident())
 
 
 class disable:  # noqa: N801
-    """Switch capture off: ``with disable(): model(X)`` records nothing.
+    """Switch capture off in this thread: ``with disable(): model(X)`` records nothing.
 
     Class attribute ``store_io`` and :meth:`should_store_io` say whether capture is on, as in the
-    original library.
+    original library. Blocks may be nested, and one object be used again and by several threads.
     """
 
-    store_io = True
+    store_io = _StoreIO()
 
     def __enter__(self) -> None:
-        self._before = _state.enabled
-        _state.enabled = False
-        disable.store_io = False
+        thread = threading.get_ident()
+        _switched_off[thread] = _switched_off.get(thread, 0) + 1
 
     def __exit__(self, *exc: object) -> None:
-        _state.enabled = self._before
-        disable.store_io = self._before
+        thread = threading.get_ident()
+        _switched_off[thread] -= 1
+        if not _switched_off[thread]:
+            del _switched_off[thread]
 
     @staticmethod
     def should_store_io() -> bool:
         """Whether capture is on."""
-        return _state.enabled
+        return captures(threading.get_ident())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.backprop import Graph, leaves_below
-from backpack.quantities import BackpropExtension, BatchGrad
+from backpack.quantities import BackpropExtension
 from backpack.taps import Recording, Source, Tap
 
 
@@ -122,6 +122,7 @@ def _refuse_mixing(why: str, extensions: Sequence[BackpropExtension]) -> None:
         "defined; call model.eval(), or use a norm that keeps samples apart (GroupNorm)"
     )
     for ext in extensions:
-        if not isinstance(ext, BatchGrad):
+        if not ext.mixed:
             raise NotImplementedError(f"{ext.savefield}: {text}")
-    warnings.warn(f"{text}. grad_batch holds each row's contribution to the gradient", stacklevel=2)
+    fields = ", ".join(ext.savefield for ext in extensions)
+    warnings.warn(f"{text}. {fields} holds each row's contribution to the gradient", stacklevel=2)

@@ -575,6 +575,51 @@ class Dense(Form):
 
 
 @dataclass(frozen=True, eq=False)
+class Together(Form):
+    """Columns that belong to all samples together: sums over samples are known, single samples are not.
+
+    Attributes:
+        values: ``[v, *p]``.
+        samples: number of samples.
+    """
+
+    values: Tensor
+    samples: int = field()
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape[1:]
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.values.shape[0]
+
+    @property
+    def like(self) -> Tensor:
+        return self.values
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Form:
+        raise RuntimeError(
+            "a quantity looks at single samples of a form, but its class says that it does not; set "
+            "its attribute per_sample = True"
+        )
+
+    def dense(self) -> Tensor:
+        return self.take(slice(None), slice(None)).dense()
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        self.take(slice(None), slice(None))
+        yield from ()
+
+    def total(self) -> Tensor:
+        return self.values.sum(0)
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        """``sum_v sign_v G^2``; ``sign [v, n]`` is the same for all samples."""
+        return Dense(self.values.unsqueeze(1)).square_sum(None if sign is None else sign[:, :1])
+
+
+@dataclass(frozen=True, eq=False)
 class Lookup(Form):
     """Rows of a table: ``G[v, n, index[n, s]] += g[v, n, s]``.
 

@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backprop import carry, differentiable_twice, hooks_suspended
 from backpack.batch import Batch
-from backpack.factors import Dense, Form, merge
+from backpack.factors import Dense, Form, Together, merge
 from backpack.taps import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
 
 CHUNK = 32
@@ -476,20 +476,15 @@ def _parameter_hessian(
     place = get_gradient_edge(parameter)
     with hooks_suspended(parameter), torch.enable_grad():
         if per_sample:
-            values = [
-                entries(gradient, parameter, place, create)
-                for gradient in _sample_gradients(starts, path, leaf, place)
-            ]
+            found = _sample_gradients(starts, path, leaf, place)
+            diagonal = torch.stack([entries(each, parameter, place, create) for each in found])
         else:
             (gradient,) = gradients(starts, [place], create_graph=True)
-            # All samples' diagonal, put on the first.
-            values = [entries(gradient, parameter, place, create)]
-            values += [torch.zeros_like(values[0])] * (leaf.samples - 1)
-        diagonals = torch.stack(values)
-    parts = torch.stack([diagonals.clamp(min=0).sqrt(), (-diagonals).clamp(min=0).sqrt()])
+            diagonal = entries(gradient, parameter, place, create)
+    parts = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
     sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
     sign[1] = -1
-    yield leaf, Dense(parts), sign
+    yield leaf, Dense(parts) if per_sample else Together(parts, leaf.samples), sign
 
 
 def _sample_gradients(

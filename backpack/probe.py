@@ -57,8 +57,9 @@ def keeps_apart(
     if not any(id(x) in axes and _differentiable(x) and x.numel() for x in leaves):
         return True
     key = _key(func, leaves, str(spec), axes, place, axis)
-    if key is not None and key in _verdicts:
-        return _verdicts[key]
+    # Other threads may empty the dictionary at any time.
+    if key is not None and (known := _verdicts.get(key)) is not None:
+        return known
 
     def results(leaves: list[Any]) -> Any:
         new_args, new_kwargs = tree_unflatten(leaves, spec)

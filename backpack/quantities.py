@@ -19,11 +19,13 @@ from torch import Tensor
 
 from backpack.factors import Form, Sharing, spectrum
 
+Columns = Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
+
 
 class Kind(NamedTuple):
     """Which columns a quantity needs; equal kinds share one propagation."""
 
-    name: Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
+    name: Columns
     mc_samples: int = 0
     generator: torch.Generator | None = None
 
@@ -40,7 +42,27 @@ class BackpropExtension:
     """A quantity, saved to ``parameter.<savefield>``.
 
     Subclass it to add one: give ``savefield`` and ``kind``, and :meth:`reduce`; the rest has
-    defaults.
+    defaults. What it needs is said by attributes of the class, and by nothing else: neither the name of
+    the field nor which methods it has. The defaults are right for any quantity; other values save work.
+
+    Attributes:
+        savefield: the attribute of a parameter that holds the value.
+        kind: the columns it is computed from.
+        per_sample: whether single samples of a form are looked at. With ``False``, a form of Hessian
+            columns may be :class:`~backpack.factors.Together`, whose samples cannot be told apart.
+        needs_gradient: whether :meth:`finish` may ask for the gradient. With ``False``, the value is
+            saved before the gradient is there.
+        written_out: whether a form that is written out (``Dense``) is as good as any. With ``True``, it
+            may be given one that was written out for another quantity.
+        writes_out: whether it writes out the whole form in any case.
+        every_column: whether columns that do not reach a parameter are kept, as zeros.
+        every_use: whether a form is that of all uses of a parameter, also where its columns reach some
+            of them only (the others have columns of zeros).
+        signed: whether exact columns may come with signs, where the Hessian of the loss is indefinite.
+        refines: whether the columns are looked at again, by :meth:`refine`.
+        large: whether the value of an earlier pass is let go before this one's is computed.
+        mixed: whether the value has a meaning where samples are mixed (batch norm in training mode), as
+            each row's contribution.
 
     Example:
         >>> class GradientMax(BackpropExtension):
@@ -51,16 +73,16 @@ class BackpropExtension:
 
     savefield: str
     kind: Kind = Kind("gradient")
-    # Whether columns that do not reach a parameter are kept, as zeros.
+    per_sample: bool = True
+    needs_gradient: bool = True
+    written_out: bool = False
+    writes_out: bool = False
     every_column: bool = False
-    # Whether a written-out form is as good as a factored one.
-    written_out: bool = True
-    # Whether exact columns may come with signs, where the Hessian of the loss is indefinite.
+    every_use: bool = False
     signed: bool = False
-    # Whether the columns are looked at again, by `refine`.
     refines: bool = False
-    # Whether the value of an earlier pass is let go before this one's is computed.
     large: bool = False
+    mixed: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
@@ -132,10 +154,12 @@ class BatchGrad(BackpropExtension):
     """
 
     savefield = "grad_batch"
-    large = True
+    needs_gradient = False
+    written_out = large = mixed = True
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
+        self.writes_out = subsampling is None
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         index = _index(self.subsampling, form.samples)
@@ -150,6 +174,7 @@ class BatchL2Grad(BackpropExtension):
     """Squared norms ``batch_l2[n] = ||d l_n / d p||^2`` of individual gradients, shape ``[N]``."""
 
     savefield = "batch_l2"
+    needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.squared_norms()
@@ -162,6 +187,7 @@ class SumGradSquared(BackpropExtension):
     """Second moment ``sum_grad_squared = sum_n (d l_n / d p)^2``, elementwise, shape ``p``."""
 
     savefield = "sum_grad_squared"
+    needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum()
@@ -175,6 +201,7 @@ class Variance(BackpropExtension):
     """
 
     savefield = "variance"
+    written_out = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         return form.centred_square_sum()
@@ -212,6 +239,7 @@ class _Sampled(BackpropExtension):
 
 
 class _Diagonal(BackpropExtension):
+    per_sample = needs_gradient = False
     signed = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
@@ -219,8 +247,8 @@ class _Diagonal(BackpropExtension):
 
 
 class _BatchDiagonal(BackpropExtension):
-    large = True
-    signed = True
+    needs_gradient = False
+    large = signed = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)
@@ -269,8 +297,8 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 
 
 class _SquareRoot(BackpropExtension):
-    every_column = True
-    large = True
+    needs_gradient = False
+    every_column = large = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
         index = _index(self.subsampling, form.samples)
@@ -324,7 +352,8 @@ class SqrtGGNMC(_Sampled, _SquareRoot):
 
 
 class _Kronecker(BackpropExtension):
-    written_out = False
+    needs_gradient = False
+    every_use = True
     kfac_approx: Sharing = None
 
     def _choose(self, kfac_approx: Sharing) -> None:
@@ -544,6 +573,7 @@ class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
     kind = Kind("product")
+    needs_gradient = False
     curvature: Literal["ggn", "hessian", "positive"]
     modify = "clip"
 

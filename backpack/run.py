@@ -33,7 +33,7 @@ from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
 from backpack.losses import differentiate_twice, signed_columns
-from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product
+from backpack.quantities import BackpropExtension, Context, Kind, Product
 from backpack.rules import patches_kept
 from backpack.taps import LossRecord, Source, Tap
 from backpack.tracing import cut
@@ -87,10 +87,10 @@ class Run:
         for ext in exts:
             if ext.kind.name != "gradient":
                 self.second_order.setdefault(ext.kind, []).append(ext)
-        self.whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
+        self.whole = any(ext.writes_out for ext in self.first_order)
         self.large = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
-        ask = [ext for ext in exts if type(ext).finish is not BackpropExtension.finish]
+        ask = [ext for ext in exts if ext.needs_gradient]
         self.early = not ask and block.owner.extension_hook is None
         self.totals = any(ext in self.first_order for ext in ask)
 
@@ -335,7 +335,7 @@ class Run:
             with self._nested(), cut(joint.keys() | self.graph.losses.keys() - absorbed):
                 hessian.refuse_mixing(starts, [(e, b) for e, b in places if b is not None])
         for kind, exts in self.second_order.items():
-            per_sample = any(ext.savefield.endswith("_batch") for ext in exts)
+            per_sample = any(ext.per_sample for ext in exts)
             with self._nested():
                 if kind.name == "hessian":
                     found = hessian.diagonal(starts, leaves, per_sample, outputs)
@@ -417,7 +417,7 @@ class Run:
         sign: Tensor | None,
     ) -> None:
         # Factors of inputs are those of all uses, also where these columns reach some of them only.
-        form = self._form(leaf, at, columns if any(not ext.written_out for ext in exts) else 0)
+        form = self._form(leaf, at, columns if any(ext.every_use for ext in exts) else 0)
         if form is None:
             shape = (columns, leaf.samples, *leaf.parameter.shape)
             zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
@@ -593,8 +593,9 @@ class Run:
             found = gradient if leaf.total is None else leaf.total
             if found is None:
                 raise RuntimeError(
-                    "a quantity asks for the gradient where it is not known: in `zero`, or of second "
-                    "order in a pass with gradient=False"
+                    "a quantity asks for the gradient where it is not known: its class does not say "
+                    "needs_gradient = True, or it is in `zero`, or of second order in a pass with "
+                    "gradient=False"
                 )
             return found.to_dense() if found.is_sparse else found
 

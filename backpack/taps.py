@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, entered
+from backpack.batch import Batch, entering
 from backpack.factors import Dense, Form, Outer, Pullback
 from backpack.losses import LossHessian
 from backpack.moves import reshaped
@@ -153,13 +153,12 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            axes, entered.axes = entered.axes, {id(self.args[at]): self.batch}
-            pairs = RULES[self.func](self.batch, *self.args)
-            if pairs is None:
-                given = [self.args[j] for j in own if j < len(self.args)]
-                leaves = [t for t in given if t is not None and t.requires_grad]
-                pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
-            entered.axes = axes
+            with entering({id(self.args[at]): self.batch}):
+                pairs = RULES[self.func](self.batch, *self.args)
+                if pairs is None:
+                    given = [self.args[j] for j in own if j < len(self.args)]
+                    leaves = [t for t in given if t is not None and t.requires_grad]
+                    pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs

@@ -31,11 +31,12 @@ class Placed(BackpropExtension):
         factors: the quantity, which is saved as it is.
     """
 
-    written_out = False
+    needs_gradient = False
 
     def __init__(self, factors: BackpropExtension) -> None:
         self.factors = factors
         self.savefield, self.kind, self.refines = factors.savefield, factors.kind, factors.refines
+        self.every_use = factors.every_use
         self.places: dict[Tensor, str] = {}
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
