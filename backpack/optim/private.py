@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import combinations, islice
 from math import comb
 from typing import Any
@@ -341,12 +342,17 @@ def _check_losses(losses: Tensor) -> None:
     whole = gradients(weights)
     if not all(g is None or bool(torch.isfinite(g).all()) for g in whole):
         raise ValueError("the gradient of a sample is not finite")
-    for members in _sets(count):
-        chosen = torch.zeros_like(losses, dtype=torch.bool)
-        chosen[members] = True
-        for part, full, axis in zip(gradients(weights * chosen), whole, places.values(), strict=True):
+    sets = _sets(count).to(losses)
+    owned = [_along(axis, sets) for axis in places.values()]
+    for k, chosen in enumerate(sets):
+        found = zip(gradients(weights * chosen), whole, owned, places.values(), strict=True)
+        for part, full, own, axis in found:
             if part is not None and full is not None and part.numel():
-                _check_rows(part, full, axis, chosen)
+                shape = [-1 if d == axis.dim else 1 for d in range(part.dim())]
+                mask = own[k].reshape(shape).to(part.dtype)
+                # Nearly always equal to the last bit: a sample is computed as it is among all.
+                if not torch.equal(part, full * mask):
+                    _check_rows(part, full, axis, own[k] > 0)
 
 
 def _met(root: Node) -> Iterator[tuple[GradientEdge, Batch]]:
@@ -365,25 +371,35 @@ def _met(root: Node) -> Iterator[tuple[GradientEdge, Batch]]:
             stack += [child for child, _ in node.next_functions if child is not None]
 
 
-def _sets(count: int) -> Iterator[list[int]]:
+@lru_cache(64)
+def _sets(count: int) -> Tensor:
     """Few sets of samples such that for any two there is one with the first and without the second.
 
     Each sample is in half of the sets, and no two in the same ones (Sperner, 1928).
+
+    Returns:
+        Ones for members, ``[sets, count]``.
     """
     size = next(k for k in range(2, count + 2) if comb(k, k // 2) >= count)
-    codes = list(islice(combinations(range(size), size // 2), count))
-    for each in range(size):
-        yield [n for n, code in enumerate(codes) if each in code]
+    codes = islice(combinations(range(size), size // 2), count)
+    return torch.tensor(
+        [[float(each in code) for each in range(size)] for code in codes]
+    ).T.contiguous()
 
 
-def _check_rows(part: Tensor, full: Tensor, axis: Batch, chosen: Tensor) -> None:
+def _along(axis: Batch, sets: Tensor) -> Tensor:
+    """Sets of samples as sets of entries of a sample axis."""
+    return sets if axis.plain else sets[:, axis.sample_ids(sets.device)]
+
+
+def _check_rows(part: Tensor, full: Tensor, axis: Batch, own: Tensor) -> None:
+    """Refuse a gradient of some samples' losses that is not theirs alone."""
     others = [d for d in range(part.dim()) if d != axis.dim]
 
     def largest(tensor: Tensor) -> Tensor:
         return tensor.abs().amax(others) if others else tensor.abs()
 
     samples = axis.sample_ids(part.device)
-    own = chosen[samples]
     # A comparison with nan is false.
     strange = ~own & ~(largest(part) == 0)
     if bool(strange.any()):

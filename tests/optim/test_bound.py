@@ -226,10 +226,7 @@ def test_losses_that_break_it(loss: str, model: str) -> None:
 
 @pytest.mark.parametrize("count", [*range(1, 40), 100, 128, 1000])
 def test_sets_tell_all_pairs_apart(count: int) -> None:
-    sets = list(private._sets(count))
-    inside = torch.zeros(len(sets), count, dtype=torch.bool)
-    for row, members in zip(inside, sets, strict=True):
-        row[members] = True
+    inside = private._sets(count).bool()
     apart = (inside[:, :, None] & ~inside[:, None, :]).any(0)
     assert bool((apart | torch.eye(count).bool()).all())
 
@@ -273,3 +270,17 @@ def test_layers_that_change_in_training_only() -> None:
     optimizer.step()
     other = copy.deepcopy(model)
     assert len(other._forward_pre_hooks) == len(model._forward_pre_hooks)
+
+
+def test_mixed_precision() -> None:
+    """Outputs in another precision than the losses."""
+    model = mlp().float()
+    X, y = torch.randn(N, 4).float(), torch.randint(3, (N,))
+    optimizer = optim.DPSGD(model, 1.0, noise_multiplier=0.0, max_grad_norm=C, expected_batch_size=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        f = model(X)
+    optimizer.backward(cross_entropy(f.float(), y))
+    with torch.autocast("cpu", torch.bfloat16):
+        f = model(X)
+    with pytest.raises(NotImplementedError, match="sample"):
+        optimizer.backward(cross_entropy((f - f.mean(0)).float(), y))
