@@ -15,8 +15,8 @@ from backpack import extensions, optim
 ROOT = Path(backpack.__file__).parent
 RIVER = [
     *"batch probe moves placing propagation memory kernels factors recurrent rules losses".split(),
-    *"opened taps tracing capture backprop certificate hessian products chain quantities".split(),
-    *"blocks checks exposed run direct engine extend oracle".split(),
+    *"opened taps tangents tracing capture backprop certificate hessian products chain".split(),
+    *"quantities blocks checks exposed run direct engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
