@@ -328,7 +328,7 @@ def carry(
             )
     results: list[list[Tensor]] = [[] for _ in targets]
     for column in zip(*columns, strict=True):
-        try:
+        with explained():
             grads = torch.autograd.grad(
                 list(starts),
                 list(targets),
@@ -337,18 +337,24 @@ def carry(
                 create_graph=create,
                 allow_unused=True,
             )
-        except RuntimeError as error:
-            if "is not implemented" in str(error):
-                raise NotImplementedError(
-                    f"an operation of the model cannot be differentiated twice ({error}); for "
-                    "attention, run the forward pass inside "
-                    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-                ) from error
-            raise
         for result, grad in zip(results, grads, strict=True):
             if grad is not None:
                 result.append(grad)
     return [None if not r else r[0].unsqueeze(0) if len(r) == 1 else torch.stack(r) for r in results]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do where torch has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) or "cannot be differentiated twice" in str(error):
+            raise
+        raise NotImplementedError(
+            f"an operation of the model or the loss cannot be differentiated twice ({error}); for "
+            "attention, run the forward pass inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        ) from error
 
 
 @contextmanager

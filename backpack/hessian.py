@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.backprop import carry, hooks_suspended
+from backpack.backprop import carry, explained, hooks_suspended
 from backpack.batch import Batch
 from backpack.factors import Dense, Form, merge
 from backpack.taps import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
@@ -93,11 +93,12 @@ def diagonal(
         clean = [leaf for leaf in clean if leaf not in below]
         by_output += below
         path.bends.clear()
-    yield from _columns(starts, path, clean)
-    for leaf in by_output:
-        yield from _output_hessian(starts, leaf)
-    for leaf in by_entry:
-        yield from _parameter_hessian(starts, path, leaf, per_sample, _entries)
+    with explained():
+        yield from _columns(starts, path, clean)
+        for leaf in by_output:
+            yield from _output_hessian(starts, leaf)
+        for leaf in by_entry:
+            yield from _parameter_hessian(starts, path, leaf, per_sample, _entries)
 
 
 def _output_size(leaf: Leaf) -> int:
@@ -301,7 +302,8 @@ def refuse_mixing(
         return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
     def product(columns: list[Tensor]) -> list[Tensor]:
-        rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
+        with explained():
+            rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
         return [columns[0].new_zeros(()) if row is None else row for row in rows]
 
     columns = [torch.cos(5 * torch.arange(g.numel()).to(g) + 2).reshape(g.shape) for g in flat]
@@ -431,9 +433,10 @@ def sampled(
     for _ in range(count if known else 0):
         signs = [None if g is None else _signs(g, generator) for g in found]
         drawn = [u for u, g in zip(signs, found, strict=True) if g is not None and g.requires_grad]
-        curved = torch.autograd.grad(
-            known, edges, drawn, retain_graph=True, create_graph=create, allow_unused=True
-        )
+        with explained():
+            curved = torch.autograd.grad(
+                known, edges, drawn, retain_graph=True, create_graph=create, allow_unused=True
+            )
         at = {
             key: (u, torch.zeros_like(u) if c is None else c)
             for key, u, c in zip(taps, signs, curved, strict=True)
@@ -451,7 +454,8 @@ def sampled(
     for leaf in leaves:
         if leaf not in by_output:
             draws = partial(_drawn_entries, count=count, generator=generator)
-            yield from _parameter_hessian(starts, path, leaf, per_sample, draws)
+            with explained():
+                yield from _parameter_hessian(starts, path, leaf, per_sample, draws)
 
 
 def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backpack.backprop import hooks_suspended
+from backpack.backprop import explained, hooks_suspended
 from backpack.hessian import Path, bend, gradients
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
@@ -28,7 +28,7 @@ def _by_rows(parameter: Tensor, name: str, one: Callable[[Tensor], Tensor]) -> P
                 f"{name} expects vectors of shape [K, {', '.join(map(str, parameter.shape))}], but "
                 f"got {list(mat.shape)}"
             )
-        with hooks_suspended(parameter), torch.enable_grad():
+        with hooks_suspended(parameter), torch.enable_grad(), explained():
             rows = [one(row) for row in ([mat] if single else mat)]
         return rows[0] if single else torch.stack(rows) if rows else torch.zeros_like(mat)
 
