@@ -140,7 +140,8 @@ class Form(ABC):
                 f"{size} x {size} matrix; leave the parameter out (requires_grad_(False)) or use a "
                 "diagonal quantity"
             )
-        return [Factor(lambda: gram(self.dense().reshape(-1, size)), True)]
+        rows = self.columns * self.samples
+        return [Factor(lambda: gram(self.dense().reshape(rows, size)), True)]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         """``sum_{v,n} (Q_1^T G Q_2)^2``, ``G`` as the matrix that the factors of :meth:`kronecker` fit.
@@ -498,12 +499,14 @@ class Outer(Form):
         return norms.index_copy(0, which, Form.squared_norms(self.take(slice(None), which)))
 
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
-        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``.
+        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``; of a matrix.
 
         With ``"expand"``, ``B = sum_{v,n,s} g g^T`` and ``A`` is divided by ``s`` too; with
         ``"reduce"``, ``A = 1/(N q) sum_{n,q} (mean_s a)(mean_s a)^T``.
         """
-        g, count = self.g, self.samples * self.inputs.shape[1]
+        if len(self.shape) == 1:
+            return super().kronecker(sharing)
+        g, count = self.g, max(self.samples * self.inputs.shape[1], 1)
         if sharing == "expand":
             g, count = g.transpose(2, 3).flatten(1, 2), count * max(self.positions, 1)
         else:
@@ -513,7 +516,9 @@ class Outer(Form):
         def second_moment() -> Tensor:
             if isinstance(self.inputs, Patches) and sharing != "reduce":
                 return self.inputs.gram().to(g.dtype) / count
-            a = self.a.mean(2, keepdim=True) if sharing == "reduce" else self.a
+            a = self.a
+            if sharing == "reduce":
+                a = a.sum(2, keepdim=True) / max(self.positions, 1)
             return _gram(a.flatten(0, 2), count)
 
         output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
@@ -521,6 +526,8 @@ class Outer(Form):
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         """Of one group, by rotating its sides."""
+        if len(bases) == 1:
+            return super().rotated_square_sum(bases)
         columns = self.layout.kind == "columns"
         outputs, inputs = reversed(bases) if columns else bases
         if self.g.shape[2] == 1:
@@ -685,14 +692,14 @@ class Lookup(Form):
         """As for a matrix that multiplies one-hot vectors: ``[A, B]``, ``A`` the row frequencies."""
         if self.shape[0] > LARGEST_FACTOR:
             return super().kronecker()
-        positions = self.index.shape[1]
+        positions, count = self.index.shape[1], max(self.samples, 1)
         g = (self.g.flatten(1, 2) if sharing == "expand" else self.g.sum(2)).flatten(0, 1)
         if sharing == "reduce":
             ones = g.new_full(self.index.shape, 1 / max(positions, 1))
             a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
-            return [Factor(lambda: a.mT @ a / self.samples, False), Factor(lambda: gram(g), True)]
+            return [Factor(lambda: a.mT @ a / count, False), Factor(lambda: gram(g), True)]
         counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
-        count = self.samples * (max(positions, 1) if sharing == "expand" else 1)
+        count *= max(positions, 1) if sharing == "expand" else 1
         return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
 
 
