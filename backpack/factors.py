@@ -296,6 +296,15 @@ class Patches:
             self._kept = written
         return written
 
+    def write(self, place: Tensor) -> None:
+        """Write them to a place ``[n, q, s, i]``."""
+        if self._kept is not None:
+            place.copy_(self._kept)
+            return
+        inside, positions = self.windows.shape[2 : -self.ndim], self.windows.shape[-self.ndim :]
+        split = place.unflatten(3, inside).unflatten(2, positions)
+        split.movedim(tuple(range(2, 2 + self.ndim)), tuple(range(-self.ndim, 0))).copy_(self.windows)
+
     def step(self, limits: dict[str, int]) -> int:
         """Number of samples whose patches take about that much memory."""
         size = self.shape[1:].numel() * self.windows.element_size()
@@ -789,12 +798,11 @@ def merge(forms: Sequence[Form]) -> Form:
     dense = [form for form in forms if isinstance(form, Dense)]
     for form in forms:
         if isinstance(form, Outer):
-            outers.setdefault((form.layout, form.a.shape[1]), []).append(form)
+            outers.setdefault((form.layout, form.inputs.shape[1]), []).append(form)
         elif not isinstance(form, (Lookup, Dense)):
             merged.append(form)
     for (layout, _), group in outers.items():
-        a, g = torch.cat([f.a for f in group], 2), torch.cat([f.g for f in group], 3)
-        merged.append(group[0] if len(group) == 1 else Outer(a, g, layout))
+        merged.append(group[0] if len(group) == 1 else _joined(group, layout))
     if lookups:
         index, g = torch.cat([f.index for f in lookups], 1), torch.cat([f.g for f in lookups], 2)
         merged.append(Lookup(index, g, lookups[0].shape))
@@ -802,3 +810,20 @@ def merge(forms: Sequence[Form]) -> Form:
         first, *rest = (f.values for f in dense)
         merged.append(Dense(sum(rest, first)))
     return merged[0] if len(merged) == 1 else Sum(tuple(merged))
+
+
+def _joined(group: Sequence[Outer], layout: Layout) -> Outer:
+    """One form with the positions of all; patches are written once, to their place in the result."""
+    g = torch.cat([form.g for form in group], 3)
+    if torch.is_grad_enabled():
+        return Outer(torch.cat([form.a for form in group], 2), g, layout)
+    n, q, _, i = group[0].inputs.shape
+    a, first = fresh(g, (n, q, g.shape[3], i)), 0
+    for form in group:
+        place = a[:, :, first : first + form.positions]
+        first += form.positions
+        if isinstance(form.inputs, Patches):
+            form.inputs.write(place)
+        else:
+            place.copy_(form.inputs)
+    return Outer(a, g, layout)
