@@ -31,11 +31,19 @@ class Kind(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What is known when a parameter's gradient is complete."""
+    """What is known when a parameter's gradient is complete.
+
+    Attributes:
+        parameter: the parameter.
+        samples: number of samples.
+        gradient: gives its gradient.
+        zeros: gives a column of zeros, in the form in which columns would reach the parameter.
+    """
 
     parameter: Tensor
     samples: int
     gradient: Callable[[], Tensor]
+    zeros: Callable[[], Form]
 
 
 class BackpropExtension:
@@ -119,8 +127,10 @@ class BackpropExtension:
         return state
 
     def zero(self, context: Context) -> Any:
-        """The value for a parameter that no column reaches."""
-        return torch.zeros_like(context.parameter)
+        """The value for a parameter that no column reaches; by default that of a column of zeros."""
+        form = context.zeros()
+        state = self.reduce(form)
+        return self.finish(self.refine(state, form) if self.refines else state, context)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -192,6 +202,9 @@ class SumGradSquared(BackpropExtension):
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum()
 
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
+
 
 class Variance(BackpropExtension):
     """``variance = 1/N sum_n g_n^2 - (1/N sum_n g_n)^2``, ``g_n = d l_n / d p``, shape ``p``.
@@ -214,6 +227,9 @@ class Variance(BackpropExtension):
         if torch.is_grad_enabled():
             return (squares / n - offset * offset / n**2).clamp(min=0)
         return squares.div_(n).addcmul_(offset, offset, value=-1 / n**2).clamp_(min=0)
+
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
 
 
 # --------------------------------------------------------------------------------------
@@ -244,6 +260,9 @@ class _Diagonal(BackpropExtension):
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum(sign)
+
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
 
 
 class _BatchDiagonal(BackpropExtension):
@@ -371,11 +390,6 @@ class _Kronecker(BackpropExtension):
             for old, factor in zip(state, factors, strict=True)
         ]
 
-    def zero(self, context: Context) -> Any:
-        p = context.parameter
-        sizes = [p.shape[0], p.shape[1:].numel()] if p.dim() > 1 else [p.numel()]
-        return [p.new_zeros(size, size) for size in sizes]
-
 
 class KFLR(_Kronecker):
     """Kronecker factors from exact columns (Botev, Ritter, Barber, 2017): a list of matrices.
@@ -485,10 +499,6 @@ class _EigenvalueCorrected(_Kronecker):
 
     def finish(self, state: Eigen, context: Context) -> Eigen:  # type: ignore[override]
         return state
-
-    def zero(self, context: Context) -> Eigen:
-        bases = [torch.eye(len(each)).to(each) for each in super().zero(context)]
-        return Eigen(bases, context.parameter.new_zeros([len(basis) for basis in bases]))
 
 
 class EKFLR(_EigenvalueCorrected, KFLR):

@@ -51,6 +51,8 @@ class _Leaf:
     def __init__(self, parameter: Tensor, samples: int) -> None:
         self.parameter = parameter
         self.samples = samples
+        # Where it meets data; the same but for parameters without entries, which no column reaches.
+        self.places: list[tuple[Node, Tap, Source]] = []
         self.uses: list[tuple[Node, Tap, Source]] = []
         self.waiting: set[Tap] = set()
         self.forms: list[Form] = []
@@ -240,6 +242,7 @@ class Run:
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
                 "them up and call backward on the sum"
             )
+        leaf.places.append((node, tap, source))
         if not parameter.numel():
             return  # its quantities are those of a parameter that no column reaches
         leaf.uses.append((node, tap, source))
@@ -488,6 +491,18 @@ class Run:
                 forms.append(self._source_form(leaf, source, g))
         return merge(forms)
 
+    def _zeros(self, leaf: _Leaf) -> Form:
+        """A column of zeros, in the form in which columns would reach a parameter."""
+        zero, forms = leaf.parameter.detach().new_zeros(()), []
+        with self._nested():
+            for node, tap, source in leaf.places:
+                at = node._input_metadata[tap.place]
+                if source.edge is None:
+                    forms.append(source.form(zero.to(at.dtype).expand(1, *at.shape)))
+                else:  # whose graph may be gone
+                    forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
+        return merge(forms)
+
     def _source_form(self, leaf: _Leaf, source: Source, g: Tensor) -> Form:
         form = source.form(g)
         if source.edge is None:
@@ -599,7 +614,7 @@ class Run:
                 )
             return found.to_dense() if found.is_sparse else found
 
-        context = Context(leaf.parameter, leaf.samples, total)
+        context = Context(leaf.parameter, leaf.samples, total, partial(self._zeros, leaf))
         detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
             if ext.savefield in leaf.states:

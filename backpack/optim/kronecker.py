@@ -53,7 +53,7 @@ class Placed(BackpropExtension):
         return self.factors.finish(state[0], context)
 
     def zero(self, context: Context) -> Any:
-        self.places[context.parameter] = "rows"
+        self.places[context.parameter] = _place(context.zeros())
         return self.factors.zero(context)
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class Placed(BackpropExtension):
 def _place(form: Form) -> str:
     if isinstance(form, Lookup):
         return "columns"
-    return form.layout.kind if isinstance(form, Outer) else "rows"
+    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
 
 
 class _Kronecker(CurvatureOptimizer):
