@@ -20,10 +20,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack import chain, hessian, products
 from backpack.backprop import (
-    COLUMN_BYTES,
     Graph,
-    bytes_at,
     carry,
+    columns_at_once,
     cut,
     leaves_below,
     pull_back,
@@ -325,7 +324,8 @@ class Run:
             per_sample = any(ext.per_sample for ext in exts)
             with self._nested():
                 if kind.name == "hessian":
-                    found = hessian.diagonal(starts, leaves, per_sample, outputs)
+                    size = self.block.owner.chunk_size
+                    found = hessian.diagonal(starts, leaves, per_sample, outputs, size)
                 elif kind.name == "sampled_hessian":
                     found = hessian.sampled(starts, leaves, per_sample, outputs, *kind[1:])
                 else:
@@ -431,10 +431,7 @@ class Run:
             self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
 
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
-        if self.block.owner.chunk_size is not None:
-            return self.block.owner.chunk_size
-        per_column = bytes_at(targets)
-        return max(1, COLUMN_BYTES.get(loss.f.device.type, 2**28) // max(per_column, 1))
+        return columns_at_once(targets, loss.f.device.type, self.block.owner.chunk_size)
 
     def _form(self, leaf: _Leaf, at: dict[int, Tensor | None]) -> Form | None:
         forms = [
