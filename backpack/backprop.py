@@ -291,17 +291,31 @@ def bytes_at(places: Sequence[GradientEdge]) -> int:
     return sum(prod(size.shape) * size.dtype.itemsize for size in sizes)
 
 
+def columns_at_once(places: Sequence[GradientEdge], device: str, chunk_size: int | None) -> int:
+    """How many columns are held at these places at a time.
+
+    Args:
+        places: where a column takes memory; twice if it does so twice.
+        device: kind of device they are on.
+        chunk_size: what the user asked for; by default as many as fit the budget.
+    """
+    if chunk_size is not None:
+        return chunk_size
+    return max(1, COLUMN_BYTES.get(device, 2**28) // max(bytes_at(places), 1))
+
+
 def carry(
     start: GradientEdge | Sequence[GradientEdge],
     targets: Sequence[GradientEdge],
     columns: Tensor | Sequence[Tensor],
+    passing: Sequence[GradientEdge] = (),
 ) -> list[Tensor | None]:
     """Vector-Jacobian products of all columns, ``[v, *start.shape] -> [v, *target.shape]`` each.
 
     With several starts, the ``v``-th column is that of all of them together.
 
     Batched on devices, and on a CPU where columns are small. Large ones go one at a time there: fresh
-    memory costs more than it saves.
+    memory costs more than it saves. Their size is that at the targets and at the places in ``passing``.
     """
     starts = [start] if isinstance(start, GradientEdge) else start
     columns = [columns] if isinstance(columns, Tensor) else columns
@@ -314,7 +328,7 @@ def carry(
         return [next(carried) if found is None else found for found in arrived]
     create = torch.is_grad_enabled()
     count = len(columns[0])
-    small = count >= SEVERAL and bytes_at(targets) <= SMALL_COLUMN
+    small = count >= SEVERAL and bytes_at([*targets, *passing]) <= SMALL_COLUMN
     if count > 1 and (small or columns[0].device.type != "cpu"):
         # Some operations cannot be batched, or only with errors of all kinds: then one by one.
         with suppress(RuntimeError):

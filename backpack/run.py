@@ -20,10 +20,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack import certificate, chain, hessian, products
 from backpack.backprop import (
-    COLUMN_BYTES,
     Graph,
-    bytes_at,
     carry,
+    columns_at_once,
     leaves_below,
     pull_back,
     survey,
@@ -341,7 +340,8 @@ class Run:
             per_sample = any(ext.per_sample for ext in exts)
             with self._nested():
                 if kind.name == "hessian":
-                    found = hessian.diagonal(starts, leaves, per_sample, outputs)
+                    size = self.block.owner.chunk_size
+                    found = hessian.diagonal(starts, leaves, per_sample, outputs, size)
                 elif kind.name == "sampled_hessian":
                     found = hessian.sampled(starts, leaves, per_sample, outputs, *kind[1:])
                 else:
@@ -472,10 +472,7 @@ class Run:
         return found[0][0] if found else place
 
     def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
-        if self.block.owner.chunk_size is not None:
-            return self.block.owner.chunk_size
-        per_column = bytes_at(targets)
-        return max(1, COLUMN_BYTES.get(loss.f.device.type, 2**28) // max(per_column, 1))
+        return columns_at_once(targets, loss.f.device.type, self.block.owner.chunk_size)
 
     def _form(self, leaf: _Leaf, at: dict[int, Tensor | None], absent: int) -> Form | None:
         """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
