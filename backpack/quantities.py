@@ -158,6 +158,10 @@ def _samples_shape(context: Context) -> tuple[int, ...]:
 class BatchGrad(BackpropExtension):
     """Individual gradients ``grad_batch[n] = d l_n / d p``, shape ``[N, *p]``.
 
+    They sum to the gradient as it is before hooks of the parameter (``p.register_hook``), which change
+    ``p.grad`` alone, here and for all quantities: a function of the sum tells nothing of its terms. If
+    the hook is a linear map, apply it to ``grad_batch[n]``.
+
     Args:
         subsampling: samples to keep, in that order (may repeat, may be negative); default all. The
             scale stays that of the full batch.

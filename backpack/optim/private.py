@@ -72,6 +72,8 @@ class DPSGD(BackpackOptimizer):
         l2: weight of ``l2 / 2 |theta|^2``, which is added to the loss, and needs no privacy.
         momentum: factor of the last step's direction, ``m <- momentum m + d``.
         generator: source of the noise, on the parameters' device; default torch's own.
+        process_local: say that each process trains a model of its own, see
+            :class:`backpack.optim.BackpackOptimizer`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -88,6 +90,7 @@ class DPSGD(BackpackOptimizer):
         l2: float = 0.0,
         momentum: float = 0.0,
         generator: torch.Generator | None = None,
+        process_local: bool = False,
     ) -> None:
         for name, value, fits in (
             ("noise_multiplier", noise_multiplier, noise_multiplier >= 0),
@@ -102,7 +105,8 @@ class DPSGD(BackpackOptimizer):
         self.generator = generator
         # Sums of clipped gradients since the last step; None before the first backward pass.
         self._sums: dict[Tensor, Tensor] | None = None
-        super().__init__(params, {"lr": lr, "l2": l2, "momentum": momentum})
+        defaults = {"lr": lr, "l2": l2, "momentum": momentum}
+        super().__init__(params, defaults, process_local=process_local)
         if isinstance(params, nn.Module):
             _watch(params)
 
@@ -213,6 +217,8 @@ class DPSGD(BackpackOptimizer):
             gradient = gradient / self.expected_batch_size
             moves.append((p, gradient.add(p, alpha=group["l2"]), group, {}))
         return moves
+
+    _local = "clipped gradients of its own part of the batch and noise of its own"
 
     _step_supports_amp_scaling = True  # torch: so that a scaler comes as far as the error
 
