@@ -50,7 +50,8 @@ class Cell(NamedTuple):
             value.backward()
 
         ends_linear = loss.last is LOSSES[0].last
-        return Comparison(truth, model, backward, ends_linear)
+        columns = len(truth.at.owner) // truth.at.samples
+        return Comparison(truth, model, backward, ends_linear, columns=columns)
 
     def _call(self) -> Callable[[Tensor], Tensor]:
         loss, reduction = self.loss, self.reduction

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ SPLIT: dict[str, tuple[BackpropExtension, ...]] = {
     **{type(ext).__name__: (ext,) for name in ("ggn", "hessian") for ext in GROUPS[name]},
     **{name: group for name, group in GROUPS.items() if name not in ("ggn", "hessian")},
 }
-# What a group's outcome is: "" for agreement, "refused: ..." or "wrong: ...".
+# What a group's outcome is: "" for agreement, "refused: ...", "refused by torch: ..." or "wrong: ...".
 Outcome = dict[str, str]
 
 
@@ -45,6 +46,9 @@ class Comparison:
         model: the extended model.
         backward: makes one backward pass, loss and all.
         ends_linear: whether the model's last operation is its last layer.
+        tolerance: largest error that counts as agreement, relative to a parameter's largest entry.
+        floor: errors that are rounding, in absolute terms.
+        columns: how many columns a square root has; ``None``: any number.
     """
 
     def __init__(
@@ -53,9 +57,13 @@ class Comparison:
         model: nn.Module,
         backward: Callable[[], None],
         ends_linear: bool = True,
+        tolerance: float = TOLERANCE,
+        floor: float = 0.0,
+        columns: int | None = None,
     ) -> None:
         self.truth, self.model, self.backward = truth, model, backward
-        self.ends_linear = ends_linear
+        self.ends_linear, self.columns = ends_linear, columns
+        self.tolerance, self.floor = tolerance, floor
 
     def outcome(
         self, groups: dict[str, tuple[BackpropExtension, ...]] = GROUPS, gradient: bool = True
@@ -69,7 +77,7 @@ class Comparison:
                 try:
                     found |= self._tried({name: group}, gradient)
                 except (RuntimeError, ValueError, NotImplementedError) as error:
-                    found[name] = f"refused: {error}"
+                    found[name] = f"refused{'' if ours(error) else ' by torch'}: {error}"
             return found
 
     def _tried(self, groups: dict[str, tuple[BackpropExtension, ...]], gradient: bool) -> Outcome:
@@ -86,43 +94,43 @@ class Comparison:
 
     def _wrong(self, ext: BackpropExtension) -> str:
         """What is wrong with a quantity, if anything is."""
-        field = ext.savefield
-        found = {n: getattr(p, field, None) for n, p in self.model.named_parameters()}
-        missing = [n for n, value in found.items() if value is None]
-        if missing:
-            return f"wrong: {field} of {missing} is missing"
+        field, parameters = ext.savefield, self.truth.at.parameters
+        found = {
+            n: getattr(p, field, None) for n, p in self.model.named_parameters() if n in parameters
+        }
+        errors = {}
         try:
             if field in ("kflr", "kfra", "ekflr"):
                 errors = {n: self._kronecker(field, n, value) for n, value in found.items()}
-            elif field in ("ggnmp", "hmp"):
+            else:
                 expected = self.truth.value(field)
                 largest = max(float(e.abs().max()) for e in expected.values())
-                errors = {
-                    n: _product(value, expected[n], self.truth.at.parameters[n], largest)
-                    for n, value in found.items()
-                }
-            else:
-                errors = self._plain(field, found)
+                for name, value in found.items():
+                    if value is None and not bool(expected[name].abs().max() > self.floor):
+                        continue  # the parameter takes no part
+                    errors[name] = self._error(field, name, value, expected[name], largest)
         except WrongError as error:
             return f"wrong: {field}: {error}"
-        worst = max(errors.values())
-        return "" if worst <= TOLERANCE else f"wrong: {field} {worst:.1e}"
+        worst = max(errors.values(), default=0.0)
+        return "" if worst <= self.tolerance else f"wrong: {field} {worst:.1e}"
 
-    def _plain(self, field: str, found: dict[str, Any]) -> dict[str, float]:
-        expected = self.truth.value(field)
-        if field == "sqrt_ggn_exact":
-            found = {n: self._gram(v, n) for n, v in found.items()}
-        largest = max(float(e.abs().max()) for e in expected.values())
-        return {n: relative(found[n], expected[n], largest) for n in found}
+    def _error(self, field: str, name: str, value: Any, expected: Tensor, largest: float) -> float:
+        if value is None:
+            raise WrongError(f"{name} has none")
+        if field in ("ggnmp", "hmp"):
+            return _product(value, expected, self.truth.at.parameters[name], largest, self.floor)
+        value = self._gram(value, name) if field.startswith("sqrt") else value
+        return relative(value, expected, largest, self.floor)
 
     def _gram(self, root: Tensor, name: str) -> Tensor:
         at = self.truth.at
-        columns = sum(o.numel() for o in at.outputs) // at.samples
         shape = at.parameters[name].shape
         # A loss that takes a part of the outputs, or their means, has as many columns as it has inputs.
-        fewest = 0 if self.truth.flat else 1
-        if root.shape[1:] != (at.samples, *shape) or not fewest <= len(root) <= columns:
-            raise WrongError(f"shape {list(root.shape)} for {columns} outputs of {at.samples} samples")
+        fits = (0 if self.truth.flat else 1) <= len(root) <= self.columns
+        if root.shape[1:] != (at.samples, *shape) or (self.columns and not fits):
+            raise WrongError(
+                f"shape {list(root.shape)} for {self.columns} outputs of {at.samples} samples"
+            )
         flat = root.reshape(-1, shape.numel())
         return flat.T @ flat
 
@@ -153,24 +161,30 @@ class Comparison:
         return max(errors)
 
 
+def ours(error: BaseException) -> bool:
+    """Whether an error is one of the library's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "backpack" in Path(trace.tb_frame.f_code.co_filename).parts
+
+
 class WrongError(Exception):
     """A value of the wrong shape."""
 
 
-def relative(found: Tensor, expected: Tensor, largest: float) -> float:
+def relative(found: Tensor, expected: Tensor, largest: float, floor: float = 0.0) -> float:
     """The largest error, relative to the largest entry or a thousandth of ``largest``."""
     if found.shape != expected.shape:
         raise WrongError(f"shape {list(found.shape)} instead of {list(expected.shape)}")
     scale = max(float(expected.abs().max()), 1e-3 * largest) or 1.0
-    error = float((found - expected).abs().max()) / scale
-    return error if error == error else float("inf")
+    error = float((found - expected).abs().max())
+    if error != error:
+        return float("inf")
+    return error / scale if error > floor else 0.0
 
 
-def _product(function: Any, block: Tensor, p: Tensor, largest: float) -> float:
+def _product(function: Any, block: Tensor, p: Tensor, largest: float, floor: float) -> float:
     vectors = torch.randn(2, len(block), generator=torch.Generator().manual_seed(1), dtype=block.dtype)
-    return relative(function(vectors.reshape(2, *p.shape)).flatten(1), vectors @ block, largest)
-
-
-def wrong(outcome: Outcome) -> Sequence[str]:
-    """What of an outcome is neither right nor refused."""
-    return [text for text in outcome.values() if text.startswith("wrong")]
+    found = function(vectors.reshape(2, *p.shape)).flatten(1)
+    return relative(found, vectors @ block, largest, floor)

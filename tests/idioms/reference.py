@@ -162,7 +162,7 @@ class Truth:
         return lowest > -1e-5
 
     def _shaped(self, name: str, value: Tensor) -> Tensor:
-        return value.reshape(*value.shape[:-1], *self.at.parameters[name].shape)
+        return value.reshape(value.shape[:-1] + self.at.parameters[name].shape)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Values:
         return {n: self._shaped(n, function(J)) for n, J in self.at.jacobian.items()}
@@ -207,7 +207,9 @@ class Truth:
         """The quantity saved to ``field``; of a square root, the matrix it is a root of."""
         found: dict[str, Callable[[], Values]] = {
             "grad_batch": lambda: self.grad_batch,
-            "batch_l2": lambda: {n: g.flatten(1).square().sum(1) for n, g in self.grad_batch.items()},
+            "batch_l2": lambda: {
+                n: g.square().reshape(len(g), -1).sum(1) for n, g in self.grad_batch.items()
+            },
             "sum_grad_squared": lambda: {n: g.square().sum(0) for n, g in self.grad_batch.items()},
             "variance": lambda: {n: g.var(0, unbiased=False) for n, g in self.grad_batch.items()},
             "diag_ggn_exact": lambda: self.diagonal(self.ggn),

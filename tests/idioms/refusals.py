@@ -47,7 +47,7 @@ def refusal(cell: Cell, group: str) -> str | None:
 def fine(cell: Cell, group: str, text: str) -> bool:
     """Whether an outcome is right, or refused as it may be."""
     allowed = refusal(cell, group)
-    return not text or bool(text.startswith("refused") and allowed and re.search(allowed, text))
+    return not text or bool(text.startswith("refused:") and allowed and re.search(allowed, text))
 
 
 def _by_rule(cell: Cell, group: str) -> bool:
