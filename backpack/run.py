@@ -31,6 +31,7 @@ from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
+from backpack.kronecker import KroneckerBlock
 from backpack.losses import differentiate_twice, signed_columns
 from backpack.quantities import BackpropExtension, Context, Kind, Product
 from backpack.rules import patches_kept
@@ -681,6 +682,8 @@ def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
+    if isinstance(value, KroneckerBlock):
+        return value.detach()
     if isinstance(value, list):
         return [_detached(each) for each in value]
     return value
