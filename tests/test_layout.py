@@ -16,13 +16,17 @@ ROOT = Path(backpack.__file__).parent
 RIVER = [
     *"batch aliases probe moves placing propagation memory kernels factors recurrent rules".split(),
     *"losses opened taps functions inputs tangents tracing capture backprop certificate".split(),
-    *"hessian products chain kronecker quantities blocks checks exposed run direct".split(),
-    *"engine extend oracle".split(),
+    *"hessian products chain kronecker combining quantities blocks checks exposed run".split(),
+    *"direct engine extend accumulation dataset oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
-EXTRAS = {"kernels.py": {"triton"}, "optim/private.py": {"dp_accounting"}}
+EXTRAS = {
+    "kernels.py": {"triton"},
+    "dataset.py": {"rich", "tqdm"},
+    "optim/private.py": {"dp_accounting"},
+}
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
 
