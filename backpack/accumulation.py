@@ -7,6 +7,7 @@ A quantity is collected when it is finished, in each backward pass, and put toge
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -136,17 +137,23 @@ class Totals:
 class _Collecting(BackpropExtension):
     """A quantity whose values are noted when they are finished."""
 
-    _took: Callable[[str, Any, Context], None]
+    # Who notes them, held weakly: graphs and gradients are not to wait for the garbage collector.
+    _for: weakref.ref[Batches]
+
+    def _note(self, value: Any, context: Context) -> None:
+        batches = self._for()
+        assert batches is not None
+        batches.take(self.savefield, value, context)
 
     def finish(self, state: Any, context: Context) -> Any:
         value = super().finish(state, context)
-        self._took(self.savefield, value, context)
+        self._note(value, context)
         return value
 
     def zero(self, context: Context) -> Any:
         value = super().zero(context)
         nothing = partial(torch.zeros_like, context.parameter)
-        self._took(self.savefield, value, context._replace(gradient=nothing))
+        self._note(value, context._replace(gradient=nothing))
         return value
 
 
@@ -191,10 +198,11 @@ class Batches:
         noting: Any = copy.copy(ext)
         cls: Any = type(ext)
         noting.__class__ = _collecting(cls)
-        noting._took = self._take
+        noting._for = weakref.ref(self)
         return noting
 
-    def _take(self, field: str, value: Any, context: Context) -> None:
+    def take(self, field: str, value: Any, context: Context) -> None:
+        """Note a value of the backward pass under way."""
         if self._batch is None:
             self._unseen()
         assert self._batch is not None
@@ -285,10 +293,10 @@ class MicroBatches(Batches):
             self.drop()
             raise
 
-    def _take(self, field: str, value: Any, context: Context) -> None:
+    def take(self, field: str, value: Any, context: Context) -> None:
         if self._task is not None and self._task != torch._C._current_graph_task_id():
             self.drop()  # it raised
-        super()._take(field, value, context)
+        super().take(field, value, context)
 
     def _unseen(self) -> None:
         """Begin it with its first value; the engine says when it has ended, if it does not raise."""

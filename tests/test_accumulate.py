@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -663,6 +665,22 @@ def test_a_model_that_is_not_extended() -> None:
         backpack.accumulating(E.BatchGrad()),
     ):
         F.mse_loss(model(torch.randn(3, 2)), torch.randn(3, 2)).backward()
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    problem = Problem()
+    gc.collect()
+    gc.disable()
+    try:
+        total = backpack.accumulating(E.BatchGrad(), E.GGNMP())
+        problem.loop(total)
+        p = problem.parameters[0]
+        kept = [weakref.ref(p.grad_batch), weakref.ref(p.ggnmp)]
+        problem.taken(E.BatchGrad(), E.GGNMP())
+        del total
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
 
 
 # --------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -391,3 +393,24 @@ def test_every_optimizer_says_how() -> None:
         rule = rule_of(build(model, 0.1, 0.5)._extension)
         assert rule is not None
         assert isinstance(rule, Never) == (name in ("KFRA", "EKFAC", "EKFLR")), name
+
+
+@pytest.mark.parametrize("name", ["CGNewton", "KFLR", "EKFLR"])
+def test_nothing_waits_for_the_garbage_collector(name: str) -> None:
+    """A step lets go of graphs, factors and what was held."""
+    each = problem()
+    optimizer, kept = make(name, each.model), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with optimizer.backpack():
+                (each.loss() / 2).backward()
+        value = getattr(each.parameters[0], optimizer._extension.savefield)
+        kept += [weakref.ref(optimizer._passes), *map(weakref.ref, optimizer._passes.extensions)]
+        kept += [weakref.ref(value if name == "CGNewton" else value[0])]
+        del value
+        optimizer.step()
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
