@@ -503,7 +503,7 @@ class Outer(Form):
         With ``"expand"``, ``B = sum_{v,n,s} g g^T`` and ``A`` is divided by ``s`` too; with
         ``"reduce"``, ``A = 1/(N q) sum_{n,q} (mean_s a)(mean_s a)^T``.
         """
-        g, count = self.g, self.samples * self.inputs.shape[1]
+        g, count = self.g, max(self.samples * self.inputs.shape[1], 1)
         if sharing == "expand":
             g, count = g.transpose(2, 3).flatten(1, 2), count * max(self.positions, 1)
         else:
@@ -645,9 +645,12 @@ class Lookup(Form):
         if sharing == "reduce":
             ones = g.new_full(self.index.shape, 1 / max(positions, 1))
             a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
-            return [Factor(lambda: a.mT @ a / self.samples, False), Factor(lambda: gram(g), True)]
+            return [
+                Factor(lambda: a.mT @ a / max(self.samples, 1), False),
+                Factor(lambda: gram(g), True),
+            ]
         counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
-        count = self.samples * (max(positions, 1) if sharing == "expand" else 1)
+        count = max(self.samples, 1) * (max(positions, 1) if sharing == "expand" else 1)
         return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
 
 

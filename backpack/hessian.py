@@ -472,6 +472,8 @@ def _parameter_hessian(
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     parameter, create = leaf.parameter, torch.is_grad_enabled()
     place = get_gradient_edge(parameter)
+    if not leaf.samples:
+        return
     with hooks_suspended(parameter), torch.enable_grad():
         if per_sample:
             values = [
