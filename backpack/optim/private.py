@@ -55,7 +55,7 @@ class DPSGD(BackpackOptimizer):
     samples' losses that must vanish at all other samples. Refused are too: batch normalization in
     training mode, layers that keep statistics of the data, also below frozen layers, embeddings with
     ``scale_grad_by_freq`` or ``max_norm``, and whatever else of a model's parameters and buffers its
-    forward pass has changed.
+    forward pass has changed (from the second pass on, if parameters are given instead of the model).
 
     What leaves no trace on the autograd graph is not seen, and is the caller's to leave out: a value
     that depends on other samples but is no differentiable function of the model's output (``f -
