@@ -66,7 +66,7 @@ def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
             clean.append(leaf)
         elif linear and single:
             by_output.append(leaf)
-        else:
+        elif leaf.samples:
             by_entry.append(leaf)
     # Columns of curved entries serve all parameters below, but there may be very many.
     below = [leaf for leaf in clean if any(n in path.bent_above for n, _, _ in leaf.uses)]
@@ -397,7 +397,7 @@ def sampled(
                 places = [GradientEdge(node, tap.place) for node, tap in uses]
                 yield Columns(places, columns, sign / count, {leaf.parameter}, carried=True)
     for leaf in given.leaves:
-        if leaf not in by_output:
+        if leaf not in by_output and leaf.samples:
             draws = partial(_drawn_entries, count=count, generator=generator)
             yield _parameter_hessian(given, path, leaf, per_sample, draws)
 

@@ -112,7 +112,9 @@ class AveragedRoot(ColumnSource):
                     f"{given.names(leaf.parameter)} is used several times; use KFLR or KFAC"
                 )
         for piece in given.losses:
-            yield self._averaged(given, piece)
+            columns = self._averaged(given, piece)
+            if columns.starts:
+                yield columns
 
     def _averaged(self, given: Pass, piece: LossPiece) -> Columns:
         if len(piece.outputs or piece.places) > 1:

@@ -22,7 +22,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "own.md"
 def page() -> Iterator[dict[str, Any]]:
     """Names that the page defines; its rules are forgotten afterwards."""
     torch.manual_seed(0)
-    space: dict[str, Any] = {"__name__": "own"}
+    space: dict[str, Any] = {"__name__": __name__}
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
     exec(compile(code, str(PAGE), "exec"), space)
     yield space
