@@ -25,7 +25,7 @@ from backpack.losses import LOSSES, LossHessian
 from backpack.moves import MOVERS
 from backpack.opened import OPENED
 from backpack.placing import assigned
-from backpack.propagation import ELEMENTWISE, EXPANSIONS, FACTORIES, known, propagate
+from backpack.propagation import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved, propagate
 from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
 from backpack.taps import (
     BORDER,
@@ -154,9 +154,9 @@ class _Recorder(TorchFunctionMode):
                     out._backpack_batch = axis  # type: ignore[attr-defined]
             else:
                 mover = MOVERS.get(func)
-                moved = axis if mover is None else mover(axis, first, out, args, kwargs or {})
-                found: Batch | None = moved
-                unsure = moved.lost or not moved.fits(out.shape) or func in ELEMENTWISE
+                here = axis if mover is None else moved(mover, axis, first, out, args, kwargs or {})
+                found: Batch | None = here
+                unsure = here.lost or not here.fits(out.shape) or func in ELEMENTWISE
                 if unsure or (mover is None and not known(func, axis, first, args)):
                     found, _ = propagate(func, args, kwargs or {}, out, [(first, axis)])
                 if found is not None:

@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from backpack.batch import Batch
-from backpack.moves import MOVERS, aligned, spellings
-from backpack.probe import keeps_apart
+from backpack.batch import Batch, regular_axis, solo_axis
+from backpack.entries import ENTRIES, entry_axis
+from backpack.moves import LIKE, MOVERS, Mover, aligned, spellings
+from backpack.probe import keeps_apart, remembers
 
 # Several arguments, broadcast, entry by entry.
 ELEMENTWISE: set[Any] = set(
     spellings(
         *"add sub mul div true_divide divide multiply subtract rsub pow maximum minimum fmod".split(),
-        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_ copy_".split(),
+        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_".split(),
         *"eq ne lt le gt ge where __radd__ __rmul__ __rsub__ __rdiv__ __rtruediv__ __rpow__".split(),
         *"__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __floordiv__ __rfloordiv__ floor_divide".split(),
         *"remainder __mod__ __rmod__ atan2 arctan2 hypot xlogy xlog1py logaddexp logaddexp2".split(),
@@ -66,6 +67,14 @@ def known(func: Any, batch: Batch, old: Tensor, args: tuple) -> bool:
     return last is not None and batch.dim < old.dim() - last
 
 
+def moved(move: Mover, batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    """The axis of a result by a mover; a call that the mover cannot read must not stop the user's."""
+    try:
+        return move(batch, old, new, args, kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return batch.losing(f"a call that cannot be followed ({error})")
+
+
 FACTORIES = frozenset(
     spellings(*"zeros ones empty full rand randn randint arange eye linspace tensor".split())
 )
@@ -100,14 +109,59 @@ def propagate(
         if same and batch.lost is None and batch.fits(new.shape) and known(func, batch, old, args):
             return batch, []
     batch, demoted = _propagate(func, args, kwargs, new, marked)
-    if batch.lost is None and func not in MOVERS:
+    single = None
+    if marked[0][1].picked is not None and (batch.lost or func not in MOVERS):
+        single = _single(func, marked)
+    if batch.lost is None and func not in MOVERS and single is None:
         data = [(old, axis) for old, axis in marked if not any(old is each for each in demoted)]
         if not (func in ELEMENTWISE or all(known(func, axis, old, args) for old, axis in data)):
-            if not keeps_apart(func, args, kwargs, place, data, batch):
+            # What cannot be differentiated is not tried out, but entries can be followed.
+            follows = func in ENTRIES and not (new.is_floating_point() or new.is_complex())
+            if follows or not keeps_apart(func, args, kwargs, place, data, batch):
                 batch = batch.losing(f"{_name(func)} mixes samples")
+    if batch.lost and not any(axis.lost for _, axis in marked):
+        if single is not None:
+            return solo_axis(single, batch.size, new.shape, new.device, batch.tentative), demoted
+        if func in ENTRIES:
+            certain = [(old, axis) for old, axis in marked if not axis.tentative]
+            for those in (marked, certain) if 0 < len(certain) < len(marked) else (marked,):
+                axis = entry_axis(func, args, kwargs, new, those, place)
+                if axis is not None:
+                    return axis, [old for old, _ in marked if not any(old is x for x, _ in those)]
+        elif func not in MOVERS and func not in ELEMENTWISE:
+            axis = _axis_tried_out(func, args, kwargs, new, marked, place)
+            if axis is not None:
+                return axis, []
     if batch.lost and batch.tentative:
         return None, [tensor for tensor, _ in marked]
     return batch, demoted
+
+
+def _single(func: Any, marked: list[tuple[Tensor, Batch]]) -> int | None:
+    """The one sample that all arguments belong to, if they do; the result then does too."""
+    samples = {axis.solo if axis.lost is None else None for _, axis in marked}
+    return samples.pop() if len(samples) == 1 and func not in LIKE else None
+
+
+def _axis_tried_out(
+    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]], place: int
+) -> Batch | None:
+    """An axis of the result on which samples are apart, where they are not on the argument's."""
+    axes = [axis for _, axis in marked]
+    size = axes[0].size
+    if any(axis.size != size or axis.tentative for axis in axes) or not remembers(func, args, kwargs):
+        return None
+    candidates = [
+        regular_axis(size, dim, outer, length // (outer * size))
+        for dim, length in enumerate(new.shape)
+        for outer in range(1, length // size + 1)
+        if length and length % (outer * size) == 0
+    ]
+    candidates += [axes[0].moved(dim) for dim in range(new.dim()) if axes[0].picked is not None]
+    for axis in sorted(candidates, key=lambda axis: axis.width):
+        if axis.fits(new.shape) and keeps_apart(func, args, kwargs, place, marked, axis):
+            return axis
+    return None
 
 
 def _propagate(
@@ -124,7 +178,7 @@ def _propagate(
         here = batch
         if batch.lost is None:
             if move is not None:
-                here = move(batch, old, new, args, kwargs)
+                here = moved(move, batch, old, new, args, kwargs)
             elif func in ELEMENTWISE:
                 here = aligned(batch, old, new)
             if not here.lost and not here.fits(new.shape):
