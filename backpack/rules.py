@@ -590,6 +590,9 @@ def fallback(
             """The operation on the whole batch, once for each sample's columns."""
             vjp, ids, found = pullback(), batch.sample_ids(g.device), []
             for n in range(batch.size):
+                if not bool((ids == n).any()):
+                    found.append(g.new_zeros(len(g), *source.shape))
+                    continue
                 own = (ids == n).reshape([-1 if d == batch.dim else 1 for d in range(g.dim() - 1)])
                 found.append(torch.stack([vjp(c * own)[0] for c in g]))
             return torch.stack(found, 1)
