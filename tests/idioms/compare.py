@@ -185,5 +185,5 @@ def relative(found: Tensor, expected: Tensor, largest: float, floor: float = 0.0
 
 def _product(function: Any, block: Tensor, p: Tensor, largest: float, floor: float) -> float:
     vectors = torch.randn(2, len(block), generator=torch.Generator().manual_seed(1), dtype=block.dtype)
-    found = function(vectors.reshape(2, *p.shape)).flatten(1)
+    found = function(vectors.reshape(2, *p.shape)).reshape(2, -1)
     return relative(found, vectors @ block, largest, floor)
