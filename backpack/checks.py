@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.backprop import Graph, leaves_below
-from backpack.quantities import BackpropExtension, BatchGrad
+from backpack.quantities import BackpropExtension
 from backpack.taps import Recording, Source, Tap
 
 
@@ -27,8 +29,20 @@ class Names:
                     return f"'{name}'"
         return f"of shape {tuple(parameter.shape)}"
 
+    def of(self, tap: Tap) -> str:
+        """The names of the parameters of a tap."""
+        return ", ".join(self(p) for source in tap.sources for p in parameters_of(source))
+
     def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
         parameter, where = unseen[0]
+        lost = next((r.lost for r in self.recordings if r.lost is not None), None)
+        if lost is not None:
+            return (
+                f"parameter {self(parameter)} takes part in the loss (at {where}), but with data of "
+                f"which backpack cannot tell which axis holds the samples. They were lost first at "
+                f"{lost}. Keep samples on one axis, or freeze the parameter with "
+                "requires_grad_(False). (Nor can backpack see inside a scripted or compiled module)"
+            )
         return (
             f"parameter {self(parameter)} takes part in the loss in a way that backpack cannot see "
             f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, code "
@@ -36,6 +50,17 @@ class Names:
             "that part with ordinary torch functions inside the extended module, give a custom "
             "Function a rule (backpack.rules.op_rule), or freeze the parameter with "
             "requires_grad_(False)"
+        )
+
+    def inputs(self, recording: Recording) -> str:
+        """The inputs of a model, with their shapes."""
+        module = recording.module()
+        names: list[str] = []
+        with suppress(TypeError, ValueError):
+            names = list(inspect.signature(module.forward).parameters) if module is not None else []
+        return ", ".join(
+            f"'{names[at] if isinstance(at, int) and at < len(names) else at}' {tuple(shape)}"
+            for at, shape in recording.inputs
         )
 
 
@@ -66,6 +91,14 @@ def check(
             "the model packs sequences (pack_padded_sequence), which leaves no axis for samples; "
             "give recurrent layers the padded batch, and pick each sample's last valid step"
         )
+    for recording in graph.recordings:
+        if recording.doubt is not None:
+            raise RuntimeError(
+                f"cannot tell which input carries the batch: of {names.inputs(recording)} one was "
+                f"taken for {recording.size} samples on axis {recording.batch_dim}, but an output of "
+                f"the model has shape {tuple(recording.doubt)}. Pass the batch first, or keep masks "
+                "and tables as attributes or buffers of the module"
+            )
     if graph.unseen:
         raise RuntimeError(names.unseen(graph.unseen))
     for recording in {id(tap.recording): tap.recording for _, tap in fresh}.values():
@@ -86,10 +119,9 @@ def check(
                 "backward with retain_graph=True, or run the forward pass again"
             )
         if tap.batch.lost:
-            who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
             raise RuntimeError(
-                f"cannot tell which axis of the output of {tap.op} (parameters {who}) holds the "
-                f"samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
+                f"cannot tell which axis of the output of {tap.op} (parameters {names.of(tap)}) holds "
+                f"the samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
                 "batch_dim to extend"
             )
     if graph.mixed and fresh:
@@ -119,6 +151,7 @@ def _refuse_mixing(why: str, extensions: Sequence[BackpropExtension]) -> None:
         "defined; call model.eval(), or use a norm that keeps samples apart (GroupNorm)"
     )
     for ext in extensions:
-        if not isinstance(ext, BatchGrad):
+        if not ext.mixed:
             raise NotImplementedError(f"{ext.savefield}: {text}")
-    warnings.warn(f"{text}. grad_batch holds each row's contribution to the gradient", stacklevel=2)
+    fields = ", ".join(ext.savefield for ext in extensions)
+    warnings.warn(f"{text}. {fields} holds each row's contribution to the gradient", stacklevel=2)

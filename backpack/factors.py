@@ -140,7 +140,8 @@ class Form(ABC):
                 f"{size} x {size} matrix; leave the parameter out (requires_grad_(False)) or use a "
                 "diagonal quantity"
             )
-        return [Factor(lambda: gram(self.dense().reshape(-1, size)), True)]
+        rows = self.columns * self.samples
+        return [Factor(lambda: gram(self.dense().reshape(rows, size)), True)]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         """``sum_{v,n} (Q_1^T G Q_2)^2``, ``G`` as the matrix that the factors of :meth:`kronecker` fit.
@@ -294,6 +295,15 @@ class Patches:
         if self.keep:
             self._kept = written
         return written
+
+    def write(self, place: Tensor) -> None:
+        """Write them to a place ``[n, q, s, i]``."""
+        if self._kept is not None:
+            place.copy_(self._kept)
+            return
+        inside, positions = self.windows.shape[2 : -self.ndim], self.windows.shape[-self.ndim :]
+        split = place.unflatten(3, inside).unflatten(2, positions)
+        split.movedim(tuple(range(2, 2 + self.ndim)), tuple(range(-self.ndim, 0))).copy_(self.windows)
 
     def step(self, limits: dict[str, int]) -> int:
         """Number of samples whose patches take about that much memory."""
@@ -498,12 +508,14 @@ class Outer(Form):
         return norms.index_copy(0, which, Form.squared_norms(self.take(slice(None), which)))
 
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
-        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``.
+        """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``; of a matrix.
 
         With ``"expand"``, ``B = sum_{v,n,s} g g^T`` and ``A`` is divided by ``s`` too; with
         ``"reduce"``, ``A = 1/(N q) sum_{n,q} (mean_s a)(mean_s a)^T``.
         """
-        g, count = self.g, self.samples * self.inputs.shape[1]
+        if len(self.shape) == 1:
+            return super().kronecker(sharing)
+        g, count = self.g, max(self.samples * self.inputs.shape[1], 1)
         if sharing == "expand":
             g, count = g.transpose(2, 3).flatten(1, 2), count * max(self.positions, 1)
         else:
@@ -513,7 +525,9 @@ class Outer(Form):
         def second_moment() -> Tensor:
             if isinstance(self.inputs, Patches) and sharing != "reduce":
                 return self.inputs.gram().to(g.dtype) / count
-            a = self.a.mean(2, keepdim=True) if sharing == "reduce" else self.a
+            a = self.a
+            if sharing == "reduce":
+                a = a.sum(2, keepdim=True) / max(self.positions, 1)
             return _gram(a.flatten(0, 2), count)
 
         output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
@@ -521,6 +535,8 @@ class Outer(Form):
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         """Of one group, by rotating its sides."""
+        if len(bases) == 1:
+            return super().rotated_square_sum(bases)
         columns = self.layout.kind == "columns"
         outputs, inputs = reversed(bases) if columns else bases
         if self.g.shape[2] == 1:
@@ -572,6 +588,51 @@ class Dense(Form):
             return super().squared_norms()
         flat = self.values.reshape(*self.values.shape[:2], self.shape.numel())
         return _squared_norm(flat, (0, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Together(Form):
+    """Columns that belong to all samples together: sums over samples are known, single samples are not.
+
+    Attributes:
+        values: ``[v, *p]``.
+        samples: number of samples.
+    """
+
+    values: Tensor
+    samples: int = field()
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape[1:]
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.values.shape[0]
+
+    @property
+    def like(self) -> Tensor:
+        return self.values
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Form:
+        raise RuntimeError(
+            "a quantity looks at single samples of a form, but its class says that it does not; set "
+            "its attribute per_sample = True"
+        )
+
+    def dense(self) -> Tensor:
+        return self.take(slice(None), slice(None)).dense()
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        self.take(slice(None), slice(None))
+        yield from ()
+
+    def total(self) -> Tensor:
+        return self.values.sum(0)
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        """``sum_v sign_v G^2``; ``sign [v, n]`` is the same for all samples."""
+        return Dense(self.values.unsqueeze(1)).square_sum(None if sign is None else sign[:, :1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -640,14 +701,14 @@ class Lookup(Form):
         """As for a matrix that multiplies one-hot vectors: ``[A, B]``, ``A`` the row frequencies."""
         if self.shape[0] > LARGEST_FACTOR:
             return super().kronecker()
-        positions = self.index.shape[1]
+        positions, count = self.index.shape[1], max(self.samples, 1)
         g = (self.g.flatten(1, 2) if sharing == "expand" else self.g.sum(2)).flatten(0, 1)
         if sharing == "reduce":
             ones = g.new_full(self.index.shape, 1 / max(positions, 1))
             a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
-            return [Factor(lambda: a.mT @ a / self.samples, False), Factor(lambda: gram(g), True)]
+            return [Factor(lambda: a.mT @ a / count, False), Factor(lambda: gram(g), True)]
         counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
-        count = self.samples * (max(positions, 1) if sharing == "expand" else 1)
+        count *= max(positions, 1) if sharing == "expand" else 1
         return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
 
 
@@ -737,12 +798,11 @@ def merge(forms: Sequence[Form]) -> Form:
     dense = [form for form in forms if isinstance(form, Dense)]
     for form in forms:
         if isinstance(form, Outer):
-            outers.setdefault((form.layout, form.a.shape[1]), []).append(form)
+            outers.setdefault((form.layout, form.inputs.shape[1]), []).append(form)
         elif not isinstance(form, (Lookup, Dense)):
             merged.append(form)
     for (layout, _), group in outers.items():
-        a, g = torch.cat([f.a for f in group], 2), torch.cat([f.g for f in group], 3)
-        merged.append(group[0] if len(group) == 1 else Outer(a, g, layout))
+        merged.append(group[0] if len(group) == 1 else _joined(group, layout))
     if lookups:
         index, g = torch.cat([f.index for f in lookups], 1), torch.cat([f.g for f in lookups], 2)
         merged.append(Lookup(index, g, lookups[0].shape))
@@ -750,3 +810,20 @@ def merge(forms: Sequence[Form]) -> Form:
         first, *rest = (f.values for f in dense)
         merged.append(Dense(sum(rest, first)))
     return merged[0] if len(merged) == 1 else Sum(tuple(merged))
+
+
+def _joined(group: Sequence[Outer], layout: Layout) -> Outer:
+    """One form with the positions of all; patches are written once, to their place in the result."""
+    g = torch.cat([form.g for form in group], 3)
+    if torch.is_grad_enabled():
+        return Outer(torch.cat([form.a for form in group], 2), g, layout)
+    n, q, _, i = group[0].inputs.shape
+    a, first = fresh(g, (n, q, g.shape[3], i)), 0
+    for form in group:
+        place = a[:, :, first : first + form.positions]
+        first += form.positions
+        if isinstance(form.inputs, Patches):
+            form.inputs.write(place)
+        else:
+            place.copy_(form.inputs)
+    return Outer(a, g, layout)

@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.backprop import carry, explained, hooks_suspended
+from backpack.backprop import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.batch import Batch
-from backpack.factors import Dense, Form, merge
+from backpack.factors import Dense, Form, Together, merge
 from backpack.taps import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
-
-CHUNK = 32
 
 _LINEAR = frozenset(
     """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
@@ -64,6 +62,7 @@ def diagonal(
     leaves: Sequence[Any],
     per_sample: bool,
     outputs: Sequence[tuple[GradientEdge, Batch]] = (),
+    chunk_size: int | None = None,
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     """Forms whose signed squares sum to the Hessian diagonal of ``sum weight * start``.
 
@@ -72,6 +71,7 @@ def diagonal(
         leaves: parameters and their uses.
         per_sample: whether the diagonals of single samples are needed.
         outputs: model outputs, with their sample axes.
+        chunk_size: number of columns that are carried at a time; by default as many as fit a budget.
 
     Yields:
         Parameter, form and sign ``[v, n]`` (``None``: all positive).
@@ -93,12 +93,13 @@ def diagonal(
         clean = [leaf for leaf in clean if leaf not in below]
         by_output += below
         path.bends.clear()
-    with explained():
-        yield from _columns(starts, path, clean)
-        for leaf in by_output:
-            yield from _output_hessian(starts, leaf)
-        for leaf in by_entry:
-            yield from _parameter_hessian(starts, path, leaf, per_sample, _entries)
+    yield from _columns(starts, path, clean, chunk_size)
+    for leaf in by_output:
+        yield from _output_hessian(starts, leaf, chunk_size)
+    for leaf in by_entry:
+        passing = [GradientEdge(node, tap.place) for node, tap, _ in leaf.uses]
+        entries = partial(_entries, passing=passing, chunk_size=chunk_size)
+        yield from _parameter_hessian(starts, path, leaf, per_sample, entries)
 
 
 def _output_size(leaf: Leaf) -> int:
@@ -214,7 +215,10 @@ class Path:
 
 
 def _columns(
-    starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaves: Sequence[Any]
+    starts: Sequence[tuple[GradientEdge, Tensor]],
+    path: Path,
+    leaves: Sequence[Any],
+    chunk_size: int | None,
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     uses = {id(tap): (node, tap) for leaf in leaves for node, tap, _ in leaf.uses}
     if not uses:
@@ -234,7 +238,8 @@ def _columns(
     for (_, record), grad in zip(path.losses, grads, strict=False):
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
             if part is not None and bool((part > 0).any()):
-                for chunk in record.hessian.columns(part.clamp(min=0), CHUNK):
+                count = columns_at_once([record.edge, *targets], part.device.type, chunk_size)
+                for chunk in record.hessian.columns(part.clamp(min=0), count):
                     signs = part.new_full((len(chunk), record.hessian.batch.size), sign)
                     yield from arrive(record.edge, chunk, None if sign > 0 else signs)
     for (node, batch), grad in zip(path.bends, grads[len(path.losses) :], strict=True):
@@ -245,7 +250,8 @@ def _columns(
             continue
         below, residual = found
         flat = batch.split(residual).flatten(1)
-        for k in _chunks(flat.abs().amax(0).nonzero().flatten()):
+        count = columns_at_once([below, *targets], flat.device.type, chunk_size)
+        for k in _chunks(flat.abs().amax(0).nonzero().flatten(), count):
             picked = torch.zeros(len(k), *flat.shape, dtype=flat.dtype, device=flat.device)
             rows = torch.arange(len(k), device=flat.device)
             picked[rows, :, k] = flat[:, k].T.abs().sqrt()
@@ -253,8 +259,8 @@ def _columns(
             yield from arrive(below, columns, flat[:, k].T.sign())
 
 
-def _chunks(index: Tensor) -> Iterator[Tensor]:
-    return (part for part in index.split(CHUNK) if len(part))
+def _chunks(index: Tensor, count: int) -> Iterator[Tensor]:
+    return (part for part in index.split(count) if len(part))
 
 
 def gradients(
@@ -265,8 +271,8 @@ def gradients(
     """Gradients of ``sum weight * start`` at some places of the graph."""
     if not places or not starts:
         return [None] * len(places)
-    return list(
-        torch.autograd.grad(
+    with differentiable_twice():
+        found = torch.autograd.grad(
             [edge for edge, _ in starts],
             list(places),
             [weight for _, weight in starts],
@@ -274,7 +280,7 @@ def gradients(
             create_graph=create_graph,
             allow_unused=True,
         )
-    )
+    return list(found)
 
 
 def refuse_mixing(
@@ -302,7 +308,7 @@ def refuse_mixing(
         return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
     def product(columns: list[Tensor]) -> list[Tensor]:
-        with explained():
+        with differentiable_twice():
             rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
         return [columns[0].new_zeros(()) if row is None else row for row in rows]
 
@@ -344,7 +350,7 @@ def bend(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
 
 
 def _output_hessian(
-    starts: Sequence[tuple[GradientEdge, Tensor]], leaf: Leaf
+    starts: Sequence[tuple[GradientEdge, Tensor]], leaf: Leaf, chunk_size: int | None
 ) -> Iterator[tuple[Any, Form, Tensor | None]]:
     ((node, tap, source),) = leaf.uses
     edge, batch = GradientEdge(node, tap.place), tap.batch
@@ -353,7 +359,9 @@ def _output_hessian(
         return
     shape = batch.split(gradient).shape
     size, like = prod(shape[1:]), gradient.detach()
-    for k in _chunks(torch.arange(size, device=like.device)):
+    # Unit columns, what becomes of them, and both once more as columns of twice the number.
+    count = columns_at_once(4 * [edge], like.device.type, chunk_size)
+    for k in _chunks(torch.arange(size, device=like.device), count):
         basis = like.new_zeros(len(k), shape[0], size)
         basis[torch.arange(len(k), device=like.device), :, k] = 1
         basis = batch.join(basis.reshape(len(k), *shape), 1)
@@ -433,7 +441,7 @@ def sampled(
     for _ in range(count if known else 0):
         signs = [None if g is None else _signs(g, generator) for g in found]
         drawn = [u for u, g in zip(signs, found, strict=True) if g is not None and g.requires_grad]
-        with explained():
+        with differentiable_twice():
             curved = torch.autograd.grad(
                 known, edges, drawn, retain_graph=True, create_graph=create, allow_unused=True
             )
@@ -454,8 +462,7 @@ def sampled(
     for leaf in leaves:
         if leaf not in by_output:
             draws = partial(_drawn_entries, count=count, generator=generator)
-            with explained():
-                yield from _parameter_hessian(starts, path, leaf, per_sample, draws)
+            yield from _parameter_hessian(starts, path, leaf, per_sample, draws)
 
 
 def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -478,20 +485,15 @@ def _parameter_hessian(
     place = get_gradient_edge(parameter)
     with hooks_suspended(parameter), torch.enable_grad():
         if per_sample:
-            values = [
-                entries(gradient, parameter, place, create)
-                for gradient in _sample_gradients(starts, path, leaf, place)
-            ]
+            found = _sample_gradients(starts, path, leaf, place)
+            diagonal = torch.stack([entries(each, parameter, place, create) for each in found])
         else:
             (gradient,) = gradients(starts, [place], create_graph=True)
-            # All samples' diagonal, put on the first.
-            values = [entries(gradient, parameter, place, create)]
-            values += [torch.zeros_like(values[0])] * (leaf.samples - 1)
-        diagonals = torch.stack(values)
-    parts = torch.stack([diagonals.clamp(min=0).sqrt(), (-diagonals).clamp(min=0).sqrt()])
+            diagonal = entries(gradient, parameter, place, create)
+    parts = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
     sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
     sign[1] = -1
-    yield leaf, Dense(parts), sign
+    yield leaf, Dense(parts) if per_sample else Together(parts, leaf.samples), sign
 
 
 def _sample_gradients(
@@ -516,17 +518,28 @@ def _sample_gradients(
         yield gradients(masked, [place], create_graph=True)[0]
 
 
-def _entries(gradient: Tensor | None, parameter: Tensor, place: GradientEdge, create: bool) -> Tensor:
-    diagonal = torch.zeros_like(parameter).flatten()
+def _entries(
+    gradient: Tensor | None,
+    parameter: Tensor,
+    place: GradientEdge,
+    create: bool,
+    passing: Sequence[GradientEdge],
+    chunk_size: int | None,
+) -> Tensor:
     if gradient is None or not gradient.requires_grad:
-        return diagonal.reshape(parameter.shape)
-    found = []
-    for j, entry in enumerate(gradient.flatten()):
-        (row,) = torch.autograd.grad(
-            entry, [place], retain_graph=True, create_graph=create, allow_unused=True
-        )
-        found.append(diagonal[j] if row is None else row.flatten()[j])
-    return torch.stack(found).reshape(parameter.shape)
+        return torch.zeros_like(parameter)
+    edge, like, found = get_gradient_edge(gradient), gradient.detach(), []
+    count = columns_at_once([place, place, *passing], like.device.type, chunk_size)
+    with torch.set_grad_enabled(create):
+        for k in _chunks(torch.arange(parameter.numel(), device=like.device), count):
+            units = like.new_zeros(len(k), parameter.numel())
+            units[torch.arange(len(k), device=like.device), k] = 1
+            (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing)
+            if rows is None:
+                return torch.zeros_like(parameter)
+            # A copy: a view would hold all rows.
+            found.append(rows.flatten(1).gather(1, k.unsqueeze(1)).squeeze(1))
+    return torch.cat(found).reshape(parameter.shape)
 
 
 def _drawn_entries(
@@ -542,8 +555,9 @@ def _drawn_entries(
         return diagonal
     for _ in range(count):
         u = _signs(gradient, generator)
-        (product,) = torch.autograd.grad(
-            *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
-        )
+        with differentiable_twice():
+            (product,) = torch.autograd.grad(
+                *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
+            )
         diagonal = diagonal if product is None else diagonal + u * product / count
     return diagonal

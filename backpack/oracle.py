@@ -202,12 +202,18 @@ _TWINS: dict[str, Callable[[Oracle], dict[str, Tensor]]] = {
 }
 
 
+# Compared by the matrix that they are a root of.
+_ROOTS = frozenset({"sqrt_ggn_exact", "sqrt_ggn_mc"})
+
+
 @dataclass
 class Report:
     """What :func:`check` found: the largest relative error of each parameter and quantity.
 
     Errors are relative to the parameter's largest entry, or to a thousandth of the largest entry of
-    all parameters if that is more (gradients that vanish by symmetry are rounding noise).
+    all parameters if that is more (gradients that vanish by symmetry are rounding noise). They are
+    infinite where a value is not a number, has the wrong shape, is missing although the parameter has a
+    gradient, or is there although it has none.
     """
 
     tolerance: float
@@ -289,6 +295,7 @@ def check(
 
     Raises:
         KeyError: for a quantity that has no brute-force twin (Kronecker factors approximate).
+        ValueError: for a quantity of some samples only.
 
     Example:
         >>> print(check(model, nn.CrossEntropyLoss(), X, y))  # doctest: +SKIP
@@ -296,6 +303,10 @@ def check(
     for ext in extensions:
         if ext.savefield not in _TWINS:
             raise KeyError(f"{ext!r} has no brute-force twin; leave it out of check(...)")
+        if ext.subsampling is not None:
+            raise ValueError(
+                f"check compares all samples, but {ext!r} has subsampling={ext.subsampling}"
+            )
     oracle = Oracle(
         unextend(_copy(model, torch.float64)),
         unextend(_copy(lossfunc, torch.float64)) if isinstance(lossfunc, nn.Module) else lossfunc,
@@ -321,18 +332,26 @@ def check(
         expected = oracle.value(ext.savefield)
         largest = max((float(e.abs().max()) for e in expected.values() if e.numel()), default=0.0)
         for name, reference in expected.items():
-            value = getattr(parameters[name], ext.savefield, None)
-            if value is None:
-                error = float("inf") if bool(reference.any()) else 0.0
-            else:
-                value = value.double()
-                if ext.savefield.startswith("sqrt"):
-                    value = _sqrt_gram(value)
-                scale = max(float(reference.abs().max()), 1e-3 * largest) or 1.0
-                error = float((value - reference).abs().max()) / scale
-                error = float("inf") if error != error else error
+            p = parameters[name]
+            value = getattr(p, ext.savefield, None)
+            if value is not None and ext.savefield in _ROOTS:
+                fits = value.shape[1:] == (oracle.samples, *p.shape)
+                value = _sqrt_gram(value) if fits else value
+            found = (value is not None) == (p.grad is not None)
+            error = _error(value, reference, 1e-3 * largest) if found else float("inf")
             report.errors[name, ext.savefield] = error
     return report
+
+
+def _error(value: Tensor | None, reference: Tensor, least: float) -> float:
+    """The largest difference, relative to the largest entry; a missing value stands for zeros."""
+    value = torch.zeros_like(reference) if value is None else value.double()
+    if value.shape != reference.shape:
+        return float("inf")
+    if not reference.numel():
+        return 0.0
+    error = float((value - reference).abs().max()) / (max(float(reference.abs().max()), least) or 1.0)
+    return float("inf") if error != error else error
 
 
 def _copy(module: Any, dtype: torch.dtype) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from backpack.batch import Batch
+from backpack.batch import Batch, only_axis, regular_axis
 from backpack.moves import MOVERS, aligned, spellings
 from backpack.probe import keeps_apart
 
@@ -79,7 +81,7 @@ def propagate(
     new: Tensor,
     marked: list[tuple[Tensor, Batch]],
     place: int = 0,
-) -> tuple[Batch | None, list[Tensor]]:
+) -> tuple[Batch, list[Tensor]]:
     """The sample axis of an operation's result.
 
     Args:
@@ -92,7 +94,8 @@ def propagate(
 
     Returns:
         The result's axis, and the arguments that are taken for constants after all: those whose
-        tentative axis disagrees with a certain one, or gets lost.
+        tentative axis disagrees with a certain one, or gets lost. An axis that is tentative and lost
+        is that of a constant.
     """
     if len(marked) == 1 and func not in MOVERS:  # nearly all calls
         old, batch = marked[0]
@@ -104,9 +107,9 @@ def propagate(
         data = [(old, axis) for old, axis in marked if not any(old is each for each in demoted)]
         if not (func in ELEMENTWISE or all(known(func, axis, old, args) for old, axis in data)):
             if not keeps_apart(func, args, kwargs, place, data, batch):
-                batch = batch.losing(f"{_name(func)} mixes samples")
+                batch = batch.losing(f"{name_of(func)} mixes samples")
     if batch.lost and batch.tentative:
-        return None, [tensor for tensor, _ in marked]
+        return batch, [tensor for tensor, _ in marked]
     return batch, demoted
 
 
@@ -116,9 +119,10 @@ def _propagate(
     move = MOVERS.get(func)
     aligns = move is not None or func in ELEMENTWISE
     chosen: Batch | None = None
+    best = marked[0][0]
     demoted: list[Tensor] = []
-    # Certain axes come before tentative ones, and lost ones first.
-    for old, batch in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+    # Certain axes come before tentative ones, then those with grad, and lost ones first.
+    for old, batch in sorted(marked, key=_rank):
         if chosen is not None and chosen.lost:
             break
         here = batch
@@ -128,17 +132,76 @@ def _propagate(
             elif func in ELEMENTWISE:
                 here = aligned(batch, old, new)
             if not here.lost and not here.fits(new.shape):
-                here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
+                here = here.losing(f"{name_of(func)} gave shape {tuple(new.shape)}")
         if chosen is None:
-            chosen = here
+            chosen, best = here, old
         elif not chosen.agrees(here):
-            if batch.tentative:
+            conflict = chosen.losing(f"{name_of(func)} combines different sample axes")
+            if chosen.tentative:  # one guess is as good as another
+                chosen = conflict
+            elif batch.tentative:
                 demoted.append(old)
-            elif aligns or old.requires_grad:
-                chosen = chosen.losing(f"{_name(func)} combines different sample axes")
+            elif old.requires_grad or (aligns and not best.requires_grad):
+                chosen = conflict
+            # Otherwise it is a constant, for all that gradients know.
     assert chosen is not None
     return chosen, demoted
 
 
-def _name(func: Any) -> str:
+def _rank(pair: tuple[Tensor, Batch]) -> tuple[bool, bool, bool]:
+    tensor, batch = pair
+    return batch.tentative, not tensor.requires_grad, batch.lost is None
+
+
+def settled(
+    func: Any,
+    new: Tensor,
+    axis: Batch,
+    dim: int,
+    marked: Sequence[tuple[Tensor, Batch]] = (),
+) -> tuple[Batch, bool]:
+    """What the axis of a result is after all, where an operation has lost it.
+
+    One sample cannot be mixed with others. Where no gradient flows nothing is mixed either: a row
+    counts as the sample of its number if there is one row for each.
+
+    Args:
+        func: the operation.
+        new: its result.
+        axis: what is known of it.
+        dim: the sample axis of the model's inputs.
+        marked: the arguments that have a sample axis.
+
+    Returns:
+        The axis (one that is tentative and lost is that of a constant), and whether it is that of a
+        whole batch of one.
+    """
+    if axis.lost is None:
+        return axis, False
+    if axis.size == 1:
+        return only_axis(new.shape, axis.tentative), True
+    return axis if new.requires_grad else _counted(func, new, axis, dim, marked), False
+
+
+def _counted(
+    func: Any, new: Tensor, lost: Batch, dim: int, marked: Sequence[tuple[Tensor, Batch]]
+) -> Batch:
+    places: list[int] = []
+    tentative = all(axis.tentative for _, axis in marked)
+    if func in ELEMENTWISE:
+        certain = [(old, axis) for old, axis in marked if axis.tentative == tentative]
+        places = [axis.dim + new.dim() - old.dim() for old, axis in certain]
+    elif len(marked) == 1 and marked[0][0].shape == new.shape:
+        places = [marked[0][1].dim]
+    for place in places:
+        if 0 <= place < new.dim() and new.shape[place] == lost.size:
+            return regular_axis(lost.size, place, tentative=tentative)
+    fitting = [d for d, length in enumerate(new.shape) if length == lost.size]
+    if dim in fitting or len(fitting) == 1:
+        return regular_axis(lost.size, dim if dim in fitting else fitting[0], tentative=True)
+    return replace(lost, tentative=True)
+
+
+def name_of(func: Any) -> str:
+    """Name of an operation, for messages."""
     return getattr(func, "__name__", str(func))

@@ -19,28 +19,58 @@ from torch import Tensor
 
 from backpack.factors import Form, Sharing, spectrum
 
+Columns = Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
+
 
 class Kind(NamedTuple):
     """Which columns a quantity needs; equal kinds share one propagation."""
 
-    name: Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
+    name: Columns
     mc_samples: int = 0
     generator: torch.Generator | None = None
 
 
 class Context(NamedTuple):
-    """What is known when a parameter's gradient is complete."""
+    """What is known when a parameter's gradient is complete.
+
+    Attributes:
+        parameter: the parameter.
+        samples: number of samples.
+        gradient: gives its gradient.
+        zeros: gives a column of zeros, in the form in which columns would reach the parameter.
+    """
 
     parameter: Tensor
     samples: int
     gradient: Callable[[], Tensor]
+    zeros: Callable[[], Form]
 
 
 class BackpropExtension:
     """A quantity, saved to ``parameter.<savefield>``.
 
     Subclass it to add one: give ``savefield`` and ``kind``, and :meth:`reduce`; the rest has
-    defaults.
+    defaults. What it needs is said by attributes of the class, and by nothing else: neither the name of
+    the field nor which methods it has. The defaults are right for any quantity; other values save work.
+
+    Attributes:
+        savefield: the attribute of a parameter that holds the value.
+        kind: the columns it is computed from.
+        per_sample: whether single samples of a form are looked at. With ``False``, a form of Hessian
+            columns may be :class:`~backpack.factors.Together`, whose samples cannot be told apart.
+        needs_gradient: whether :meth:`finish` may ask for the gradient. With ``False``, the value is
+            saved before the gradient is there.
+        written_out: whether a form that is written out (``Dense``) is as good as any. With ``True``, it
+            may be given one that was written out for another quantity.
+        writes_out: whether it writes out the whole form in any case.
+        every_column: whether columns that do not reach a parameter are kept, as zeros.
+        every_use: whether a form is that of all uses of a parameter, also where its columns reach some
+            of them only (the others have columns of zeros).
+        signed: whether exact columns may come with signs, where the Hessian of the loss is indefinite.
+        refines: whether the columns are looked at again, by :meth:`refine`.
+        large: whether the value of an earlier pass is let go before this one's is computed.
+        mixed: whether the value has a meaning where samples are mixed (batch norm in training mode), as
+            each row's contribution.
 
     Example:
         >>> class GradientMax(BackpropExtension):
@@ -51,14 +81,16 @@ class BackpropExtension:
 
     savefield: str
     kind: Kind = Kind("gradient")
-    # Whether columns that do not reach a parameter are kept, as zeros.
+    per_sample: bool = True
+    needs_gradient: bool = True
+    written_out: bool = False
+    writes_out: bool = False
     every_column: bool = False
-    # Whether a written-out form is as good as a factored one.
-    written_out: bool = True
-    # Whether the columns are looked at again, by `refine`.
+    every_use: bool = False
+    signed: bool = False
     refines: bool = False
-    # Whether the value of an earlier pass is let go before this one's is computed.
     large: bool = False
+    mixed: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
@@ -95,8 +127,10 @@ class BackpropExtension:
         return state
 
     def zero(self, context: Context) -> Any:
-        """The value for a parameter that no column reaches."""
-        return torch.zeros_like(context.parameter)
+        """The value for a parameter that no column reaches; by default that of a column of zeros."""
+        form = context.zeros()
+        state = self.reduce(form)
+        return self.finish(self.refine(state, form) if self.refines else state, context)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -124,16 +158,22 @@ def _samples_shape(context: Context) -> tuple[int, ...]:
 class BatchGrad(BackpropExtension):
     """Individual gradients ``grad_batch[n] = d l_n / d p``, shape ``[N, *p]``.
 
+    They sum to the gradient as it is before hooks of the parameter (``p.register_hook``), which change
+    ``p.grad`` alone, here and for all quantities: a function of the sum tells nothing of its terms. If
+    the hook is a linear map, apply it to ``grad_batch[n]``.
+
     Args:
         subsampling: samples to keep, in that order (may repeat, may be negative); default all. The
             scale stays that of the full batch.
     """
 
     savefield = "grad_batch"
-    large = True
+    needs_gradient = False
+    written_out = large = mixed = True
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
+        self.writes_out = subsampling is None
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         index = _index(self.subsampling, form.samples)
@@ -148,6 +188,7 @@ class BatchL2Grad(BackpropExtension):
     """Squared norms ``batch_l2[n] = ||d l_n / d p||^2`` of individual gradients, shape ``[N]``."""
 
     savefield = "batch_l2"
+    needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.squared_norms()
@@ -160,9 +201,13 @@ class SumGradSquared(BackpropExtension):
     """Second moment ``sum_grad_squared = sum_n (d l_n / d p)^2``, elementwise, shape ``p``."""
 
     savefield = "sum_grad_squared"
+    needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum()
+
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
 
 
 class Variance(BackpropExtension):
@@ -173,6 +218,7 @@ class Variance(BackpropExtension):
     """
 
     savefield = "variance"
+    written_out = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         return form.centred_square_sum()
@@ -185,6 +231,9 @@ class Variance(BackpropExtension):
         if torch.is_grad_enabled():
             return (squares / n - offset * offset / n**2).clamp(min=0)
         return squares.div_(n).addcmul_(offset, offset, value=-1 / n**2).clamp_(min=0)
+
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
 
 
 # --------------------------------------------------------------------------------------
@@ -210,12 +259,19 @@ class _Sampled(BackpropExtension):
 
 
 class _Diagonal(BackpropExtension):
+    per_sample = needs_gradient = False
+    signed = True
+
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum(sign)
 
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
+
 
 class _BatchDiagonal(BackpropExtension):
-    large = True
+    needs_gradient = False
+    large = signed = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)
@@ -264,8 +320,8 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 
 
 class _SquareRoot(BackpropExtension):
-    every_column = True
-    large = True
+    needs_gradient = False
+    every_column = large = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
         index = _index(self.subsampling, form.samples)
@@ -282,7 +338,8 @@ class _SquareRoot(BackpropExtension):
 class SqrtGGNExact(_SquareRoot):
     """Square root ``V^T`` of the GGN, ``G = V V^T = sum_n J_n^T H_n J_n``, shape ``[C, N, *p]``.
 
-    ``C`` is the number of model outputs per sample. Concatenated over parameters it gives the full
+    ``C`` is the number of model outputs per sample, or of the numbers that the loss is computed from,
+    where these are fewer. Concatenated over parameters it gives the full
     matrix, blocks between parameters included.
 
     Args:
@@ -318,7 +375,8 @@ class SqrtGGNMC(_Sampled, _SquareRoot):
 
 
 class _Kronecker(BackpropExtension):
-    written_out = False
+    needs_gradient = False
+    every_use = True
     kfac_approx: Sharing = None
 
     def _choose(self, kfac_approx: Sharing) -> None:
@@ -335,11 +393,6 @@ class _Kronecker(BackpropExtension):
             old + factor.matrix() if factor.grows else old
             for old, factor in zip(state, factors, strict=True)
         ]
-
-    def zero(self, context: Context) -> Any:
-        p = context.parameter
-        sizes = [p.shape[0], p.shape[1:].numel()] if p.dim() > 1 else [p.numel()]
-        return [p.new_zeros(size, size) for size in sizes]
 
 
 class KFLR(_Kronecker):
@@ -451,10 +504,6 @@ class _EigenvalueCorrected(_Kronecker):
     def finish(self, state: Eigen, context: Context) -> Eigen:  # type: ignore[override]
         return state
 
-    def zero(self, context: Context) -> Eigen:
-        bases = [torch.eye(len(each)).to(each) for each in super().zero(context)]
-        return Eigen(bases, context.parameter.new_zeros([len(basis) for basis in bases]))
-
 
 class EKFLR(_EigenvalueCorrected, KFLR):
     """:class:`KFLR` with corrected eigenvalues (George et al., 2018, arXiv:1806.03884).
@@ -538,6 +587,7 @@ class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
     kind = Kind("product")
+    needs_gradient = False
     curvature: Literal["ggn", "hessian", "positive"]
     modify = "clip"
 

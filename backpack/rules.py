@@ -506,7 +506,13 @@ def prelu(batch: Batch, input: Tensor, weight: Tensor) -> Pairs | None:
 
 
 def fallback(
-    batch: Batch, place: int, func: Any, args: tuple, kwargs: dict, sources: Sequence[Tensor]
+    batch: Batch,
+    place: int,
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    sources: Sequence[Tensor],
+    at_once: bool = False,
 ) -> Pairs:
     """Differentiate the operation itself, sample by sample (vmap over samples, a loop if need be).
 
@@ -517,6 +523,7 @@ def fallback(
         args: its positional arguments.
         kwargs: its keyword arguments.
         sources: the arguments to differentiate with respect to.
+        at_once: differentiate it on the whole batch (of one sample, whose axes are not known).
     """
     leaves, spec = tree_flatten((args, kwargs))
     axes = [batch_of(x) if isinstance(x, Tensor) else None for x in leaves]
@@ -607,6 +614,8 @@ def fallback(
                         f"an input of {name} was modified by an in-place operation after the "
                         "forward pass; use the out-of-place version of that operation"
                     )
+            if at_once:
+                return Dense(whole(g))
             try:
                 return Dense(checked(values(g, own=False), g))
             except IndexError:  # it names places along the sample axis, of which one sample has few

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack import chain, hessian, products
+from backpack import certificate, chain, hessian, products
 from backpack.backprop import (
-    COLUMN_BYTES,
     Graph,
-    bytes_at,
     carry,
-    cut,
+    columns_at_once,
     leaves_below,
     pull_back,
     survey,
@@ -33,10 +31,11 @@ from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, merge, products_kept
-from backpack.losses import differentiate_twice
-from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product
+from backpack.losses import differentiate_twice, signed_columns
+from backpack.quantities import BackpropExtension, Context, Kind, Product
 from backpack.rules import patches_kept
 from backpack.taps import LossRecord, Source, Tap
+from backpack.tracing import cut
 
 # Gradients at a node's outputs, by their numbers.
 Arrived = Sequence[Tensor | None] | Mapping[int, Tensor | None]
@@ -51,6 +50,8 @@ class _Leaf:
     def __init__(self, parameter: Tensor, samples: int) -> None:
         self.parameter = parameter
         self.samples = samples
+        # Where it meets data; the same but for parameters without entries, which no column reaches.
+        self.places: list[tuple[Node, Tap, Source]] = []
         self.uses: list[tuple[Node, Tap, Source]] = []
         self.waiting: set[Tap] = set()
         self.forms: list[Form] = []
@@ -87,10 +88,10 @@ class Run:
         for ext in exts:
             if ext.kind.name != "gradient":
                 self.second_order.setdefault(ext.kind, []).append(ext)
-        self.whole = any(isinstance(e, BatchGrad) and e.subsampling is None for e in self.first_order)
+        self.whole = any(ext.writes_out for ext in self.first_order)
         self.large = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
-        ask = [ext for ext in exts if type(ext).finish is not BackpropExtension.finish]
+        ask = [ext for ext in exts if ext.needs_gradient]
         self.early = not ask and block.owner.extension_hook is None
         self.totals = any(ext in self.first_order for ext in ask)
 
@@ -102,8 +103,9 @@ class Run:
         roots = self.block.roots
         if roots is None:
             return
-        graph = survey([edge.node for edge, _ in roots], bool(self.second_order))
+        graph = self._survey([edge.node for edge, _ in roots])
         self.listen(graph)
+        self._certify(graph)
         if not graph.taps:
             warnings.warn(
                 "no extended model takes part in this backward pass, so that there is nothing to "
@@ -163,7 +165,22 @@ class Run:
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
         if self.block.roots is None and node not in self.graph.nodes:
-            self.listen(survey([node], bool(self.second_order)))
+            graph = self._survey([node])
+            self.listen(graph)
+            self._certify(graph)
+
+    def _certify(self, graph: Graph) -> None:
+        """Try out that samples are apart, if that is due and any quantity asks for samples."""
+        exts = [ext for ext in self.block.owner.extensions if ext.kind.name != "product"]
+        if graph.mixing or not (exts and certificate.due(graph, self.block.owner.certify)):
+            return
+        names = Names(graph.recordings)
+        with self._nested(), self._timed("certificate that samples are apart"):
+            certificate.certify(graph, names.of)
+
+    def _survey(self, roots: list[Node]) -> Graph:
+        with self._nested():
+            return survey(roots, bool(self.second_order))
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
@@ -224,6 +241,7 @@ class Run:
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
                 "them up and call backward on the sum"
             )
+        leaf.places.append((node, tap, source))
         if not parameter.numel():
             return  # its quantities are those of a parameter that no column reaches
         leaf.uses.append((node, tap, source))
@@ -319,10 +337,11 @@ class Run:
             with self._nested(), cut(joint.keys() | self.graph.losses.keys() - absorbed):
                 hessian.refuse_mixing(starts, [(e, b) for e, b in places if b is not None])
         for kind, exts in self.second_order.items():
-            per_sample = any(ext.savefield.endswith("_batch") for ext in exts)
+            per_sample = any(ext.per_sample for ext in exts)
             with self._nested():
                 if kind.name == "hessian":
-                    found = hessian.diagonal(starts, leaves, per_sample, outputs)
+                    size = self.block.owner.chunk_size
+                    found = hessian.diagonal(starts, leaves, per_sample, outputs, size)
                 elif kind.name == "sampled_hessian":
                     found = hessian.sampled(starts, leaves, per_sample, outputs, *kind[1:])
                 else:
@@ -360,29 +379,36 @@ class Run:
                     "another loss; use KFLR or KFAC, or call backward on each loss"
                 )
         targets = [GradientEdge(node, tap.place) for node, tap in taps]
-        drawn = [loss.sampled(grad, *kind[1:])] if kind.name == "sampled" else None
+        drawn = loss.sampled(grad, *kind[1:]) if kind.name == "sampled" else None
         exact = loss if any(ext.every_column for ext in exts) else loss.fewest()
+        signed, chunk = all(ext.signed for ext in exts), self._chunk(loss, targets)
         for refining in (False, True):
             some = [ext for ext in exts if ext.refines] if refining else exts
-            chunks = drawn or exact.columns(grad, self._chunk(loss, targets))
-            for chunk in chunks if some else ():
+            chunks = signed_columns(exact, grad, chunk, signed)
+            if drawn is not None:
+                chunks = iter([([drawn] if isinstance(drawn, Tensor) else drawn, None)])
+            for parts, sign in chunks if some else ():
                 with self._nested():
-                    parts = [chunk] if isinstance(chunk, Tensor) else chunk
                     with self._timed("columns carried to all taps"):
                         arrived = carry(starts, targets, parts)
                     at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
                     del arrived
-                    self._arrived(at, len(parts[0]), some, refining)
+                    self._arrived(at, len(parts[0]), some, refining, sign)
                     del at  # before the next columns are carried
 
     def _arrived(
-        self, at: dict[int, Tensor | None], columns: int, exts: list[BackpropExtension], refining: bool
+        self,
+        at: dict[int, Tensor | None],
+        columns: int,
+        exts: list[BackpropExtension],
+        refining: bool,
+        sign: Tensor | None = None,
     ) -> None:
         """Reduce columns that have arrived at all taps."""
         with products_kept():
             for leaf in self.leaves.values():
                 with self._timed(leaf.parameter):
-                    self._arrived_at(leaf, at, columns, exts, refining)
+                    self._arrived_at(leaf, at, columns, exts, refining, sign)
 
     def _arrived_at(
         self,
@@ -391,8 +417,10 @@ class Run:
         columns: int,
         exts: list[BackpropExtension],
         refining: bool,
+        sign: Tensor | None,
     ) -> None:
-        form = self._form(leaf, at)
+        # Factors of inputs are those of all uses, also where these columns reach some of them only.
+        form = self._form(leaf, at, columns if any(ext.every_use for ext in exts) else 0)
         if form is None:
             shape = (columns, leaf.samples, *leaf.parameter.shape)
             zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
@@ -401,7 +429,7 @@ class Run:
             for ext in exts:
                 leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
         else:
-            self._reduce(leaf, exts, form)
+            self._reduce(leaf, exts, form, sign)
 
     def _averaged(
         self,
@@ -422,24 +450,55 @@ class Run:
                 )
         with self._nested():
             chunks = loss.fewest().columns(grad, self._chunk(loss, starts))
-            columns = (chunk if isinstance(chunk, Tensor) else chunk[0] for chunk in chunks)
+            columns: Iterable[Tensor] = (c if isinstance(c, Tensor) else c[0] for c in chunks)
             samples = next(iter(self.leaves.values())).samples
-            at = chain.averaged(starts[0], samples, columns, taps)
+            start = self._model_output(starts[0])
+            if start != starts[0]:  # the average is one over the rows of the model's output
+                columns = (g for c in columns if (g := carry(starts, [start], c)[0]) is not None)
+            at = chain.averaged(start, samples, columns, taps)
             self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
 
-    def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
-        if self.block.owner.chunk_size is not None:
-            return self.block.owner.chunk_size
-        per_column = bytes_at(targets)
-        return max(1, COLUMN_BYTES.get(loss.f.device.type, 2**28) // max(per_column, 1))
-
-    def _form(self, leaf: _Leaf, at: dict[int, Tensor | None]) -> Form | None:
-        forms = [
-            self._source_form(leaf, source, g)
-            for _, tap, source in leaf.uses
-            if (g := at[id(tap)]) is not None
+    def _model_output(self, place: GradientEdge) -> GradientEdge:
+        """The model output that the input of a loss is computed from."""
+        found = [
+            (GradientEdge(node, border.place), border.batch)
+            for record, below in self.graph.losses.values()
+            for node, borders in below.items()
+            for border in borders
+            if record.edge == place
         ]
-        return merge(forms) if forms else None
+        if len(found) > 1:
+            raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
+        return found[0][0] if found else place
+
+    def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
+        return columns_at_once(targets, loss.f.device.type, self.block.owner.chunk_size)
+
+    def _form(self, leaf: _Leaf, at: dict[int, Tensor | None], absent: int) -> Form | None:
+        """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
+        if all(at[id(tap)] is None for _, tap, _ in leaf.uses):
+            return None
+        forms = []
+        for node, tap, source in leaf.uses:
+            g = at[id(tap)]
+            if g is None and absent:
+                about = node._input_metadata[tap.place]
+                g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
+            if g is not None:
+                forms.append(self._source_form(leaf, source, g))
+        return merge(forms)
+
+    def _zeros(self, leaf: _Leaf) -> Form:
+        """A column of zeros, in the form in which columns would reach a parameter."""
+        zero, forms = leaf.parameter.detach().new_zeros(()), []
+        with self._nested():
+            for node, tap, source in leaf.places:
+                at = node._input_metadata[tap.place]
+                if source.edge is None:
+                    forms.append(source.form(zero.to(at.dtype).expand(1, *at.shape)))
+                else:  # whose graph may be gone
+                    forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
+        return merge(forms)
 
     def _source_form(self, leaf: _Leaf, source: Source, g: Tensor) -> Form:
         form = source.form(g)
@@ -546,12 +605,13 @@ class Run:
             found = gradient if leaf.total is None else leaf.total
             if found is None:
                 raise RuntimeError(
-                    "a quantity asks for the gradient where it is not known: in `zero`, or of second "
-                    "order in a pass with gradient=False"
+                    "a quantity asks for the gradient where it is not known: its class does not say "
+                    "needs_gradient = True, or it is in `zero`, or of second order in a pass with "
+                    "gradient=False"
                 )
             return found.to_dense() if found.is_sparse else found
 
-        context = Context(leaf.parameter, leaf.samples, total)
+        context = Context(leaf.parameter, leaf.samples, total, partial(self._zeros, leaf))
         detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
             if ext.savefield in leaf.states:

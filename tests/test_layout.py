@@ -14,9 +14,10 @@ from backpack import extensions, optim
 
 ROOT = Path(backpack.__file__).parent
 RIVER = [
-    *"batch probe moves placing propagation memory kernels factors recurrent rules losses".split(),
-    *"opened taps capture backprop hessian products chain quantities blocks checks exposed".split(),
-    *"run direct engine extend oracle".split(),
+    *"batch aliases probe moves placing propagation memory kernels factors recurrent rules".split(),
+    *"losses opened taps functions inputs tangents tracing capture backprop certificate".split(),
+    *"hessian products chain quantities blocks checks exposed run direct engine extend".split(),
+    "oracle",
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")

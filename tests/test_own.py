@@ -37,13 +37,16 @@ def test_page(page: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     report = check(model, page["LogCosh"](), X, y, quantities)
     assert report.ok, f"\n{report}"
     with page["backpack"].backpack(
-        page["GradientMax"](), page["BatchTraceGGN"](), E.BatchGrad(), E.BatchDiagGGNExact(), debug=True
+        *(page["GradientMax"](), page["BatchTraceGGN"](), page["TraceHessian"]()),
+        *(E.BatchGrad(), E.BatchDiagGGNExact(), E.BatchDiagHessian()),
+        debug=True,
     ):
         page["lossfunc"](model(X), y).backward()
     assert "tap clipped_scale: 'scale' (samples 8, axis 0), by its rule" in capsys.readouterr().out
     for p in model.parameters():
         torch.testing.assert_close(p.grad_max, p.grad_batch.flatten(1).abs().amax(1))
         torch.testing.assert_close(p.trace_ggn_batch, p.diag_ggn_exact_batch.flatten(1).sum(1))
+        torch.testing.assert_close(p.trace_h, p.diag_h_batch.flatten(1).sum(1))
 
 
 def test_custom_function(page: dict[str, Any]) -> None:

@@ -31,11 +31,12 @@ class Placed(BackpropExtension):
         factors: the quantity, which is saved as it is.
     """
 
-    written_out = False
+    needs_gradient = False
 
     def __init__(self, factors: BackpropExtension) -> None:
         self.factors = factors
         self.savefield, self.kind, self.refines = factors.savefield, factors.kind, factors.refines
+        self.every_use = factors.every_use
         self.places: dict[Tensor, str] = {}
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
@@ -52,7 +53,7 @@ class Placed(BackpropExtension):
         return self.factors.finish(state[0], context)
 
     def zero(self, context: Context) -> Any:
-        self.places[context.parameter] = "rows"
+        self.places[context.parameter] = _place(context.zeros())
         return self.factors.zero(context)
 
     def __repr__(self) -> str:
@@ -62,7 +63,7 @@ class Placed(BackpropExtension):
 def _place(form: Form) -> str:
     if isinstance(form, Lookup):
         return "columns"
-    return form.layout.kind if isinstance(form, Outer) else "rows"
+    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
 
 
 class _Kronecker(CurvatureOptimizer):
@@ -82,12 +83,14 @@ class _Kronecker(CurvatureOptimizer):
         ema_decay: float = 0.0,
         update_every: int = 1,
         kl_clip: float | None = None,
+        process_local: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(
             params,
             Placed(made(type(self), self.quantity, arguments)),
             kl_clip,
+            process_local,
             lr=lr,
             damping=damping,
             l2=l2,
@@ -310,6 +313,8 @@ class KFLR(_Kronecker):
         update_every: factors are computed and inverted in every so many steps only.
         kl_clip: bound on the size of a step, see :class:`backpack.optim.CurvatureOptimizer`; 1e-3 is
             usual.
+        process_local: say that each process trains a model of its own, see
+            :class:`backpack.optim.BackpackOptimizer`.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
 
     Raises:
@@ -324,7 +329,7 @@ class KFAC(_Kronecker):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
@@ -340,7 +345,7 @@ class KFRA(_Kronecker):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
     """
 
     quantity = extensions.KFRA
@@ -360,7 +365,7 @@ class EKFLR(_EigenvalueCorrected):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
     """
 
@@ -372,7 +377,7 @@ class EKFAC(_EigenvalueCorrected):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.
         kfac_approx: see :class:`backpack.extensions.KFLR`.

@@ -125,8 +125,9 @@ class Comparison:
     def _gram(self, root: Tensor, name: str) -> Tensor:
         at = self.truth.at
         shape = at.parameters[name].shape
-        allowed = (0, self.columns) if self.truth.flat else (self.columns,)
-        if root.shape[1:] != (at.samples, *shape) or (self.columns and len(root) not in allowed):
+        # A loss that takes a part of the outputs, or their means, has as many columns as it has inputs.
+        fits = (0 if self.truth.flat else 1) <= len(root) <= self.columns
+        if root.shape[1:] != (at.samples, *shape) or (self.columns and not fits):
             raise WrongError(
                 f"shape {list(root.shape)} for {self.columns} outputs of {at.samples} samples"
             )

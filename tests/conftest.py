@@ -1,0 +1,7 @@
+"""Every backward pass of the tests is certified."""
+
+from __future__ import annotations
+
+from backpack import certificate
+
+certificate.default = "always"
