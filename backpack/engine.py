@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from backpack import capture, certificate
 from backpack.blocks import Block, ExtensionHook, Nested, current_block, open_blocks
+from backpack.columns import ColumnSource
 from backpack.direct import DirectRun
-from backpack.quantities import BackpropExtension, Columns
+from backpack.quantities import BackpropExtension, Product
 from backpack.run import Run
 from backpack.taps import LossRecord, Recording
 
@@ -77,8 +78,8 @@ class backpack:  # noqa: N801
                 )
             if not isinstance(ext, BackpropExtension):
                 raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
-            if ext.kind.name not in get_args(Columns):
-                raise ValueError(f"{ext!r} asks for columns of an unknown kind, {ext.kind.name!r}")
+            if not isinstance(ext.source, ColumnSource):
+                raise ValueError(f"{ext!r} names no source of columns, but {ext.source!r}")
         fields = [ext.savefield for ext in exts]
         for name in sorted({name for name in fields if fields.count(name) > 1}):
             warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)
@@ -144,7 +145,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        products = any(ext.kind.name == "product" for ext in self.block.owner.extensions)
+        products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
         if products and func in (Tensor.backward, torch.autograd.grad) and not self.block.nested:
             kwargs = {**kwargs, "retain_graph": True}
         if func is Tensor.backward:

@@ -82,6 +82,11 @@ class LossHessian(ABC):
     batch: Batch
     block: tuple[int, ...]
 
+    @property
+    def axes(self) -> list[Batch]:
+        """The sample axis of the model output."""
+        return [self.batch]
+
     @abstractmethod
     def root(self) -> Tensor:
         """Square root of all blocks, ``[r, *f.shape]``, without the incoming gradient."""
@@ -685,6 +690,11 @@ class Differentiated:
     def f(self) -> Tensor:
         """A tensor with dtype and device of the model output."""
         return self.root
+
+    @property
+    def axes(self) -> list[Batch]:
+        """The sample axes of the model outputs."""
+        return [axis for _, axis in self.outputs]
 
     def _parts(self, columns: Tensor) -> list[Tensor]:
         """``[v, N, outputs of a sample]`` -> ``[v, *output.shape]`` each."""

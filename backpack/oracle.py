@@ -26,11 +26,11 @@ from backpack.quantities import (
     BatchL2Grad,
     DiagGGNExact,
     DiagHessian,
-    Kind,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
+from backpack.sources import ExactRoot, SampledRoot
 
 
 class Oracle:
@@ -367,8 +367,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _exactly(ext: BackpropExtension) -> BackpropExtension:
-    if ext.kind.name != "sampled":
+    if not isinstance(ext.source, SampledRoot):
         return ext
     ext = copy.copy(ext)
-    ext.kind = Kind("exact")
+    ext.source = ExactRoot()
     return ext

@@ -12,22 +12,22 @@ Numbers and names: BackPACK (Dangel, Kunstner, Hennig, ICLR 2020, arXiv:1912.109
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from backpack.columns import ColumnSource
 from backpack.factors import Form, Sharing, spectrum
-
-Columns = Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
-
-
-class Kind(NamedTuple):
-    """Which columns a quantity needs; equal kinds share one propagation."""
-
-    name: Columns
-    mc_samples: int = 0
-    generator: torch.Generator | None = None
+from backpack.sources import (
+    AveragedRoot,
+    ExactRoot,
+    HessianRoot,
+    LossGradient,
+    NoColumns,
+    RandomSigns,
+    SampledRoot,
+)
 
 
 class Context(NamedTuple):
@@ -49,13 +49,13 @@ class Context(NamedTuple):
 class BackpropExtension:
     """A quantity, saved to ``parameter.<savefield>``.
 
-    Subclass it to add one: give ``savefield`` and ``kind``, and :meth:`reduce`; the rest has
+    Subclass it to add one: give ``savefield`` and ``source``, and :meth:`reduce`; the rest has
     defaults. What it needs is said by attributes of the class, and by nothing else: neither the name of
     the field nor which methods it has. The defaults are right for any quantity; other values save work.
 
     Attributes:
         savefield: the attribute of a parameter that holds the value.
-        kind: the columns it is computed from.
+        source: the columns it is computed from (:mod:`backpack.sources`).
         per_sample: whether single samples of a form are looked at. With ``False``, a form of Hessian
             columns may be :class:`~backpack.factors.Together`, whose samples cannot be told apart.
         needs_gradient: whether :meth:`finish` may ask for the gradient. With ``False``, the value is
@@ -80,7 +80,7 @@ class BackpropExtension:
     """
 
     savefield: str
-    kind: Kind = Kind("gradient")
+    source: ColumnSource = LossGradient()
     per_sample: bool = True
     needs_gradient: bool = True
     written_out: bool = False
@@ -243,19 +243,19 @@ class Variance(BackpropExtension):
 class _Sampled(BackpropExtension):
     """Monte-Carlo columns."""
 
-    columns: Literal["sampled", "sampled_hessian"] = "sampled"
+    _drawn: ClassVar[type[SampledRoot] | type[RandomSigns]] = SampledRoot
 
     def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
-        self.kind = Kind(self.columns, mc_samples, generator)
+        self.source: SampledRoot | RandomSigns = self._drawn(mc_samples, generator)
 
     def get_num_mc_samples(self) -> int:
         """Number of Monte-Carlo samples per data point."""
-        return self.kind.mc_samples
+        return self.source.draws
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(mc_samples={self.kind.mc_samples})"
+        return f"{type(self).__name__}(mc_samples={self.source.draws})"
 
 
 class _Diagonal(BackpropExtension):
@@ -284,7 +284,7 @@ class DiagGGNExact(_Diagonal):
     """``diag_ggn_exact = diag(sum_n J_n^T H_n J_n)``, shape ``p``."""
 
     savefield = "diag_ggn_exact"
-    kind = Kind("exact")
+    source = ExactRoot()
 
 
 class DiagGGNMC(_Sampled, _Diagonal):
@@ -305,7 +305,7 @@ class BatchDiagGGNExact(_BatchDiagonal):
     """``diag_ggn_exact_batch[n] = diag(J_n^T H_n J_n)``, shape ``[N, *p]``; sums to the diagonal."""
 
     savefield = "diag_ggn_exact_batch"
-    kind = Kind("exact")
+    source = ExactRoot()
 
 
 class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
@@ -347,7 +347,7 @@ class SqrtGGNExact(_SquareRoot):
     """
 
     savefield = "sqrt_ggn_exact"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
@@ -418,7 +418,7 @@ class KFLR(_Kronecker):
     """
 
     savefield = "kflr"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def __init__(self, kfac_approx: Sharing = None) -> None:
         self._choose(kfac_approx)
@@ -459,7 +459,7 @@ class KFRA(_Kronecker):
     """
 
     savefield = "kfra"
-    kind = Kind("averaged")
+    source = AveragedRoot()
 
 
 class EmpiricalKFAC(_Kronecker):
@@ -542,14 +542,14 @@ class DiagHessian(_Diagonal):
     """
 
     savefield = "diag_h"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
 
 class BatchDiagHessian(_BatchDiagonal):
     """``diag_h_batch[n]``, the Hessian diagonal of ``l_n``, shape ``[N, *p]``."""
 
     savefield = "diag_h_batch"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
 
 class DiagHessianMC(_Sampled, _Diagonal):
@@ -564,7 +564,7 @@ class DiagHessianMC(_Sampled, _Diagonal):
     """
 
     savefield = "diag_h_mc"
-    columns = "sampled_hessian"
+    _drawn = RandomSigns
 
 
 class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
@@ -576,7 +576,7 @@ class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
     """
 
     savefield = "diag_h_mc_batch"
-    columns = "sampled_hessian"
+    _drawn = RandomSigns
 
 
 # --------------------------------------------------------------------------------------
@@ -586,7 +586,7 @@ class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
 class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
-    kind = Kind("product")
+    source = NoColumns()
     needs_gradient = False
     curvature: Literal["ggn", "hessian", "positive"]
     modify = "clip"

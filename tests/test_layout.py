@@ -16,8 +16,8 @@ ROOT = Path(backpack.__file__).parent
 RIVER = [
     *"batch aliases probe moves placing propagation memory kernels factors recurrent rules".split(),
     *"losses opened taps functions inputs tangents tracing capture backprop certificate".split(),
-    *"hessian products chain quantities blocks checks exposed run direct engine extend".split(),
-    "oracle",
+    *"columns hessian products chain sources quantities blocks checks exposed run direct".split(),
+    *"engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")

@@ -330,10 +330,13 @@ class CurvatureOptimizer(BackpackOptimizer):
                 )
         with backpack(*self.extensions, *more, **options) as block:
             yield block
-        self._scale = scale
+        self._scale, self._entered = scale, True
+
+    # Whether there was a block since the last step.
+    _entered = False
 
     def _discard(self) -> None:
-        self._scale = None
+        self._scale, self._entered = None, False
         for group in self.param_groups:
             for p in group["params"]:
                 p.__dict__.pop(self._extension.savefield, None)
@@ -382,9 +385,15 @@ class CurvatureOptimizer(BackpackOptimizer):
                 continue
             quantity = getattr(p, field, None) if self._due(p, group) else None
             if quantity is None and self._due(p, group):
+                remedy = (
+                    "in the block no extended model was seen that has it; call extend(model) before "
+                    "the forward pass, or give the model to the optimizer instead of its parameters"
+                    if self._entered
+                    else "call loss.backward() within `with optimizer.backpack():` before every step"
+                )
                 raise RuntimeError(
                     f"parameter {self._name(p)} has a gradient, but no {field} that belongs to it; "
-                    "call loss.backward() within `with optimizer.backpack():` before every step"
+                    + remedy
                 )
             gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
             gradient = gradient / in_gradient if in_gradient != 1 else gradient

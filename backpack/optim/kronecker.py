@@ -35,7 +35,7 @@ class Placed(BackpropExtension):
 
     def __init__(self, factors: BackpropExtension) -> None:
         self.factors = factors
-        self.savefield, self.kind, self.refines = factors.savefield, factors.kind, factors.refines
+        self.savefield, self.source, self.refines = factors.savefield, factors.source, factors.refines
         self.every_use = factors.every_use
         self.places: dict[Tensor, str] = {}
 
