@@ -31,6 +31,7 @@ class Built:
         apart: whether every entry of the output depends on one sample.
         by_sample: the input's sample of every entry (if apart).
         by_row: the number of its row of every entry, if there is one row for each sample.
+        reordered: whether rows of the input are mixed or moved before any parameter.
     """
 
     program: Program
@@ -41,7 +42,7 @@ class Built:
     apart: bool = False
     by_sample: Tensor | None = None
     by_row: Tensor | None = None
-    raw_mixing: bool = False
+    reordered: bool = False
 
     def __str__(self) -> str:
         shapes = [tuple(each.shape) for each in self.inputs]
@@ -181,6 +182,16 @@ def _rows(own: Tensor, axis: int) -> list[int] | None:
     return [int(row.nonzero()[0]) if bool(row.any()) else -1 for row in each]
 
 
+def _in_order(own: Tensor) -> bool:
+    """Whether rows along some axis belong to the samples one after the other, or all to none."""
+    samples = len(own)
+    for axis in range(own.dim() - 1):
+        rows = _rows(own, axis)
+        if rows is not None and len(rows) == samples and all(r in (-1, n) for n, r in enumerate(rows)):
+            return True
+    return not bool(own.any())
+
+
 def _finish(
     rng: random.Random, built: Built, value: Tensor, place: int, axis: int, rows: list[int]
 ) -> bool:
@@ -274,9 +285,8 @@ def _settle(built: Built, place: int) -> None:
     if output.shape[built.axis] == built.samples:
         built.by_row = rows
     pool = program.pool(built.inputs)
-    built.raw_mixing = any(
-        int(o.sum(0).max()) > 1 for o, v in zip(found, pool, strict=False) if not v.requires_grad
-    )
+    raw = [o for o, v in zip(found, pool, strict=False) if not v.requires_grad]
+    built.reordered = not all(map(_in_order, raw))
     built.apart = int(own.sum(0).max()) <= 1
     if built.apart:
         flat = own.flatten(1)
