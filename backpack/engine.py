@@ -55,6 +55,10 @@ class backpack:  # noqa: N801
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
 
+    With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
+    As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
+    the model; :func:`backpack.memory_cleanup` (``memory_cleanup(model)``) lets go of it.
+
     Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
     entered it.
     """

@@ -168,8 +168,9 @@ def patches_kept() -> Iterator[None]:
 
 def kept(key: Any, compute: Callable[[], Tensor | Patches]) -> Tensor | Patches:
     """Patches, written out once at most within :func:`patches_kept`."""
-    if _kept.values is None or torch.is_grad_enabled():
+    if _kept.values is None:
         return compute()
+    key = key, torch.is_grad_enabled()  # those of one mode are not differentiable in the other
     if key in _kept.values:
         return _kept.values[key]
     value = compute()

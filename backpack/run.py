@@ -322,7 +322,7 @@ class Run:
                 hessian.refuse_mixing(starts, [(e, b) for e, b in places if b is not None])
         for kind, exts in self.second_order.items():
             per_sample = any(ext.per_sample for ext in exts)
-            with self._nested():
+            with self._nested(), patches_kept():
                 if kind.name == "hessian":
                     size = self.block.owner.chunk_size
                     found = hessian.diagonal(starts, leaves, per_sample, outputs, size)
