@@ -73,10 +73,17 @@ class BackpropExtension:
             each row's contribution.
 
     Example:
+        >>> from backpack import backpack, extend
         >>> class GradientMax(BackpropExtension):
         ...     savefield = "grad_max"
+        ...
         ...     def reduce(self, form, sign=None):
         ...         return form.dense()[0].flatten(1).abs().amax(1)
+        >>> model = extend(torch.nn.Linear(4, 3))
+        >>> with backpack(GradientMax()):
+        ...     model(torch.rand(5, 4)).sum().backward()
+        >>> model.weight.grad_max.shape, model.bias.grad_max
+        (torch.Size([5]), tensor([1., 1., 1., 1., 1.]))
     """
 
     savefield: str
