@@ -107,6 +107,18 @@ class BackpropExtension:
                 "with `savefield` and `reduce(form)`, for all modules at once"
             )
 
+    def set_module_extension(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, and say what to do instead: there is one rule for all quantities.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "quantities are not written once per kind of module here: any module works as it is. To "
+            "make an operation of yours faster, write one rule for all quantities "
+            "(backpack.own.op_rule); to compute something else, subclass backpack.own.BackpropExtension"
+        )
+
     def get_subsampling(self) -> Sequence[int] | None:
         """The samples that are kept; ``None``: all."""
         return self.subsampling
