@@ -213,13 +213,18 @@ def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: bool = Fals
 
 
 def solo_axis(
-    sample: int, size: int, shape: Sequence[int], device: torch.device, tentative: bool = False
+    sample: int,
+    size: int,
+    shape: Sequence[int],
+    device: torch.device,
+    tentative: bool = False,
+    dim: int = 0,
 ) -> Batch:
     """The axis of a tensor of that shape that belongs to one sample."""
     if size == 1 and shape:
-        return regular_axis(1, 0, 1, shape[0], tentative)
-    rows = _one_sample(sample, shape[0] if shape else 1, size, device)
-    return Batch(size, tentative=tentative, picked=rows, bare=not shape)
+        return regular_axis(1, dim, 1, shape[dim], tentative)
+    rows = _one_sample(sample, shape[dim] if shape else 1, size, device)
+    return Batch(size, dim, tentative=tentative, picked=rows, bare=not shape)
 
 
 @lru_cache(4096)

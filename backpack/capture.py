@@ -38,6 +38,7 @@ from backpack.taps import (
     LossRecord,
     Recording,
     Tap,
+    lost_form,
     make_tap,
     notes,
     store_tap,
@@ -277,29 +278,42 @@ class _Recorder(TorchFunctionMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        axis = next((b for t, b in marked if t is args[0]), None)
-        if func not in SEVERAL_OUTPUTS or axis is None or not isinstance(args[2], (list, tuple)):
-            for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
-                if marked and isinstance(each, Tensor):
-                    self._note(func, args, kwargs, each, place, marked, sources)
+        if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+            self._recurrent(func, args, out, marked, sources)
             return out
-        batch_first = bool(args[-1])
-        known = not axis.lost and axis.length == axis.size and axis.dim == (0 if batch_first else 1)
+        for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+            if marked and isinstance(each, Tensor):
+                self._note(func, args, kwargs, each, place, marked, sources)
+        return out
+
+    def _recurrent(
+        self,
+        func: Any,
+        args: tuple,
+        out: tuple[Tensor, ...],
+        marked: list[tuple[Tensor, Batch]],
+        sources: list[Tensor],
+    ) -> None:
+        """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
+        states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
+        axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+        if axis.lost and axis.tentative:
+            return
+        sources = sources + [t for t in demoted if t.requires_grad]
+        data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
+        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
         for place, each in enumerate(out):
-            batch = recurrent_axis(axis.size, place, batch_first)
-            batch = batch if known else axis.losing("a recurrent layer whose batch_first differs")
+            batch = axis.moved(1) if place else axis
             mark(each, batch)
             if each.grad_fn is not None and sources:
-                inputs = tuple(
-                    t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad
-                )
-                found = SEVERAL_OUTPUTS[func](batch, place, out[0].detach(), *args)
-                pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                pairs: list[tuple[Tensor, ToForm]] = [(s, lost_form) for s in sources]
+                if not axis.lost:
+                    found = SEVERAL_OUTPUTS[func](axis, place, out[0].detach(), *args)
+                    pairs = [(t, f) for t, f in found if any(t is s for s in sources)]  # type: ignore[misc]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False),  # type: ignore[arg-type]
+                    *(pairs, inputs, False),
                 )
-        return out
 
     def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """In-place operations: the node to remember is the one before."""

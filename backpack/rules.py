@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack import recurrent
-from backpack.batch import Batch, batch_of
+from backpack.batch import Batch, batch_of, solo_axis
 from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches
 
 ToForm = Callable[[Tensor], Form]
@@ -643,9 +643,47 @@ def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
 SEVERAL_OUTPUTS: dict[Any, Callable[..., Pairs]] = {}
 
 
-def recurrent_axis(size: int, place: int, batch_first: bool) -> Batch:
-    """The sample axis of a recurrent layer's outputs: hidden states, then final states."""
-    return Batch(size, 0 if place == 0 and batch_first else 1)
+def recurrent_axis(
+    input: Tensor, states: Sequence[Tensor], marked: Sequence[tuple[Tensor, Batch]], batch_first: bool
+) -> tuple[Batch, list[Tensor]]:
+    """The sample axis of a recurrent layer's hidden states, from its input's and its first states'.
+
+    Args:
+        input: the input.
+        states: the states it begins with, which have samples on their second axis.
+        marked: the arguments that have a sample axis.
+        batch_first: whether samples come first in the input and the hidden states.
+
+    Returns:
+        The axis, and the arguments that are taken for constants after all: those whose tentative axis
+        disagrees with a certain one.
+    """
+    dim = 0 if batch_first else 1
+    chosen: Batch | None = None
+    demoted: list[Tensor] = []
+    for tensor, axis in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+        place = dim if tensor is input else 1
+        if axis.lost:
+            here = axis
+        elif tensor is not input and not any(tensor is state for state in states):
+            here = axis.losing("a weight that depends on the data")
+        elif axis.solo is not None:
+            here = solo_axis(
+                *(axis.solo, axis.size, (tensor.shape[place],) * 2, tensor.device, axis.tentative, dim)
+            )
+        elif axis.dim == place:
+            here = axis.moved(dim)
+        else:
+            here = axis.losing("a recurrent layer along the sample axis (see its batch_first)")
+        if chosen is None:
+            chosen = here
+        elif not chosen.lost and not chosen.agrees(here):
+            if axis.tentative:
+                demoted.append(tensor)
+            else:
+                chosen = chosen.losing("a recurrent layer whose states belong to other samples")
+    assert chosen is not None
+    return chosen, demoted
 
 
 def _recurrent(name: str) -> Callable[..., Pairs]:
@@ -663,11 +701,14 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Pairs:
-        """``output`` is detached: it is the hidden states, and holding on to it must not be a cycle."""
+        """``batch`` is the hidden states' axis, whichever the place.
+
+        ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.
+        """
         weights = recurrent.Layer.of(params, has_biases)
         h0: Tensor = hx[0] if name == "lstm" else hx
         c0: Tensor | None = hx[1] if name == "lstm" else None
-        state_axis = recurrent_axis(batch.size, 1, batch_first)
+        first, state_axis = batch.moved(0), batch.moved(1)
 
         def backward(g: Tensor) -> tuple[Tensor, recurrent.Backward]:
             x, hidden = input.to(g.dtype), output.to(g.dtype)
@@ -690,16 +731,26 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
 
         def input_weight(g: Tensor) -> Form:
             x, back = shared(g)
-            return _outer(x, back.d_ih, Layout(weights.w_ih.shape))
+            return _outer(first.rows(x), first.rows(back.d_ih, 1), Layout(weights.w_ih.shape))
 
         def hidden_weight(g: Tensor) -> Form:
             back = shared(g)[1]
-            return _outer(back.previous, back.d_hh, Layout(weights.w_hh.shape))
+            previous, d = first.rows(back.previous), first.rows(back.d_hh, 1)
+            return _outer(previous, d, Layout(weights.w_hh.shape))
 
         def projection(g: Tensor) -> Form:
             back = shared(g)[1]
-            assert weights.w_hr is not None
-            return _outer(back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
+            assert weights.w_hr is not None and back.unprojected is not None and back.d_hr is not None
+            hidden, d = first.rows(back.unprojected), first.rows(back.d_hr, 1)
+            return _outer(hidden, d, Layout(weights.w_hr.shape))
+
+        def bias(which: str) -> ToForm:
+            return lambda g: Dense(first.rows(getattr(shared(g)[1], which), 1).sum(2))
+
+        def data(g: Tensor) -> Form:
+            """The input, where it is made from parameters and only the first states are data."""
+            found = shared(g)[1].d_ih @ weights.w_ih
+            return reduce_to(batch, found if batch_first else found.transpose(1, 2), input.shape)
 
         def state(shape: torch.Size, which: str) -> ToForm:
             def form(g: Tensor) -> Form:
@@ -710,11 +761,12 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         return [
             (weights.w_ih, input_weight),
             (weights.w_hh, hidden_weight),
-            (weights.b_ih, lambda g: Dense(shared(g)[1].d_ih.sum(2))),
-            (weights.b_hh, lambda g: Dense(shared(g)[1].d_hh.sum(2))),
+            (weights.b_ih, bias("d_ih")),
+            (weights.b_hh, bias("d_hh")),
             (weights.w_hr, projection),
             (h0, state(h0.shape, "d_h0")),
             (c0, state(h0.shape if c0 is None else c0.shape, "d_c0")),
+            (input, data),
         ]
 
     return layer
