@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -286,24 +287,58 @@ def _regular(rows: Tensor, size: int, dim: int) -> Batch | None:
     return None
 
 
+class Memory(Protocol):
+    """What is known of memory that was written through one of several tensors (``aliases.py``)."""
+
+    def axis(self, tensor: Tensor) -> Batch | None:
+        """The sample axis of a tensor that looks at this memory."""
+
+
 class _Inputs(threading.local):
-    """Sample axes of the inputs of the forward pass that this thread is in, by the inputs' ids.
+    """What is known of tensors other than by marks on them, in the forward pass of this thread.
 
     Inputs belong to the user, who may pass them elsewhere too: their axes are not noted on them.
+
+    Attributes:
+        axes: sample axes of the inputs, by the inputs' ids.
+        ids: ids of all inputs.
+        written: memory that was written through one of several tensors, by its address and whether
+            those who look at it require grad.
     """
 
     axes: dict[int, Batch] = {}
+    ids: frozenset[int] = frozenset()
+    written: dict[tuple[int, bool], Memory] = {}
 
 
 entered = _Inputs()
 
 
+def memory_of(tensor: Tensor) -> tuple[int, bool] | None:
+    """The key of ``entered.written``; ``None`` for tensors that are not laid out in memory."""
+    if tensor.layout != torch.strided:
+        return None
+    return tensor.untyped_storage()._cdata, tensor.requires_grad
+
+
 def batch_of(tensor: Tensor) -> Batch | None:
     """The sample axis of ``tensor``; ``None`` if it does not depend on the data."""
+    if entered.written and not (tensor.is_leaf and tensor.requires_grad):
+        memory = entered.written.get(memory_of(tensor))  # type: ignore[arg-type]
+        if memory is not None:
+            return memory.axis(tensor)
+    return noted(tensor)
+
+
+def noted(tensor: Tensor) -> Batch | None:
+    """What is noted for the tensor itself, whatever was written to its memory later."""
     batch = getattr(tensor, MARK, None)
     return entered.axes.get(id(tensor)) if batch is None else batch
 
 
 def mark(tensor: Tensor, batch: Batch) -> None:
     """Note the sample axis on the tensor object itself, so that nothing is kept alive."""
-    setattr(tensor, MARK, batch)
+    if id(tensor) in entered.ids and not hasattr(tensor, MARK):
+        entered.axes[id(tensor)] = batch
+    else:
+        setattr(tensor, MARK, batch)

@@ -12,21 +12,35 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis
+from backpack.aliases import is_shared, through_base, wrote
+from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
 from backpack.factors import Dense
+from backpack.functions import Functions, is_custom, settle
+from backpack.inputs import carriers, doubtful
 from backpack.losses import LOSSES, LossHessian
-from backpack.moves import MOVERS
+from backpack.moves import MOVERS, spellings
 from backpack.opened import OPENED
 from backpack.placing import assigned
-from backpack.propagation import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved, propagate
-from backpack.rules import SEVERAL_OUTPUTS, ToForm, recurrent_axis
+from backpack.propagation import (
+    ELEMENTWISE,
+    EXPANSIONS,
+    FACTORIES,
+    POINTWISE,
+    known,
+    moved,
+    name_of,
+    settled,
+    traced,
+)
+from backpack.rules import SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
 from backpack.taps import (
     BORDER,
     CURVED,
@@ -62,7 +76,7 @@ _state = _State()
 
 def _functional_twins() -> dict[Any, Any]:
     """In-place functions and the out-of-place ones they correspond to."""
-    twins: dict[Any, Any] = {Tensor.__setitem__: None}
+    twins: dict[Any, Any] = {Tensor.__setitem__: None, Tensor.data.__set__: None}  # type: ignore[attr-defined]
     for space in (Tensor, torch, torch.nn.functional, torch._C._nn):
         for name in dir(space):
             if name.endswith("_") and not name.endswith("__"):
@@ -74,6 +88,16 @@ def _functional_twins() -> dict[Any, Any]:
 
 _INPLACE = _functional_twins()
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+# A tensor looks at other memory from then on.
+_REPLACES = (Tensor.set_, Tensor.data.__set__)  # type: ignore[attr-defined]
+# It looks at the same memory in another way.
+_RELOOKS = frozenset(
+    (
+        *_REPLACES,
+        *spellings(*"t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_".split()),
+    )
+)
+_LEAVES_VALUES = (Tensor.requires_grad_, Tensor.detach_)
 _TENSORS = (Tensor, nn.Parameter)
 # Operations that curve each entry by itself.
 _BENDS = frozenset(
@@ -96,6 +120,36 @@ def _tensors(args: tuple | list) -> Iterator[Tensor]:
             yield from _tensors(a)
 
 
+class _Write(NamedTuple):
+    """An operation in place.
+
+    Attributes:
+        func: the operation.
+        op: its twin out of place, for those who ask what it does.
+        target: what it writes to.
+        shared: whether others look at the same memory.
+        args: its arguments, with what the target was before.
+        kwargs: its keyword arguments.
+        own: the target's sample axis before.
+        marked: arguments that depend on the data.
+        rest: arguments other than the target that require grad but do not.
+        inputs: nodes of the data.
+        lone: whether the target is none of these.
+    """
+
+    func: Any
+    op: Any
+    target: Tensor
+    shared: bool
+    args: tuple
+    kwargs: dict[str, Any]
+    own: Batch | None
+    marked: list[tuple[Tensor, Batch]]
+    rest: list[Tensor]
+    inputs: tuple[Node, ...]
+    lone: bool
+
+
 class _Recorder(TorchFunctionMode):
     """Sees every operation of one forward pass."""
 
@@ -106,6 +160,9 @@ class _Recorder(TorchFunctionMode):
         self.live = True
         module = recording.module()
         assert module is not None
+        self.functions = Functions()
+        # Tensors that got an axis by an operation in place.
+        self.adopted: list[weakref.ref[Tensor]] = []
         # Modules extended by name have this hook; of the others only the outermost needs it.
         self.hook: Any = None
         if "_backpack_root" not in module.__dict__:
@@ -120,56 +177,124 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        route = _ROUTES.get(func)
-        if route is not None and self.live:
-            return route(self, func, args, kwargs or {})
-        out = func(*args, **kwargs) if kwargs else func(*args)
         if not self.live:
-            return out
-        if type(out) is Tensor:
-            # Nearly all calls: one argument depends on the data, the others are parameters or none.
-            first, several, sources = None, False, False
-            axes = entered.axes
-            for a in (*args, *kwargs.values()) if kwargs else args:
-                if isinstance(a, Tensor):
-                    batch = getattr(a, MARK, None) or axes.get(id(a))
-                    if batch is None:
-                        sources = sources or a.requires_grad
-                    elif first is None:
-                        first, axis = a, batch
-                    else:
-                        several = True
-                elif type(a) is list or type(a) is tuple:
-                    several = several or not all(type(each) is int for each in a)
-            if several or func in _WATCHED or func in LOSSES:
-                self._look(func, args, kwargs or {}, out)
-            elif first is None:
-                if sources:
-                    self._look(func, args, kwargs or {}, out)
-                elif func in FACTORIES:
-                    self._note(func, args, kwargs or {}, out, 0, [], [])
-            elif axis.lost is not None:
-                if sources:
-                    self._look(func, args, kwargs or {}, out)
-                elif first.requires_grad:
-                    out._backpack_batch = axis  # type: ignore[attr-defined]
-            else:
-                mover = MOVERS.get(func)
-                here = axis if mover is None else moved(mover, axis, first, out, args, kwargs or {})
-                found: Batch | None = here
-                unsure = here.lost or not here.fits(out.shape) or func in ELEMENTWISE
-                if unsure or (mover is None and not known(func, axis, first, args)):
-                    found, _ = propagate(func, args, kwargs or {}, out, [(first, axis)])
-                if found is not None:
-                    if sources and (kwargs or not self._layer(func, args, out, found, first)):
-                        self._look(func, args, kwargs or {}, out)
-                    else:
-                        out._backpack_batch = found  # type: ignore[attr-defined]
-                elif sources:
-                    self._look(func, args, kwargs or {}, out)
-        elif type(out) not in _PLAIN:
-            self._look(func, args, kwargs or {}, out)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        route = _ROUTES.get(func)
+        if route is not None:
+            return route(self, func, args, kwargs or {})
+        if kwargs and kwargs.get("out") is not None:
+            return self._into(func, args, kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        # The user's forward pass goes on, whatever happens here.
+        try:
+            self._see(func, args, kwargs or {}, out)
+        except Exception as error:
+            self._give_up(func, out, error)
         return out
+
+    def _see(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Look at a call that is over."""
+        if not torch.is_grad_enabled():
+            self._touch(args, kwargs)
+        if type(out) is not Tensor:
+            if type(out) not in _PLAIN:
+                self._look(func, args, kwargs, out)
+            return
+        # Nearly all calls: one argument depends on the data, the others are parameters or none.
+        first, several, sources = None, False, False
+        axes = entered.axes
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(a, Tensor):
+                batch = getattr(a, MARK, None) or axes.get(id(a))
+                if batch is None:
+                    sources = sources or a.requires_grad
+                elif first is None:
+                    first, axis = a, batch
+                else:
+                    several = True
+            elif type(a) is list or type(a) is tuple:
+                several = several or not all(type(each) is int for each in a)
+        if several or func in _WATCHED or func in LOSSES or entered.written:
+            self._look(func, args, kwargs, out)
+        elif first is None:
+            if sources or func in FACTORIES or any(t._base is not None for t in _tensors(args)):
+                self._look(func, args, kwargs, out)
+        elif axis.lost is not None or (self.functions.touched and is_custom(first)):
+            self._look(func, args, kwargs, out)
+        else:
+            mover = MOVERS.get(func)
+            found = axis if mover is None else moved(mover, axis, first, out, args, kwargs)
+            unsure = found.lost or not found.fits(out.shape) or out is first
+            unsure = unsure or (found.picked is not None and not out.requires_grad)
+            if mover is None:
+                grew = func in ELEMENTWISE and out.dim() != first.dim()
+                unsure = unsure or grew or not known(func, axis, first, args)
+            # A plain layer is a tap without a closer look.
+            if unsure or (sources and (kwargs or not self._layer(func, args, out, found, first))):
+                self._look(func, args, kwargs, out)
+            else:
+                out._backpack_batch = found  # type: ignore[attr-defined]
+
+    def _give_up(self, func: Any, out: Any, error: Exception) -> None:
+        """A call that could not be followed: nothing is known of its results."""
+        why = f"a call that cannot be followed ({type(error).__name__}: {error})"
+        for each in _flatten(out):
+            lost = Batch(self.recording.size or 1, lost=why, tentative=not each.requires_grad)
+            self._lose(func, each, lost)
+
+    def _touch(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Data is read without grad: inside a custom Function, perhaps."""
+        for a in _tensors((*args, *kwargs.values())):
+            if a.requires_grad and (axis := self._axis(a)) is not None:
+                self.functions.touch(a, axis)
+
+    def _axis(self, tensor: Tensor) -> Batch | None:
+        """The sample axis of a tensor, also where no operation that was seen has made it."""
+        batch = batch_of(tensor)
+        if is_custom(tensor):
+            found = self.functions.axis(tensor, batch, self.recording.entries)
+        elif batch is None and tensor._base is not None:
+            found = through_base(tensor)
+        else:
+            return batch
+        if found is not None and found is not batch:
+            mark(tensor, found)
+        return found
+
+    def _sorted(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[Tensor, Batch]], list[Tensor], list[Batch]]:
+        """Arguments that depend on the data, those that require grad but do not, faint ones' axes.
+
+        Faint are tensors that count as constants although they depend on the data: the axis is lost,
+        but no gradient flows through them, or none but that of parameters.
+        """
+        marked: list[tuple[Tensor, Batch]] = []
+        sources: list[Tensor] = []
+        faint: list[Batch] = []
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(a, Tensor):
+                batch = self._axis(a)
+                if batch is not None and (
+                    batch.lost is None or (a.requires_grad and not batch.tentative)
+                ):
+                    marked.append((a, batch))
+                    continue
+                if batch is not None:
+                    faint.append(batch)
+                if a.requires_grad:
+                    sources.append(a)
+            elif type(a) in (tuple, list) and a and not isinstance(a[0], (int, slice)):
+                more = self._sorted(tuple(_tensors(a)), {})
+                marked, sources, faint = marked + more[0], sources + more[1], faint + more[2]
+        return marked, sources, faint
+
+    def _lose(self, func: Any, out: Tensor, lost: Batch) -> None:
+        """The axis of a result is not known."""
+        recording = self.recording
+        if recording.lost is None and out.requires_grad:
+            recording.lost = f"{name_of(func)}: {lost.lost}"
+        mark(out, lost)
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
@@ -195,22 +320,22 @@ class _Recorder(TorchFunctionMode):
 
     def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call with all its arguments and results."""
-        marked, sources = _sort_arguments(args, kwargs)
+        marked, sources, faint = self._sorted(args, kwargs)
         if isinstance(out, Tensor):
-            if marked or not sources:
-                self._note(func, args, kwargs, out, 0, marked, sources)
-            elif func in EXPANSIONS:
+            if not marked and sources and func in EXPANSIONS:
                 self._expansion(func, args, kwargs, out, sources)
-        elif isinstance(out, (tuple, list)) and marked:
+            elif marked or faint or not sources:
+                self._note(func, args, kwargs, out, 0, marked, sources, faint)
+        elif isinstance(out, (tuple, list)) and (marked or faint):
             for place, each in enumerate(out):
                 if isinstance(each, Tensor):
-                    self._note(func, args, kwargs, each, place, marked, sources)
+                    self._note(func, args, kwargs, each, place, marked, sources, faint)
 
     def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """``parameter.data``, which autograd does not see."""
+        out = func(*args, **kwargs)
         if args[0].requires_grad:
             self.recording.unseen.append(weakref.ref(args[0]))
-        out = func(*args, **kwargs)
         if (axis := batch_of(args[0])) is not None:
             mark(out, axis)
         return out
@@ -229,17 +354,28 @@ class _Recorder(TorchFunctionMode):
         place: int,
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
+        faint: list[Batch],
     ) -> None:
         recording = self.recording
         if not marked:
             size = recording.size
-            if func in FACTORIES and size and out.dim() and out.shape[0] == size:
+            if faint:
+                self._lose(func, out, settled(func, out, faint[0], recording.batch_dim)[0])
+            elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
-        batch, demoted = propagate(func, args, kwargs, out, marked, place)
-        if batch is None:
-            return
-        mark(out, batch)
+        batch, demoted = traced(func, args, kwargs, out, marked, place)
+        batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        if batch.tentative and faint and not batch.lost and out.requires_grad:
+            batch = self._doubted(func, batch, out, args, faint)
+        if batch.lost:
+            self._lose(func, out, batch)
+            if batch.tentative:
+                return
+        elif any(out is t for t, _ in marked):
+            return  # the argument itself
+        else:
+            mark(out, batch)
         if demoted:
             sources = sources + [t for t in demoted if t.requires_grad]
         node = out.grad_fn if out.requires_grad else None
@@ -266,30 +402,50 @@ class _Recorder(TorchFunctionMode):
             if base is not None and node.next_functions[0][0] is not base.grad_fn:
                 base = None
             make_tap(
-                recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs, base
+                *(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs),
+                *(base, whole),  # type: ignore[arg-type]
             )
+        if is_custom(out):
+            settle(out, batch)
+
+    def _doubted(self, func: Any, batch: Batch, out: Tensor, args: tuple, faint: list[Batch]) -> Batch:
+        """A tentative axis meets data that has lost its own: they agree if all rows get the same."""
+        for t in _tensors(args):
+            axis = batch_of(t)
+            if axis is not None and axis.lost:
+                place = batch.dim - (out.dim() - t.dim())
+                if func not in ELEMENTWISE or (place >= 0 and t.shape[place] != 1):
+                    return faint[0]
+        return batch
 
     def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Operations with parameters inside are done by operations that can be seen."""
-        marked, sources = _sort_arguments(args, kwargs)
-        if marked and sources and torch.is_grad_enabled():
-            with self:
-                out = OPENED[func](*args, **kwargs)
+        marked, sources, faint = self._sorted(args, kwargs)
+        if (marked or faint) and sources and torch.is_grad_enabled():
+            try:
+                with self:
+                    out = OPENED[func](*args, **kwargs)
+            except Exception:  # the user's mistake, which the operation itself reports, or ours
+                out = NotImplemented
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
-            self._recurrent(func, args, out, marked, sources)
-            return out
-        for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
-            if marked and isinstance(each, Tensor):
-                self._note(func, args, kwargs, each, place, marked, sources)
+        try:
+            if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+                self._recurrent(func, args, kwargs, out, marked, sources)
+            elif marked or faint:
+                for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                    if isinstance(each, Tensor):
+                        self._note(func, args, kwargs, each, place, marked, sources, faint)
+        except Exception as error:
+            self._give_up(func, out, error)
         return out
 
     def _recurrent(
         self,
         func: Any,
         args: tuple,
+        kwargs: dict[str, Any],
         out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
@@ -297,62 +453,141 @@ class _Recorder(TorchFunctionMode):
         """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
         states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
         axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
-        if axis.lost and axis.tentative:
-            return
         sources = sources + [t for t in demoted if t.requires_grad]
         data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
         for place, each in enumerate(out):
-            batch = axis.moved(1) if place else axis
-            mark(each, batch)
+            here = axis.moved(1) if place else axis
+            batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
+            if batch.lost:
+                self._lose(func, each, batch)
+                if batch.tentative:
+                    continue
+            else:
+                mark(each, batch)
             if each.grad_fn is not None and sources:
-                pairs: list[tuple[Tensor, ToForm]] = [(s, lost_form) for s in sources]
-                if not axis.lost:
+                if whole:
+                    found = fallback(batch, place, func, args, kwargs, sources, True)
+                elif batch.lost:
+                    found = [(s, lost_form) for s in sources]
+                else:
                     found = SEVERAL_OUTPUTS[func](axis, place, out[0].detach(), *args)
-                    pairs = [(t, f) for t, f in found if any(t is s for s in sources)]  # type: ignore[misc]
+                pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False),
+                    *(pairs, inputs, False),  # type: ignore[arg-type]
                 )
 
     def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """In-place operations: the node to remember is the one before."""
-        marked, sources = _sort_arguments(args, kwargs)
-        if not (args and isinstance(args[0], Tensor) and marked):
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {k: x for k, x in kwargs.items() if k != "input"}
+        target = args[0] if args else None
+        if not isinstance(target, Tensor):
             return func(*args, **kwargs)
-        target = args[0]
+        write: _Write | None = None
+        failed: Exception | None = None
+        try:
+            if torch.is_grad_enabled() or not target.requires_grad:
+                write = self._before(func, target, args, kwargs)
+            else:  # autograd does not see it: for autograd rows stay where they are
+                self._touch(args, kwargs)
+        except Exception as error:
+            failed = error
+        out = func(*args, **kwargs)
+        try:
+            if failed is not None:
+                raise failed
+            if write is not None:
+                self._after(write)
+        except Exception as error:
+            self._give_up(func, target, error)
+        return out
+
+    def _before(self, func: Any, target: Tensor, args: tuple, kwargs: dict[str, Any]) -> _Write | None:
+        """What there is to know before an operation in place; ``None`` if it is no matter of data."""
+        assigns = func == Tensor.__setitem__
+        index = args[1] if assigns and isinstance(args[1], tuple) else ()
+        marked, sources, faint = self._sorted((*args, *index) if index else args, kwargs)
+        if not marked:
+            if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
+                self._adopt(target)
+                self._lose(func, target, faint[0])
+            return None
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = _INPLACE[func]
         rest = [s for s in sources if s is not target]
-        plain = list(args)
-        own = batch_of(target)
+        own, shared = batch_of(target), is_shared(target)
         # What the target was before, for those who ask for its shape or, if it is tried out, values.
-        assigns = func == Tensor.__setitem__
         op = func if twin is None or func in ELEMENTWISE else twin
-        settled = assigns or op in MOVERS or known(op, marked[0][1], target, args)
+        follows = assigns or op in MOVERS or known(op, marked[0][1], target, args)
         taken = rest and twin is not None and twin not in (Tensor.add, Tensor.sub)
-        plain[0] = target.clone() if taken else target.detach() if settled else target.detach().clone()
+        old = target.clone() if taken else target.detach() if follows else target.detach().clone()
+        if target.requires_grad and not taken:
+            old.requires_grad_()
         if own is not None:
-            mark(plain[0], own)
-            marked = [(plain[0] if t is target else t, axis) for t, axis in marked]
-        out = func(*args, **kwargs)
-        batch: Batch | None
-        if assigns:
-            batch = assigned(plain[0], args[2], args[1])
+            mark(old, own)
+            marked = [(old if t is target else t, axis) for t, axis in marked]
+        lone = len(rest) == len(sources)
+        before = (old, *args[1:])
+        return _Write(func, op, target, shared, before, kwargs, own, marked, rest, inputs, lone)
+
+    def _after(self, write: _Write) -> None:
+        """The axis of a tensor after an operation in place, and the tap, if it is one."""
+        func, target, own, marked = write.func, write.target, write.own, write.marked
+        if func in _REPLACES:
+            batch = batch_of(write.args[1])
+        elif func == Tensor.__setitem__:
+            batch = assigned(write.args[0], write.args[2], write.args[1])
         else:
-            batch, _ = propagate(op, tuple(plain), kwargs, target, marked)
+            batch, _ = traced(write.op, write.args, write.kwargs, target, marked)
         if batch is None:
-            if own is not None:
-                delattr(target, MARK)
-            return out
-        mark(target, batch)
-        node = target.grad_fn
+            batch = marked[0][1].losing("constants written to places that depend on data")
+            batch = replace(batch, tentative=True)
+        batch, whole = settled(func, target, batch, self.recording.batch_dim, marked)
+        if own is None:
+            self._adopt(target)
+        if batch.lost:
+            self._lose(func, target, batch)
+        # A view that belongs to nobody in particular may be one of rows that belong to somebody.
+        by_entries = write.op in ELEMENTWISE or write.op in POINTWISE
+        as_before = own is not None and own.lost and len(marked) == 1 and by_entries
+        if func in _RELOOKS or as_before:
+            mark(target, batch)
+        else:
+            wrote(target, own, batch, write.shared)
+        node, twin = target.grad_fn, _INPLACE[func]
         # A parameter-made tensor that data was written into is left to the check at backward time.
-        if rest and len(rest) == len(sources) and node is not None and twin is not None:
-            make_tap(
-                self.recording,
-                *(twin, tuple(plain), kwargs, node, target.output_nr, 0, batch, rest, inputs),
-            )
+        if write.rest and write.lone and node is not None and twin is not None:
+            if not (batch.lost and batch.tentative):
+                make_tap(
+                    *(self.recording, twin, write.args, write.kwargs, node, target.output_nr, 0),
+                    *(batch, write.rest, write.inputs, None, whole),  # type: ignore[arg-type]
+                )
+
+    def _adopt(self, target: Tensor) -> None:
+        """A tensor without an axis gets one, and may have been there before: not to be left on it."""
+        self.adopted.append(weakref.ref(target))
+
+    def _into(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Operations that write their results to given tensors."""
+        out = func(*args, **kwargs)
+        try:
+            rest = {name: x for name, x in kwargs.items() if name != "out"}
+            marked, _, faint = self._sorted(args, rest)
+            for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                if not isinstance(each, Tensor) or not (marked or faint):
+                    continue
+                own = batch_of(each)
+                batch = faint[0] if faint else marked[0][1]
+                if marked:
+                    batch, _ = traced(func, args, rest, each, marked, place)
+                batch, _ = settled(func, each, batch, self.recording.batch_dim, marked)
+                if own is None:
+                    self._adopt(each)
+                wrote(each, own, batch, is_shared(each))
+        except Exception as error:
+            self._give_up(func, out, error)
         return out
 
     def _expansion(
@@ -433,31 +668,6 @@ def _unexpand(g: Tensor, shape: torch.Size, repeats: list[int]) -> Tensor:
     return g.reshape(*g.shape[:2], *shape)
 
 
-def _sort_arguments(
-    args: tuple, kwargs: dict[str, Any]
-) -> tuple[list[tuple[Tensor, Batch]], list[Tensor]]:
-    """Arguments that depend on the data, and those that require grad but do not.
-
-    A tensor in which samples are mixed but through which no gradient flows is a constant.
-    """
-    marked: list[tuple[Tensor, Batch]] = []
-    sources: list[Tensor] = []
-    axes = entered.axes
-    for a in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(a, Tensor):
-            batch = getattr(a, MARK, None) or axes.get(id(a))
-            if batch is not None:
-                if batch.lost is None or a.requires_grad:
-                    marked.append((a, batch))
-            elif a.requires_grad:
-                sources.append(a)
-        elif type(a) in (tuple, list) and a and not isinstance(a[0], (int, slice)):
-            more_marked, more_sources = _sort_arguments(tuple(_tensors(a)), {})
-            marked += more_marked
-            sources += more_sources
-    return marked, sources
-
-
 def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
@@ -507,13 +717,26 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
         # others on torch's stack: it stays there, and passes everything on.
         recorder.close()
-        _state.recorder, entered.axes = None, {}
+        _state.recorder = None
+        _forget()
     if not _recordable():
         return
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
-    axes: dict[int, Batch] = {}
-    tensors = list(_flatten((args, kwargs)))
+    entered.axes, entered.written = _axes_of_inputs(recording, module, args, kwargs), {}
+    entered.ids = frozenset(map(id, recording.arguments))
+    _state.recorder = _Recorder(recording)
+    _state.recorder.__enter__()
+
+
+def _axes_of_inputs(
+    recording: Recording, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> dict[int, Batch]:
+    """The sample axes of a model's inputs, by ids: certain for the one that carries the batch."""
+    dim = recording.batch_dim
+    named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in _flatten(x)]
+    named += [(name, t) for name, x in kwargs.items() for t in _flatten(x)]
+    tensors = [t for _, t in named]
     # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.
     leaves = [t for t in tensors if type(t) is not Tensor and isinstance(t, nn.Parameter)]
     own = list(module.parameters()) if len(leaves) == len(tensors) else leaves
@@ -521,18 +744,32 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         recording.arguments.append(tensor)
         if tensor.requires_grad:
             recording.entries.add(get_gradient_edge(tensor).node)
-        batch = batch_of(tensor)
-        if batch is None and tensor.dim() > batch_dim and not any(tensor is p for p in own):
-            size = tensor.shape[batch_dim]
-            first = recording.size is None
-            if first or recording.size == size:
-                axes[id(tensor)] = regular_axis(size, batch_dim, tentative=not first)
-                recording.size = size if first else recording.size
-        elif batch is not None:
-            recording.size = recording.size or batch.size
-    entered.axes = axes
-    _state.recorder = _Recorder(recording)
-    _state.recorder.__enter__()
+    marked = [axis for t in tensors if (axis := batch_of(t)) is not None]
+    free = [
+        (name, t)
+        for name, t in named
+        if t.dim() > dim and batch_of(t) is None and not any(t is p for p in own)
+    ]
+    given = [t for _, t in free]
+    left = [] if marked else carriers(given, dim)
+    sizes = [given[j].shape[dim] for j in left]
+    recording.size = marked[0].size if marked else sizes[0] if sizes else None
+    certain = set(left[:1])
+    if left and doubtful(given[left[0]]):
+        # Those that shapes do not tell from it are no guesses: where they disagree, no one is right.
+        most = given[left[0]].dim()
+        certain |= {j for j in left if given[j].dim() >= most}
+        recording.doubted = len(left) > 1
+    # With one sample its place is no sign that the right input was taken.
+    others = sizes[1:] if recording.size != 1 else [t.shape[dim] for t in given]
+    if recording.doubted or set(others) - {recording.size}:
+        recording.inputs = [(name, t.shape) for name, t in free]
+        recording.sizes = frozenset(others)
+    return {
+        id(t): regular_axis(t.shape[dim], dim, tentative=j not in certain)
+        for j, t in enumerate(given)
+        if t.shape[dim] == recording.size
+    }
 
 
 def _recordable() -> bool:
@@ -561,15 +798,45 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
     if recording.depth:
         recording.depth -= 1
         return
+    axes = {id(tensor): _last_axis(recorder, tensor) for tensor in _flatten(output)}
     _close()
     for tensor in _flatten(output):
         node = tensor.grad_fn
         if node is None:
             continue
-        border, kept = Border(recording, tensor.output_nr, batch_of(tensor), tensor.shape), notes(node)
+        axis = axes[id(tensor)]
+        if axis is not None:
+            mark(tensor, axis)
+        recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
+        border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)
         kept.setdefault(BORDER, []).append(border)
         if LOSS not in kept:  # which is listened to
             node.register_prehook(lambda grads: _on_backward(recording, None, grads))
+
+
+def _doubt(recording: Recording, output: Tensor, axis: Batch | None) -> torch.Size | None:
+    """The shape of an output that speaks for another input as the one that carries the batch."""
+    dim = recording.batch_dim
+    if not recording.inputs or output.dim() <= dim or output.shape[dim] not in recording.sizes:
+        return None
+    if axis is None or axis.lost or not axis.fits(output.shape):
+        return output.shape
+    at_its_place = axis.dim == dim and output.shape[dim] == recording.size
+    elsewhere = axis.plain and not recording.doubted
+    return None if at_its_place or elsewhere else output.shape
+
+
+def _last_axis(recorder: _Recorder, output: Tensor) -> Batch | None:
+    """The sample axis of an output of the model, as its memory is now."""
+    try:
+        axis = recorder._axis(output)
+        if recorder.recording.size != 1 or not output.dim():
+            return axis
+        known = axis is not None and axis.fits(output.shape)
+        return axis if known else solo_axis(0, 1, output.shape, output.device)
+    except Exception as error:
+        recorder._give_up("the model's output", output, error)
+        return batch_of(output)
 
 
 # Loss modules that do nothing but call one function: by their hook, without a mode.
@@ -607,8 +874,17 @@ def _close() -> None:
     _state.recorder = None
     recorder.close()
     recorder.__exit__(None, None, None)
-    entered.axes = {}
+    for ref in recorder.adopted:
+        tensor = ref()
+        if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
+            delattr(tensor, MARK)
+    _forget()
     recorder.recording.arguments.clear()
+
+
+def _forget() -> None:
+    """What is known of tensors in a forward pass goes with it."""
+    entered.axes, entered.ids, entered.written = {}, frozenset(), {}
 
 
 def _on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -29,6 +31,14 @@ class Names:
 
     def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
         parameter, where = unseen[0]
+        lost = next((r.lost for r in self.recordings if r.lost is not None), None)
+        if lost is not None:
+            return (
+                f"parameter {self(parameter)} takes part in the loss (at {where}), but with data of "
+                f"which backpack cannot tell which axis holds the samples. They were lost first at "
+                f"{lost}. Keep samples on one axis, or freeze the parameter with "
+                "requires_grad_(False). (Nor can backpack see inside a scripted or compiled module)"
+            )
         return (
             f"parameter {self(parameter)} takes part in the loss in a way that backpack cannot see "
             f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, code "
@@ -36,6 +46,17 @@ class Names:
             "that part with ordinary torch functions inside the extended module, give a custom "
             "Function a rule (backpack.rules.op_rule), or freeze the parameter with "
             "requires_grad_(False)"
+        )
+
+    def inputs(self, recording: Recording) -> str:
+        """The inputs of a model, with their shapes."""
+        module = recording.module()
+        names: list[str] = []
+        with suppress(TypeError, ValueError):
+            names = list(inspect.signature(module.forward).parameters) if module is not None else []
+        return ", ".join(
+            f"'{names[at] if isinstance(at, int) and at < len(names) else at}' {tuple(shape)}"
+            for at, shape in recording.inputs
         )
 
 
@@ -66,6 +87,14 @@ def check(
             "the model packs sequences (pack_padded_sequence), which leaves no axis for samples; "
             "give recurrent layers the padded batch, and pick each sample's last valid step"
         )
+    for recording in graph.recordings:
+        if recording.doubt is not None:
+            raise RuntimeError(
+                f"cannot tell which input carries the batch: of {names.inputs(recording)} one was "
+                f"taken for {recording.size} samples on axis {recording.batch_dim}, but an output of "
+                f"the model has shape {tuple(recording.doubt)}. Pass the batch first, or keep masks "
+                "and tables as attributes or buffers of the module"
+            )
     if graph.unseen:
         raise RuntimeError(names.unseen(graph.unseen))
     for recording in {id(tap.recording): tap.recording for _, tap in fresh}.values():

@@ -54,7 +54,7 @@ def assigned(
     if own is not None and _fits(own, target, owners, index):
         return own if source.tentative else own.certain()
     if source.tentative:
-        return own
+        return own if own is None or not own.tentative else source.losing(_LOST)
     if own is None or own.tentative:
         candidates = [regular_axis(source.size, d) for d in range(target.dim())]
         for axis in [*candidates, *(source.moved(d) for d in range(target.dim()))]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack.batch import Batch
 
-_verdicts: dict[Any, bool] = {}
+_verdicts: dict[Any, Any] = {}
 _CAPACITY = 4096
 # Samples that an operation is tried out with where it takes fewer than there are.
 FEW = 5
@@ -70,10 +70,14 @@ def keeps_apart(
     if verdict is None:
         verdict = _tried(results, leaves, axes, axis) is not False
     if key is not None:
-        if len(_verdicts) >= _CAPACITY:
-            _verdicts.clear()
-        _verdicts[key] = verdict
+        _remember(key, verdict)
     return verdict
+
+
+def _remember(key: Any, verdict: Any) -> None:
+    if len(_verdicts) >= _CAPACITY:
+        _verdicts.clear()
+    _verdicts[key] = verdict
 
 
 def remembers(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -215,16 +219,7 @@ def _scales(
     scaled = cotangent * _scale(axis, out)
     plain = torch.autograd.grad(out, inputs, cotangent, retain_graph=True, allow_unused=True)
     found = torch.autograd.grad(out, inputs, scaled, allow_unused=True)
-    tolerance = torch.finfo(out.dtype).eps ** 0.5
-    for j, before, after in zip(places, plain, found, strict=True):
-        if before is None or after is None:
-            continue
-        wanted = before.to_dense() * _scale(axes[id(leaves[j])], here[j])
-        error = (after.to_dense() - wanted).abs()
-        largest = torch.nan_to_num(wanted.abs(), posinf=0.0).amax()
-        if bool((error > tolerance * largest).any()):
-            return False
-    return True
+    return _agree(plain, found, [axes[id(leaves[j])] for j in places], out.dtype)
 
 
 def _scale(axis: Batch, like: Tensor) -> Tensor:
@@ -232,3 +227,77 @@ def _scale(axis: Batch, like: Tensor) -> Tensor:
     ids = axis.sample_ids(like.device)
     scales = _generic((int(ids.max()) + 1,), like)[ids]
     return scales.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
+
+
+# --------------------------------------------------------------------------------------
+# Custom autograd.Functions, by their own backward
+
+
+def axis_by_backward(
+    output: Tensor,
+    edges: Sequence[GradientEdge],
+    axes: Sequence[Batch],
+    candidates: Sequence[Batch],
+    key: Any,
+) -> Batch | str:
+    """The sample axis of a Function's result with which its backward keeps samples apart.
+
+    Args:
+        output: the result, which is part of the graph.
+        edges: where the data enters.
+        axes: sample axes there.
+        candidates: axes that the result may have, those that come first are preferred.
+        key: what the answer depends on besides shapes; ``None`` if it is not to be remembered.
+
+    Returns:
+        Why there is none, if there is none.
+    """
+    device = output.device
+    if key is not None:
+        shapes = tuple(tuple(edge.node._input_metadata[edge.output_nr].shape) for edge in edges)
+        here = (output.output_nr, output.shape, output.dtype, device)
+        key = ("backward", key, shapes, *here, *axes, *candidates)
+        if key in _verdicts:
+            return _verdicts[key]
+    cotangent = _generic(output.shape, output)
+
+    def pulled(columns: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(output, edges, columns, retain_graph=True, allow_unused=True)
+
+    verdict: Batch | str = "mixes samples"
+    with (
+        torch._C.DisableTorchFunction(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            plain = pulled(cotangent)
+            for axis in candidates:
+                if _agree(plain, pulled(cotangent * _scale(axis, output)), axes, output.dtype):
+                    verdict = axis
+                    break
+        except Exception as error:  # whatever the user's code raises when called at this time
+            return f"whose backward cannot be tried out ({type(error).__name__}: {error})"
+    if key is not None:
+        _remember(key, verdict)
+    return verdict
+
+
+def _agree(
+    plain: Sequence[Tensor | None],
+    found: Sequence[Tensor | None],
+    axes: Sequence[Batch],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether products of scaled cotangents are the scaled products."""
+    tolerance = torch.finfo(dtype).eps ** 0.5
+    for before, after, axis in zip(plain, found, axes, strict=True):
+        if before is None or after is None:
+            continue
+        wanted = before.to_dense() * _scale(axis, before)
+        error = (after.to_dense() - wanted).abs()
+        largest = torch.nan_to_num(wanted.abs(), posinf=0.0).amax()
+        if bool((error > tolerance * largest).any()):
+            return False
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -88,7 +90,7 @@ def propagate(
     new: Tensor,
     marked: list[tuple[Tensor, Batch]],
     place: int = 0,
-) -> tuple[Batch | None, list[Tensor]]:
+) -> tuple[Batch, list[Tensor]]:
     """The sample axis of an operation's result.
 
     Args:
@@ -101,8 +103,24 @@ def propagate(
 
     Returns:
         The result's axis, and the arguments that are taken for constants after all: those whose
-        tentative axis disagrees with a certain one, or gets lost.
+        tentative axis disagrees with a certain one, or gets lost. An axis that is tentative and lost
+        is that of a constant.
     """
+    batch, demoted = traced(func, args, kwargs, new, marked, place)
+    if batch.lost and (sample := _single(func, marked)) is not None:
+        batch = solo_axis(sample, batch.size, new.shape, new.device, batch.tentative)
+    return batch, demoted
+
+
+def traced(
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    new: Tensor,
+    marked: list[tuple[Tensor, Batch]],
+    place: int = 0,
+) -> tuple[Batch, list[Tensor]]:
+    """The same, as far as an axis of the arguments can be followed to one of the result."""
     if len(marked) == 1 and func not in MOVERS:  # nearly all calls
         old, batch = marked[0]
         same = func not in ELEMENTWISE or new.dim() == old.dim()
@@ -118,10 +136,8 @@ def propagate(
             # What cannot be differentiated is not tried out, but entries can be followed.
             follows = func in ENTRIES and not (new.is_floating_point() or new.is_complex())
             if follows or not keeps_apart(func, args, kwargs, place, data, batch):
-                batch = batch.losing(f"{_name(func)} mixes samples")
-    if batch.lost and not any(axis.lost for _, axis in marked):
-        if single is not None:
-            return solo_axis(single, batch.size, new.shape, new.device, batch.tentative), demoted
+                batch = batch.losing(f"{name_of(func)} mixes samples")
+    if batch.lost and single is None and not any(axis.lost for _, axis in marked):
         if func in ENTRIES:
             certain = [(old, axis) for old, axis in marked if not axis.tentative]
             for those in (marked, certain) if 0 < len(certain) < len(marked) else (marked,):
@@ -133,14 +149,14 @@ def propagate(
             if axis is not None:
                 return axis, []
     if batch.lost and batch.tentative:
-        return None, [tensor for tensor, _ in marked]
+        return batch, [tensor for tensor, _ in marked]
     return batch, demoted
 
 
-def _single(func: Any, marked: list[tuple[Tensor, Batch]]) -> int | None:
+def _single(func: Any, marked: Sequence[tuple[Tensor, Batch]]) -> int | None:
     """The one sample that all arguments belong to, if they do; the result then does too."""
     samples = {axis.solo if axis.lost is None else None for _, axis in marked}
-    return samples.pop() if len(samples) == 1 and func not in LIKE else None
+    return next(iter(samples)) if len(samples) == 1 and func not in LIKE else None
 
 
 def _axis_tried_out(
@@ -170,9 +186,10 @@ def _propagate(
     move = MOVERS.get(func)
     aligns = move is not None or func in ELEMENTWISE
     chosen: Batch | None = None
+    best = marked[0][0]
     demoted: list[Tensor] = []
-    # Certain axes come before tentative ones, and lost ones first.
-    for old, batch in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+    # Certain axes come before tentative ones, then those with grad, and lost ones first.
+    for old, batch in sorted(marked, key=_rank):
         if chosen is not None and chosen.lost:
             break
         here = batch
@@ -182,17 +199,84 @@ def _propagate(
             elif func in ELEMENTWISE:
                 here = aligned(batch, old, new)
             if not here.lost and not here.fits(new.shape):
-                here = here.losing(f"{_name(func)} gave shape {tuple(new.shape)}")
+                here = here.losing(f"{name_of(func)} gave shape {tuple(new.shape)}")
         if chosen is None:
-            chosen = here
+            chosen, best = here, old
         elif not chosen.agrees(here):
-            if batch.tentative:
+            conflict = chosen.losing(f"{name_of(func)} combines different sample axes")
+            if chosen.tentative:  # one guess is as good as another
+                chosen = conflict
+            elif batch.tentative:
                 demoted.append(old)
-            elif aligns or old.requires_grad:
-                chosen = chosen.losing(f"{_name(func)} combines different sample axes")
+            elif old.requires_grad or (aligns and not best.requires_grad):
+                chosen = conflict
+            # Otherwise it is a constant, for all that gradients know.
     assert chosen is not None
     return chosen, demoted
 
 
-def _name(func: Any) -> str:
+def _rank(pair: tuple[Tensor, Batch]) -> tuple[bool, bool, bool]:
+    tensor, batch = pair
+    return batch.tentative, not tensor.requires_grad, batch.lost is None
+
+
+def settled(
+    func: Any,
+    new: Tensor,
+    axis: Batch,
+    dim: int,
+    marked: Sequence[tuple[Tensor, Batch]] = (),
+) -> tuple[Batch, bool]:
+    """What the axis of a result is after all, where an operation has lost it.
+
+    What belongs to one sample cannot be mixed with others. Where no gradient flows nothing is mixed
+    either: a row counts as the sample of its number if there is one row for each.
+
+    Args:
+        func: the operation.
+        new: its result.
+        axis: what is known of it.
+        dim: the sample axis of the model's inputs.
+        marked: the arguments that have a sample axis.
+
+    Returns:
+        The axis (one that is tentative and lost is that of a constant), and whether it is that of a
+        whole sample.
+    """
+    if axis.lost is None:
+        # A sample that all may look at is no sample of its own as long as no parameter depends on it.
+        common = axis.size > 1 and axis.solo is not None and not new.requires_grad
+        axis = replace(axis, tentative=True) if common else axis
+        certain = [each for _, each in marked if not each.tentative and not each.lost]
+        if axis.tentative and certain and not common and func not in LIKE:
+            # Constants are written to places that depend on the data.
+            fits = certain[0].fits(new.shape)
+            axis = certain[0] if fits else axis.losing("constants written to places of the data's")
+        return axis, False
+    only = 0 if axis.size == 1 else _single(func, marked)
+    if only is not None:
+        return solo_axis(only, axis.size, new.shape, new.device, axis.tentative), True
+    return axis if new.requires_grad else _counted(func, new, axis, dim, marked), False
+
+
+def _counted(
+    func: Any, new: Tensor, lost: Batch, dim: int, marked: Sequence[tuple[Tensor, Batch]]
+) -> Batch:
+    places: list[int] = []
+    tentative = all(axis.tentative for _, axis in marked)
+    if func in ELEMENTWISE:
+        certain = [(old, axis) for old, axis in marked if axis.tentative == tentative]
+        places = [axis.dim + new.dim() - old.dim() for old, axis in certain]
+    elif len(marked) == 1 and marked[0][0].shape == new.shape:
+        places = [marked[0][1].dim]
+    for place in places:
+        if 0 <= place < new.dim() and new.shape[place] == lost.size:
+            return regular_axis(lost.size, place, tentative=tentative)
+    if func not in LIKE and dim < new.dim() and new.shape[dim] == lost.size:
+        return regular_axis(lost.size, dim, tentative=True)
+    return replace(lost, tentative=True)
+
+
+def name_of(func: Any) -> str:
+    """Name of an operation, for messages."""
     return getattr(func, "__name__", str(func))

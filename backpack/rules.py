@@ -506,7 +506,13 @@ def prelu(batch: Batch, input: Tensor, weight: Tensor) -> Pairs | None:
 
 
 def fallback(
-    batch: Batch, place: int, func: Any, args: tuple, kwargs: dict, sources: Sequence[Tensor]
+    batch: Batch,
+    place: int,
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    sources: Sequence[Tensor],
+    at_once: bool = False,
 ) -> Pairs:
     """Differentiate the operation itself, sample by sample (vmap over samples, a loop if need be).
 
@@ -517,6 +523,7 @@ def fallback(
         args: its positional arguments.
         kwargs: its keyword arguments.
         sources: the arguments to differentiate with respect to.
+        at_once: differentiate it on the whole batch (of one sample, whose axes are not known).
     """
     leaves, spec = tree_flatten((args, kwargs))
     axes = [batch_of(x) if isinstance(x, Tensor) else None for x in leaves]
@@ -583,6 +590,9 @@ def fallback(
             """The operation on the whole batch, once for each sample's columns."""
             vjp, ids, found = pullback(), batch.sample_ids(g.device), []
             for n in range(batch.size):
+                if not bool((ids == n).any()):
+                    found.append(g.new_zeros(len(g), *source.shape))
+                    continue
                 own = (ids == n).reshape([-1 if d == batch.dim else 1 for d in range(g.dim() - 1)])
                 found.append(torch.stack([vjp(c * own)[0] for c in g]))
             return torch.stack(found, 1)
@@ -607,6 +617,8 @@ def fallback(
                         f"an input of {name} was modified by an in-place operation after the "
                         "forward pass; use the out-of-place version of that operation"
                     )
+            if at_once:
+                return Dense(whole(g))
             try:
                 return Dense(checked(values(g, own=False), g))
             except IndexError:  # it names places along the sample axis, of which one sample has few
@@ -667,10 +679,9 @@ def recurrent_axis(
             here = axis
         elif tensor is not input and not any(tensor is state for state in states):
             here = axis.losing("a weight that depends on the data")
-        elif axis.solo is not None:
-            here = solo_axis(
-                *(axis.solo, axis.size, (tensor.shape[place],) * 2, tensor.device, axis.tentative, dim)
-            )
+        elif axis.solo is not None or axis.size == 1:
+            shape = (tensor.shape[place],) * 2
+            here = solo_axis(axis.solo or 0, axis.size, shape, tensor.device, axis.tentative, dim)
         elif axis.dim == place:
             here = axis.moved(dim)
         else:

@@ -168,6 +168,11 @@ class Recording:
         entries: nodes of inputs that require grad: below them, the graph is not this module's.
         packed: whether sequences were packed.
         depth: number of calls of the module inside itself.
+        lost: the first place where the sample axis was lost on the way to a parameter, and why.
+        inputs: places or names of the inputs, and shapes, if it is not plain which carries the batch.
+        sizes: numbers of samples according to others than the one that counts.
+        doubted: whether that one may be a mask or positions.
+        doubt: the shape of an output that speaks for another one.
     """
 
     module: weakref.ref[nn.Module]
@@ -179,6 +184,11 @@ class Recording:
     entries: set[Node] = field(default_factory=set)
     packed: bool = False
     depth: int = 0
+    lost: str | None = None
+    inputs: list[tuple[int | str, torch.Size]] = field(default_factory=list)
+    sizes: frozenset[int] = frozenset()
+    doubted: bool = False
+    doubt: torch.Size | None = None
 
     def release(self) -> None:
         """Release all taps that are still there."""
@@ -256,13 +266,14 @@ def make_tap(
     sources: list[Tensor],
     inputs: tuple[Node, ...],
     base: Tensor | None = None,
+    whole: bool = False,
 ) -> None:
     pairs: list[tuple[Tensor, ToForm]] = []
     missing = {id(s): s for s in sources}
     # Rules are written for real numbers.
     numbers = (*args, *kwargs.values(), *sources)
     complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
-    rule = None if complicated else RULES.get(func)
+    rule = None if complicated or whole else RULES.get(func)
     if rule is not None and batch.lost is None:
         for tensor, form in rule(batch, *args, **kwargs) or ():
             if tensor is not None and id(tensor) in missing:
@@ -273,7 +284,7 @@ def make_tap(
     if missing and batch.lost is not None:
         pairs += [(s, lost_form) for s in missing.values()]
     elif missing:
-        pairs += fallback(batch, place, func, args, kwargs, list(missing.values()))  # type: ignore[arg-type]
+        pairs += fallback(batch, place, func, args, kwargs, list(missing.values()), whole)  # type: ignore[arg-type]
     if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
         shape = node._input_metadata[0].shape
         below = batch if batch.lost is not None else reshaped(batch, shape, base.shape)

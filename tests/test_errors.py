@@ -183,10 +183,10 @@ def test_samples_cannot_be_told_apart(data) -> None:
     class Mixes(nn.Module):
         def __init__(self, mix) -> None:
             super().__init__()
-            self.l, self.mix = nn.Linear(3, 3), mix
+            self.k, self.l, self.mix = nn.Linear(3, 3), nn.Linear(3, 3), mix
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.l(self.mix(x))
+            return self.l(self.mix(self.k(x)))
 
     for mix in (
         lambda x: x.mean(0, keepdim=True).expand(4, 3),

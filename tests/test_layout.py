@@ -14,9 +14,9 @@ from backpack import extensions, optim
 
 ROOT = Path(backpack.__file__).parent
 RIVER = [
-    *"batch probe moves entries placing propagation memory kernels factors recurrent rules".split(),
-    *"losses opened taps capture backprop hessian products chain quantities blocks checks".split(),
-    *"exposed run direct engine extend oracle".split(),
+    *"batch aliases probe moves entries placing propagation memory kernels factors recurrent".split(),
+    *"rules losses opened taps functions inputs capture backprop hessian products chain".split(),
+    *"quantities blocks checks exposed run direct engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
