@@ -327,8 +327,11 @@ class _Recorder(TorchFunctionMode):
             elif marked or faint or not sources:
                 self._note(func, args, kwargs, out, 0, marked, sources, faint)
         elif isinstance(out, (tuple, list)) and (marked or faint):
+            own = list(_tensors(args)) if func in _EACH else []
             for place, each in enumerate(out):
-                if isinstance(each, Tensor):
+                if own:
+                    marked, sources, faint = self._sorted((own[place],), {})
+                if isinstance(each, Tensor) and (marked or faint):
                     self._note(func, args, kwargs, each, place, marked, sources, faint)
 
     def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -675,6 +678,8 @@ def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
 _HALVES = (torch.float16, torch.bfloat16)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
+# Each result is made from one of the arguments, the one at the same place.
+_EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
 _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_INPLACE, _Recorder._in_place),

@@ -338,6 +338,8 @@ def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
         g: columns times elementwise derivative, ``[v, *output.shape]``.
         shape: the tensor's shape; aligned with the output's from the right.
     """
+    if batch.bare:
+        return Dense(batch.split(g, 1).sum(2).reshape(*g.shape[:1], batch.size, *shape))
     ndim = g.dim() - 1
     padded = (1,) * (ndim - len(shape)) + tuple(shape)
     if padded[batch.dim] != 1 and batch.length != 1:
@@ -541,7 +543,9 @@ def fallback(
         def values(g: Tensor, own: bool) -> Tensor:
             """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
             data = [
-                _samples_apart(axis, alike(x)) for axis, x in zip(axes, leaves, strict=True) if axis
+                _samples_apart(axis, alike(x), copies=True)
+                for axis, x in zip(axes, leaves, strict=True)
+                if axis
             ]
             cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
 
@@ -608,7 +612,7 @@ def fallback(
                 total = torch.stack([vjp(c)[0] for c in g])
                 error, largest = (found.sum(1) - total).abs(), found.abs().sum(1)
                 agree = error <= torch.finfo(error.dtype).eps ** 0.5 * largest.amax()
-            return found if bool((agree | error.isnan()).all()) else whole(g)
+            return found if bool((agree | total.isnan()).all()) else whole(g)
 
         def form(g: Tensor) -> Form:
             for x, axis, version in zip(leaves, axes, versions, strict=True):
@@ -619,34 +623,43 @@ def fallback(
                     )
             if at_once:
                 return Dense(whole(g))
-            try:
-                return Dense(checked(values(g, own=False), g))
-            except IndexError:  # it names places along the sample axis, of which one sample has few
-                return Dense(whole(g))
-            except (RuntimeError, ValueError) as error:
-                if not batch.fits(source.shape):
+            for apart in (same_for_all, own_rows) if batch.fits(source.shape) else (same_for_all,):
+                try:
+                    return Dense(checked(apart(g), g))
+                except IndexError:  # it names places along the sample axis, of which a sample has few
+                    break
+                except (RuntimeError, ValueError) as error:
                     if "random" in str(error):
                         raise
-                    # The source may have rows for each sample on an axis that is not known.
-                    return Dense(whole(g))
-            # The source has rows of its own for each sample: [v, n, N, k, ...], zero but for N = n.
+            # The source may have rows for each sample on an axis that is not known.
+            return Dense(whole(g))
+
+        def same_for_all(g: Tensor) -> Tensor:
+            return values(g, own=False)
+
+        def own_rows(g: Tensor) -> Tensor:
+            """The source has rows for each sample: ``[v, n, N, k, ...]``, zero but for ``N = n``."""
             rows = values(g, own=True).movedim(2 + batch.dim, 2)
             diagonal = torch.zeros(
                 (*rows.shape[:2], *rows.shape[1:]), dtype=rows.dtype, device=rows.device
             )
             n = torch.arange(batch.size, device=rows.device)
             diagonal[:, n, n] = rows
-            return Dense(checked(batch.join(diagonal, 2), g))
+            return batch.join(diagonal, 2)
 
         return form
 
     return [(source, make(source)) for source in sources]
 
 
-def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
-    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``."""
-    split = axis.split(x, lead)
-    return split.movedim(lead + 1, lead + 1 + axis.dim)
+def _samples_apart(axis: Batch, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
+    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``.
+
+    Samples with fewer rows are filled up with zeros or, if these may be no numbers to compute with, with
+    ``copies`` of a row that is there.
+    """
+    split = axis.split(x, lead, copies)
+    return split.squeeze(lead + 1) if axis.bare else split.movedim(lead + 1, lead + 1 + axis.dim)
 
 
 # --------------------------------------------------------------------------------------
