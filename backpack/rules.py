@@ -655,7 +655,7 @@ def fallback(
 def _samples_apart(axis: Batch, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
     """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``.
 
-    Samples with fewer rows are filled up with zeros or, if these may be no numbers to compute with, with
+    Samples with fewer rows are filled up with zeros or, for arguments, with
     ``copies`` of a row that is there.
     """
     split = axis.split(x, lead, copies)
