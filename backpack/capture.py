@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,12 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from backpack.aliases import is_shared, through_base, wrote
-from backpack.batch import MARK, Batch, batch_of, entered, mark, only_axis, regular_axis
+from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
 from backpack.factors import Dense
 from backpack.functions import Functions, is_custom, settle
 from backpack.inputs import carriers, doubtful
 from backpack.losses import LOSSES, LossHessian
-from backpack.moves import MOVERS, aligned, spellings
+from backpack.moves import MOVERS, spellings
 from backpack.opened import OPENED
 from backpack.placing import assigned
 from backpack.propagation import (
@@ -34,9 +35,10 @@ from backpack.propagation import (
     FACTORIES,
     POINTWISE,
     known,
+    moved,
     name_of,
-    propagate,
     settled,
+    traced,
 )
 from backpack.rules import SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
 from backpack.taps import (
@@ -229,8 +231,9 @@ class _Recorder(TorchFunctionMode):
             self._look(func, args, kwargs, out)
         else:
             mover = MOVERS.get(func)
-            found = axis if mover is None else mover(axis, first, out, args, kwargs)
+            found = axis if mover is None else moved(mover, axis, first, out, args, kwargs)
             unsure = found.lost or not found.fits(out.shape) or out is first
+            unsure = unsure or (found.picked is not None and not out.requires_grad)
             if mover is None:
                 grew = func in ELEMENTWISE and out.dim() != first.dim()
                 unsure = unsure or grew or not known(func, axis, first, args)
@@ -369,7 +372,7 @@ class _Recorder(TorchFunctionMode):
             elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
-        batch, demoted = propagate(func, args, kwargs, out, marked, place)
+        batch, demoted = traced(func, args, kwargs, out, marked, place)
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
@@ -519,7 +522,9 @@ class _Recorder(TorchFunctionMode):
 
     def _before(self, func: Any, target: Tensor, args: tuple, kwargs: dict[str, Any]) -> _Write | None:
         """What there is to know before an operation in place; ``None`` if it is no matter of data."""
-        marked, sources, faint = self._sorted(args, kwargs)
+        assigns = func == Tensor.__setitem__
+        index = args[1] if assigns and isinstance(args[1], tuple) else ()
+        marked, sources, faint = self._sorted((*args, *index) if index else args, kwargs)
         if not marked:
             if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
                 self._adopt(target)
@@ -531,10 +536,9 @@ class _Recorder(TorchFunctionMode):
         own, shared = batch_of(target), is_shared(target)
         # What the target was before, for those who ask for its shape or, if it is tried out, values.
         op = func if twin is None or func in ELEMENTWISE else twin
-        assigns = func == Tensor.__setitem__
-        settled = assigns or op in MOVERS or known(op, marked[0][1], target, args)
+        follows = assigns or op in MOVERS or known(op, marked[0][1], target, args)
         taken = rest and twin is not None and twin not in (Tensor.add, Tensor.sub)
-        old = target.clone() if taken else target.detach() if settled else target.detach().clone()
+        old = target.clone() if taken else target.detach() if follows else target.detach().clone()
         if target.requires_grad and not taken:
             old.requires_grad_()
         if own is not None:
@@ -551,12 +555,11 @@ class _Recorder(TorchFunctionMode):
             batch = batch_of(write.args[1])
         elif func == Tensor.__setitem__:
             batch = assigned(write.args[0], write.args[2], write.args[1])
-        elif func == Tensor.copy_ and any(t is write.args[1] and not b.tentative for t, b in marked):
-            batch = aligned(batch_of(write.args[1]), write.args[1], target)  # type: ignore[arg-type]
         else:
-            batch, _ = propagate(write.op, write.args, write.kwargs, target, marked)
+            batch, _ = traced(write.op, write.args, write.kwargs, target, marked)
         if batch is None:
-            return
+            batch = marked[0][1].losing("constants written to places that depend on data")
+            batch = replace(batch, tentative=True)
         batch, whole = settled(func, target, batch, self.recording.batch_dim, marked)
         if own is None:
             self._adopt(target)
@@ -594,7 +597,7 @@ class _Recorder(TorchFunctionMode):
                 own = batch_of(each)
                 batch = faint[0] if faint else marked[0][1]
                 if marked:
-                    batch, _ = propagate(func, args, rest, each, marked, place)
+                    batch, _ = traced(func, args, rest, each, marked, place)
                 batch, _ = settled(func, each, batch, self.recording.batch_dim, marked)
                 if own is None:
                     self._adopt(each)
@@ -873,7 +876,7 @@ def _last_axis(recorder: _Recorder, output: Tensor) -> Batch | None:
         if recorder.recording.size != 1 or not output.dim():
             return axis
         known = axis is not None and axis.fits(output.shape)
-        return axis if known else only_axis(output.shape)
+        return axis if known else solo_axis(0, 1, output.shape, output.device)
     except Exception as error:
         recorder._give_up("the model's output", output, error)
         return batch_of(output)

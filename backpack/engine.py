@@ -28,9 +28,14 @@ class backpack:  # noqa: N801
     """Compute quantities during the backward passes inside the block.
 
     Example:
-        >>> with backpack(Variance(), DiagGGNExact()):  # doctest: +SKIP
+        >>> from backpack import extend
+        >>> from backpack.extensions import BatchL2Grad, DiagGGNExact
+        >>> model, lossfunc = extend(torch.nn.Linear(4, 3)), extend(torch.nn.CrossEntropyLoss())
+        >>> loss = lossfunc(model(torch.rand(5, 4)), torch.tensor([0, 1, 2, 1, 0]))
+        >>> with backpack(BatchL2Grad(), DiagGGNExact()):
         ...     loss.backward()
-        >>> parameter.variance, parameter.diag_ggn_exact  # doctest: +SKIP
+        >>> model.weight.batch_l2.shape, model.weight.diag_ggn_exact.shape
+        (torch.Size([5]), torch.Size([3, 4]))
 
     Args:
         *exts: quantities, instances of the classes in :mod:`backpack.extensions`. Of two that save
@@ -55,6 +60,10 @@ class backpack:  # noqa: N801
 
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
+
+    With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
+    As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
+    the model; :func:`backpack.memory_cleanup` (``memory_cleanup(model)``) lets go of it.
 
     Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
     entered it.

@@ -268,7 +268,8 @@ class Patches:
     Attributes:
         windows: a view of the padded input, ``[n, q, channels, *kernel, *positions]``.
         ndim: number of axes of the kernel, and of the positions.
-        keep: whether what was written out is kept, because it is used again.
+        keep: whether what was written out is kept, because it is used again. In grad mode it is kept in
+            any case, as the graph holds on to it: once, and not once for each use.
     """
 
     windows: Tensor
@@ -283,16 +284,20 @@ class Patches:
         return torch.Size((n, q, prod(positions), prod(inside)))
 
     def __getitem__(self, samples: slice | Tensor) -> Tensor | Patches:
-        if self.keep:
+        if self.keep or torch.is_grad_enabled():
             return self.written()[samples]
         return Patches(self.windows[samples], self.ndim)
 
     def written(self) -> Tensor:
         """``[n, q, s, i]``."""
-        if self._kept is not None:
-            return self._kept
+        differentiable = torch.is_grad_enabled()
+        known = self._kept
+        if known is not None and (
+            known.requires_grad or not (differentiable and self.windows.requires_grad)
+        ):
+            return known
         written = self.windows.flatten(-self.ndim).flatten(2, -2).mT
-        if self.keep:
+        if self.keep or differentiable:
             self._kept = written
         return written
 
@@ -365,7 +370,7 @@ class Outer(Form):
 
     def dense(self) -> Tensor:
         if torch.is_grad_enabled():
-            return self.layout.store(self.g.mT * self.a if self.positions == 1 else self.g.mT @ self.a)
+            return self.layout.store(self._differentiable())
         swapped = self.layout.kind == "columns"
         sides = self.g.shape[-1], self.inputs.shape[-1]
         matrices = fresh(self.g, (*self.g.shape[:3], *(reversed(sides) if swapped else sides)))
@@ -381,6 +386,14 @@ class Outer(Form):
             for x, y, product in zip(left, right, out, strict=True):
                 torch.bmm(x.flatten(0, 1).mT, y.flatten(0, 1), out=product.flatten(0, 1))
         return self.layout.store(matrices.mT if swapped else matrices)
+
+    def _differentiable(self) -> Tensor:
+        """``g^T a [v, n, q, o, i]``; all columns in one product, so that the graph holds ``a`` once."""
+        if self.positions == 1:
+            return self.g.mT * self.a
+        v, n, q, _, o = self.g.shape
+        g = self.g.permute(1, 2, 0, 4, 3).reshape(n, q, v * o, self.positions)
+        return (g @ self.a).unflatten(2, (v, o)).movedim(2, 0)
 
     def total(self) -> Tensor:
         g = _sum_first(self.g).transpose(0, 1).flatten(1, 2)

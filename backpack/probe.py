@@ -81,6 +81,12 @@ def _remember(key: Any, verdict: Any) -> None:
     _verdicts[key] = verdict
 
 
+def remembers(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether :func:`keeps_apart` can tell, and once for all calls with arguments of that kind."""
+    leaves, spec = tree_flatten((args, kwargs))
+    return torch.is_grad_enabled() and _key(func, leaves, str(spec), {}) is not None
+
+
 def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 

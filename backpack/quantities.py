@@ -73,10 +73,17 @@ class BackpropExtension:
             each row's contribution.
 
     Example:
+        >>> from backpack import backpack, extend
         >>> class GradientMax(BackpropExtension):
         ...     savefield = "grad_max"
+        ...
         ...     def reduce(self, form, sign=None):
         ...         return form.dense()[0].flatten(1).abs().amax(1)
+        >>> model = extend(torch.nn.Linear(4, 3))
+        >>> with backpack(GradientMax()):
+        ...     model(torch.rand(5, 4)).sum().backward()
+        >>> model.weight.grad_max.shape, model.bias.grad_max
+        (torch.Size([5]), tensor([1., 1., 1., 1., 1.]))
     """
 
     savefield: str
@@ -99,6 +106,18 @@ class BackpropExtension:
                 "kind of module here. A quantity of your own is one subclass of BackpropExtension "
                 "with `savefield` and `reduce(form)`, for all modules at once"
             )
+
+    def set_module_extension(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, and say what to do instead: there is one rule for all quantities.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "quantities are not written once per kind of module here: any module works as it is. To "
+            "make an operation of yours faster, write one rule for all quantities "
+            "(backpack.own.op_rule); to compute something else, subclass backpack.own.BackpropExtension"
+        )
 
     def get_subsampling(self) -> Sequence[int] | None:
         """The samples that are kept; ``None``: all."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backpack import backpack, extend
+from backpack import backpack, extend, factors
 from backpack import extensions as E
 from backpack.factors import Layout, Outer, Patches, merge
 from backpack.rules import unfold
@@ -75,3 +76,36 @@ def test_convolution_used_twice_in_half_precision_inputs() -> None:
     torch.testing.assert_close(
         weight.batch_l2, weight.grad_batch.flatten(1).square().sum(1), rtol=1e-2, atol=1e-4
     )
+
+
+class Held:
+    """Bytes of what a graph saves, each storage once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []  # alive, so that no two have one address
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.tensors.append(tensor.detach())
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        storages = (tensor.untyped_storage() for tensor in self.tensors)
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+@pytest.mark.parametrize("block", [2**12, 2**26], ids=["single columns", "all together"])
+def test_a_graph_holds_patches_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for each block of columns, with `create_graph`."""
+    monkeypatch.setitem(factors.BLOCK_BYTES, "cpu", block)
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 200).double().requires_grad_()
+    windows = unfold(x, (10,), (1,), ((0, 0),), (1,)).unflatten(1, (1, -1))
+    inputs = Patches(windows, 1)
+    g = torch.rand(40, 2, 1, inputs.shape[2], 1).double().requires_grad_()
+    held = Held()
+    with torch.autograd.graph.saved_tensors_hooks(held, lambda tensor: tensor):
+        form = Outer(inputs, g, Layout(torch.Size((1, 3, 10))))
+        form.square_sum().sum().backward(create_graph=True)
+    products = g.shape[0] * g.shape[1] * 30
+    assert held.bytes < 8 * (4 * inputs.shape.numel() + 4 * g.numel() + 12 * products)

@@ -19,7 +19,7 @@ from backpack.extensions import (
     DiagHessian,
     Variance,
 )
-from backpack.oracle import check
+from backpack.oracle import Oracle, check
 from tests.cases import Apply, P
 
 FIRST = (BatchGrad(), BatchL2Grad(), Variance())
@@ -58,7 +58,7 @@ def _zeros() -> Tensor:
     return torch.zeros(4, 3, dtype=torch.float64)
 
 
-# Functions [4, 3] -> [4, 3] that mix samples or change their order.
+# Functions [4, 3] -> [4, 3] that mix samples.
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     # attention, graphs
     "attention": lambda h: F.scaled_dot_product_attention(h, h, h),
@@ -77,9 +77,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "add_-flip": lambda h: h.clone().add_(h.flip(0)),
     "cumsum_": lambda h: h.cumsum_(0),
     "renorm_": lambda h: h.renorm_(2, 1, 0.1),
-    "copy_": lambda h: h.clone().copy_(h.flip(0)),
     "assign-shifted": lambda h: _assign(h, slice(1, None), slice(-1)),
-    "assign-permuted": lambda h: _assign(h, PERM),
     # two arguments, one of them mixed
     "logaddexp": lambda h: torch.logaddexp(h, h.flip(0)),
     "hypot": lambda h: torch.hypot(h, h.mean(0)),
@@ -89,16 +87,10 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "float_power": lambda h: torch.float_power(h**2 + 1, h.mean(0)),
     "cosine-to-mean": lambda h: h * F.cosine_similarity(h, h.mean(0, keepdim=True))[:, None],
     # along the samples
-    "flip": lambda h: h.flip(1, 0),
     "roll": lambda h: torch.roll(h, 1),
-    "flipud": torch.flipud,
-    "rot90": lambda h: h.rot90(2),
     "msort": torch.msort,
     "sort": lambda h: h.T.sort()[0].T,
     "topk": lambda h: h.T.topk(4)[0].T,
-    "gather": lambda h: h.gather(0, PERM[:, None].expand(4, 3)),
-    "take_along_dim": lambda h: torch.take_along_dim(h, PERM[:, None], 0),
-    "take": lambda h: h.take(torch.arange(12).flip(0).view(4, 3)),
     "cummax": lambda h: h.cummax(0)[0],
     "cummin": lambda h: h.cummin(0)[0],
     "renorm": lambda h: h.renorm(2, 1, 1.0),
@@ -123,6 +115,36 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Functions [4, 3] -> [4, 3] that change the samples' order, and that pick some more than once.
+PERMUTING: dict[str, Callable[[Tensor], Tensor]] = {
+    "assign-permuted": lambda h: _assign(h, PERM),
+    "flip": lambda h: h.flip(1, 0),
+    "flipud": torch.flipud,
+    "rot90": lambda h: h.rot90(2),
+    "gather": lambda h: h.gather(0, PERM[:, None].expand(4, 3)),
+    "take_along_dim": lambda h: torch.take_along_dim(h, PERM[:, None], 0),
+    "take": lambda h: h.take(torch.arange(12).flip(0).view(4, 3)),
+    "list": lambda h: h[[2, 0, 3, 1]],
+    "array": lambda h: h[PERM.numpy()],
+    "tuple": lambda h: h[(2, 0, 3, 1), :],
+    "range": lambda h: h[range(3, -1, -1)],
+    "roll-rows": lambda h: h.roll(1, 0),
+    "index_select": lambda h: h.index_select(0, PERM),
+    "index-both": lambda h: h[PERM[:, None], torch.arange(3)],
+    "split": lambda h: torch.cat(h.split([1, 2, 1])[::-1]),
+    "unbind": lambda h: torch.stack(h.unbind()[::-1]),
+    "iterate": lambda h: torch.stack([row * (n + 1) for n, row in enumerate(h)][::-1]),
+    "copy_": lambda h: h.clone().copy_(h.flip(0)),
+    "masks": lambda h: torch.cat([h[h[:, 0] > 0], h[h[:, 0] <= 0]]),
+    "index_copy": lambda h: _zeros().index_copy(0, PERM, h),
+    "scatter": lambda h: h.scatter(0, PERM[:, None].expand(4, 3), h * 2),
+    "repeats": lambda h: h[[0, 2, 2, 0]],
+    "repeats-apart": lambda h: torch.stack([h[3], h[1], h[3] * 2, h[0]]),
+    "put": lambda h: _zeros().put(torch.arange(12).flip(0), h),
+    "vstack": lambda h: torch.vstack([h[2:], h[:2]]),
+}
+
+
 def _between(f: Callable[[Tensor], Tensor]) -> nn.Module:
     return Apply(lambda m, a: m.o(f(m.l(a).tanh() * 1).tanh()), l=nn.Linear(3, 3), o=nn.Linear(3, 2))
 
@@ -139,6 +161,38 @@ def test_mixing_is_refused(name: str) -> None:
     ):
         loss.backward()
     assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", PERMUTING)
+def test_rows_that_change_places_follow_their_sample(name: str, last: bool) -> None:
+    """Fields are those of the input's sample, wherever its rows are in the output."""
+    torch.manual_seed(0)
+    f = PERMUTING[name]
+    model = _between(f) if last else Apply(lambda m, a: f(m.l(a).tanh()), l=nn.Linear(3, 3))
+    model, X = model.double(), torch.randn(4, 3).double()
+    output = model(X)
+    target = torch.randn_like(output)
+    jacobian: Any = torch.autograd.functional.jacobian(model, X)
+    owner = jacobian.abs().sum((1, 3)).argmax(1)
+    losses = (output - target).square().sum(1)
+    lossfunc = extend(nn.MSELoss(reduction="sum"))
+    with backpack(BatchGrad(), Variance(), BatchDiagGGNExact(), DiagGGNExact(), DiagHessian()):
+        lossfunc(extend(model)(X), target).backward()
+    rows = [
+        torch.autograd.grad(losses[owner == n].sum(), list(model.parameters()), retain_graph=True)
+        for n in range(4)
+    ]
+    curvature = Oracle(model, nn.MSELoss(reduction="sum"), X, target)
+    for (name, p), *expected in zip(model.named_parameters(), *rows, strict=True):
+        gradients = torch.stack(expected)
+        torch.testing.assert_close(p.grad_batch, gradients)
+        torch.testing.assert_close(p.variance, gradients.var(0, unbiased=False))
+        diagonals = curvature.diag_ggn_batch[name]
+        follows = torch.zeros_like(diagonals).index_add(0, owner, diagonals)
+        torch.testing.assert_close(p.diag_ggn_exact_batch, follows)
+        torch.testing.assert_close(p.diag_ggn_exact, diagonals.sum(0))
+        torch.testing.assert_close(p.diag_h, curvature.diag_h_batch[name].sum(0))
 
 
 # Models with samples as positions: their own parameters are behind what mixes.
@@ -170,7 +224,7 @@ def test_samples_as_positions_are_refused(name: str) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["attention", "flip", "assign-permuted", "fft"])
+@pytest.mark.parametrize("name", ["attention", "sparse-mm", "assign-shifted", "fft"])
 def test_mixed_outputs_are_refused(name: str) -> None:
     """No parameter comes after what mixes."""
     model = extend(Apply(lambda m, a: MIXING[name](m.l(a)), l=nn.Linear(3, 3))).double()

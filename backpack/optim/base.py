@@ -237,12 +237,16 @@ class CurvatureOptimizer(BackpackOptimizer):
     The update rule of Dangel, Kunstner, Hennig (ICLR 2020, arXiv:1912.10985, section 4). ``C`` is one
     block per parameter, which a quantity of this library gives in the backward pass:
 
-        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)  # doctest: +SKIP
-        >>> optimizer.zero_grad()  # doctest: +SKIP
-        >>> loss = lossfunc(model(X), y)  # doctest: +SKIP
-        >>> with optimizer.backpack():  # doctest: +SKIP
+        >>> from backpack import extend
+        >>> from backpack.optim import KFAC
+        >>> model, lossfunc = torch.nn.Linear(4, 3), extend(torch.nn.CrossEntropyLoss())
+        >>> X, y = torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)
+        >>> optimizer.zero_grad()
+        >>> loss = lossfunc(model(X), y)
+        >>> with optimizer.backpack():
         ...     loss.backward()
-        >>> optimizer.step()  # doctest: +SKIP
+        >>> optimizer.step()
 
     Parameters without a gradient and frozen ones (``requires_grad=False``) stay as they are.
 

@@ -32,12 +32,13 @@ class DPSGD(BackpackOptimizer):
     ``expected_batch_size``. No individual gradient is written out: norms come with one backward pass,
     and a second one of the weighted losses gives the clipped sum (Li et al., 2022, arXiv:2110.05679).
 
-        >>> optimizer = DPSGD(  # doctest: +SKIP
+        >>> model, X, y = torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> optimizer = DPSGD(
         ...     model, lr=0.1, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=64
         ... )
-        >>> losses = F.cross_entropy(model(X), y, reduction="none")  # doctest: +SKIP
-        >>> optimizer.backward(losses)  # doctest: +SKIP
-        >>> optimizer.step()  # doctest: +SKIP
+        >>> losses = torch.nn.functional.cross_entropy(model(X), y, reduction="none")
+        >>> norms = optimizer.backward(losses)
+        >>> optimizer.step()
 
     :meth:`backward` may be called several times before :meth:`step`, for parts of a batch, and must be
     called once for an empty batch (``losses`` of no entries), whose step is noise alone. ``p.grad`` is
