@@ -32,6 +32,7 @@ from backpack.checks import Names, check, parameters_of
 from backpack.columns import Columns, ColumnSource, Pass, Wanted
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, Together, merge, products_kept
+from backpack.kronecker import KroneckerBlock
 from backpack.quantities import BackpropExtension, Context, Product
 from backpack.rules import patches_kept
 from backpack.sources import LossGradient
@@ -576,6 +577,8 @@ def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
+    if isinstance(value, KroneckerBlock):
+        return value.detach()
     if isinstance(value, list):
         return [_detached(each) for each in value]
     return value
