@@ -657,12 +657,12 @@ class Differentiated:
 
     def _parts(self, columns: Tensor) -> list[Tensor]:
         """``[v, N, outputs of a sample]`` -> ``[v, *output.shape]`` each."""
-        sizes = [shape.numel() // max(batch.size, 1) for shape, batch in self.outputs]
-        parts = []
-        for part, (shape, batch) in zip(columns.split(sizes, 2), self.outputs, strict=True):
-            rest = [size for d, size in enumerate(shape) if d != batch.dim]
-            split = part.reshape(len(part), batch.size, batch.outer * batch.inner, *rest)
-            parts.append(batch.join(split, 1))
+        parts, start = [], 0
+        for shape, batch in self.outputs:
+            split = [batch.width, *(size for d, size in enumerate(shape) if d != batch.dim)]
+            part = columns[:, :, start : start + prod(split)]
+            start += prod(split)
+            parts.append(batch.join(part.reshape(len(part), batch.size, *split), 1))
         return parts
 
     def columns(self, grad: Tensor, chunk: int) -> Iterator[list[Tensor]]:
