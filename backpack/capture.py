@@ -26,7 +26,7 @@ from backpack.factors import Dense
 from backpack.functions import Functions, is_custom, settle
 from backpack.inputs import carriers, doubtful
 from backpack.losses import LOSSES, LossHessian
-from backpack.moves import MOVERS, spellings
+from backpack.moves import LIKE, MOVERS, spellings
 from backpack.opened import OPENED
 from backpack.placing import assigned
 from backpack.propagation import (
@@ -371,10 +371,12 @@ class _Recorder(TorchFunctionMode):
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
+        if batch.lost and batch.tentative:
+            if func not in LIKE:
+                self._lose(func, out, batch)
+            return
         if batch.lost:
             self._lose(func, out, batch)
-            if batch.tentative:
-                return
         elif any(out is t for t, _ in marked):
             return  # the argument itself
         else:

@@ -268,11 +268,17 @@ def make_tap(
     base: Tensor | None = None,
     whole: bool = False,
 ) -> None:
+    """Note a tap.
+
+    With ``whole`` the result belongs to one sample in a way that no rule expects: the operation is
+    differentiated at once.
+    """
     pairs: list[tuple[Tensor, ToForm]] = []
     missing = {id(s): s for s in sources}
     # Rules are written for real numbers.
     numbers = (*args, *kwargs.values(), *sources)
     complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
+    whole = whole or batch.bare
     rule = None if complicated or whole else RULES.get(func)
     if rule is not None and batch.lost is None:
         for tensor, form in rule(batch, *args, **kwargs) or ():
