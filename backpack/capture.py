@@ -55,6 +55,7 @@ from backpack.taps import (
     lost_form,
     make_tap,
     notes,
+    of_sample,
     store_tap,
 )
 
@@ -299,7 +300,7 @@ class _Recorder(TorchFunctionMode):
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node, places = out.grad_fn, LAYERS.get(func)
-        if places is None or node is None or out._base is not None:
+        if places is None or node is None or out._base is not None or batch.solo is not None:
             return False
         at, *own = places
         if input is not args[at]:
@@ -471,13 +472,16 @@ class _Recorder(TorchFunctionMode):
             else:
                 mark(each, batch)
             if each.grad_fn is not None and sources:
+                own = batch.single()
                 if whole:
-                    found = fallback(batch, place, func, args, kwargs, sources, True)
+                    found = fallback(own, place, func, args, kwargs, sources, True)
                 elif batch.lost:
                     found = [(s, lost_form) for s in sources]
                 else:
-                    found = SEVERAL_OUTPUTS[func](axis, place, out[0].detach(), *args)
+                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                if own is not batch:
+                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
                     *(pairs, inputs, False),  # type: ignore[arg-type]

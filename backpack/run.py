@@ -32,7 +32,7 @@ from backpack.backprop import (
 from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
 from backpack.exposed import Exposed, passes_its_input_on
-from backpack.factors import Dense, Form, Pullback, merge, products_kept
+from backpack.factors import Dense, Form, Pullback, merge, of_one, products_kept
 from backpack.losses import differentiate_twice
 from backpack.quantities import BackpropExtension, BatchGrad, Context, Kind, Product
 from backpack.rules import patches_kept
@@ -446,7 +446,7 @@ class Run:
         if source.edge is None:
             return form
         vjp = partial(self._pull_back, source.edge, leaf.parameter)
-        return Pullback(form, vjp, leaf.parameter.shape)
+        return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
 
     def _pull_back(self, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
         with self._nested():
@@ -494,7 +494,7 @@ class Run:
                         form = self._source_form(leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
-                        form = Dense(form.dense())
+                        form = form.written()
                     leaf.forms.append(form)
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backpack import extensions
-from backpack.factors import Form, Lookup, Outer, spectrum
+from backpack.factors import Form, Lookup, Outer, Single, spectrum
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
 from backpack.quantities import BackpropExtension, Context, Eigen
 
@@ -60,6 +60,7 @@ class Placed(BackpropExtension):
 
 
 def _place(form: Form) -> str:
+    form = form.form if isinstance(form, Single) else form
     if isinstance(form, Lookup):
         return "columns"
     return form.layout.kind if isinstance(form, Outer) else "rows"
