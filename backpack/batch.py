@@ -114,6 +114,21 @@ class Batch:
             return regular_axis(self.size, dim, outer, inner, self.tentative)
         return Batch(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
 
+    def single(self) -> Batch:
+        """The axis of a tensor that belongs to one sample, in a batch of that sample alone."""
+        if self.solo is None or self.size == 1:
+            return self
+        if self.bare:
+            return solo_axis(0, 1, (), self.picked.samples.device)  # type: ignore[union-attr]
+        return regular_axis(1, self.dim, 1, self.length)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """The number of entries of each sample, where they differ."""
+        if self.picked is None or self.width * self.size == self.length:
+            return None
+        return torch.bincount(self.picked.samples, minlength=self.size)
+
     def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
         """The axis after some of its entries were picked."""
         return picked_axis(

@@ -56,6 +56,7 @@ from backpack.taps import (
     lost_form,
     make_tap,
     notes,
+    of_sample,
     store_tap,
 )
 
@@ -308,7 +309,7 @@ class _Recorder(TorchFunctionMode):
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node, places = out.grad_fn, LAYERS.get(func)
-        if places is None or node is None or out._base is not None:
+        if places is None or node is None or out._base is not None or batch.solo is not None:
             return False
         at, *own = places
         if input is not args[at]:
@@ -481,13 +482,16 @@ class _Recorder(TorchFunctionMode):
             else:
                 mark(each, batch)
             if each.grad_fn is not None and sources:
+                own = batch.single()
                 if whole:
-                    found = fallback(batch, place, func, args, kwargs, sources, True)
+                    found = fallback(own, place, func, args, kwargs, sources, True)
                 elif batch.lost:
                     found = [(s, lost_form) for s in sources]
                 else:
-                    found = SEVERAL_OUTPUTS[func](axis, place, out[0].detach(), *args)
+                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                if own is not batch:
+                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
                     *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backpack.columns import ColumnSource
-from backpack.factors import Form, Lookup, Outer, Sharing, spectrum
+from backpack.factors import Form, Lookup, Outer, Sharing, Single, positions_of, spectrum
 from backpack.kronecker import KroneckerEigen, KroneckerFactored
 from backpack.sources import (
     AveragedRoot,
@@ -420,6 +420,7 @@ class _Kronecker(BackpropExtension):
 
 def _layout(form: Form) -> str:
     """Where in a parameter the matrix is that its Kronecker factors fit."""
+    form = form.form if isinstance(form, Single) else form
     if isinstance(form, Lookup):
         return "columns"
     return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
@@ -427,12 +428,10 @@ def _layout(form: Form) -> str:
 
 def _averaged_over(form: Form, sharing: Sharing) -> int:
     """The number of rows that the factor of the inputs is an average over."""
-    rows = form.samples
-    if isinstance(form, Outer):
-        rows *= form.inputs.shape[1] * (form.positions if sharing == "expand" else 1)
-    elif isinstance(form, Lookup) and sharing == "expand":
-        rows *= form.index.shape[1]
-    return max(rows, 1)
+    groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
+    shared = sharing == "expand" and isinstance(form, (Outer, Lookup))
+    rows = positions_of(form) if shared else form.samples  # type: ignore[arg-type]
+    return max(rows * groups, 1)
 
 
 class KFLR(_Kronecker):

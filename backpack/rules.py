@@ -64,9 +64,16 @@ def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
 # Linear maps
 
 
-def _outer(a: Tensor, g: Tensor, layout: Layout) -> Outer:
-    """Ungrouped: ``a [n, s, i]``, ``g [v, n, s, o]``."""
-    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout)
+def _outer(batch: Batch, a: Tensor, g: Tensor, layout: Layout) -> Outer:
+    """Ungrouped, from rows ``a`` and columns ``g`` at the rows of the result."""
+    a, g = batch.rows(a), batch.rows(g, 1)
+    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout, positions(batch, g.shape[2]))
+
+
+def positions(batch: Batch, longest: int) -> Tensor | None:
+    """How many positions each sample has, where they differ, if the one that has most has so many."""
+    counts = batch.counts
+    return None if counts is None else counts * (longest // max(batch.width, 1))
 
 
 def _position_sum(g: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = No
             (bias, Dense),
         ]
     return [
-        (weight, lambda g: _outer(batch.rows(input), batch.rows(g, 1), layout)),
+        (weight, lambda g: _outer(batch, input, g, layout)),
         (bias, lambda g: Dense(_position_sum(batch.rows(g, 1)))),
     ]
 
@@ -108,7 +115,7 @@ def _times_matrix(batch: Batch, x: Tensor, w: Tensor, scale: float = 1.0) -> Pai
 
     def form(g: Tensor) -> Form:
         g = g if w.dim() == 2 else g.unsqueeze(-1)
-        return _outer(batch.rows(x), batch.rows(g if scale == 1 else scale * g, 1), layout)
+        return _outer(batch, x, g if scale == 1 else scale * g, layout)
 
     return [(w, form)]
 
@@ -121,7 +128,7 @@ def _matrix_times(batch: Batch, w: Tensor, x: Tensor, scale: float = 1.0) -> Pai
     swapped = batch.moved({last: last - 1, last - 1: last}.get(batch.dim, batch.dim))
 
     def form(g: Tensor) -> Form:
-        return _outer(swapped.rows(x.mT), swapped.rows(scale * g.mT, 1), layout)
+        return _outer(swapped, x.mT, scale * g.mT, layout)
 
     return [(w, form)]
 
@@ -250,7 +257,8 @@ def _conv(ndim: int) -> Rule:
                 return _patches(batch, unfold(input, kernel, step, margins, spread), ndim, groups)
 
             a = kept((id(input), id(weight), step, *margins, spread), patches)
-            return Outer(a, _channels(batch, g, groups), layout)
+            columns = _channels(batch, g, groups)
+            return Outer(a, columns, layout, positions(batch, columns.shape[3]))
 
         return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
 
@@ -287,7 +295,9 @@ def _conv_transpose(ndim: int) -> Rule:
             ]
             patches = unfold(spread_out, kernel, (1,) * ndim, margins, spread)
             patches = patches.flip(tuple(range(2, 2 + ndim)))
-            return Outer(_patches(batch, patches, ndim, groups), _channels(batch, g, groups), layout)
+            columns = _channels(batch, g, groups)
+            counts = positions(batch, columns.shape[3])
+            return Outer(_patches(batch, patches, ndim, groups), columns, layout, counts)
 
         return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
 
@@ -321,15 +331,19 @@ def embedding(
     at = batch_of(input)
     if at is None or at.lost:
         return None
+    at = at.single() if batch.size == 1 else at
 
     def form(g: Tensor) -> Form:
         index, g = at.split(input).flatten(1), batch.rows(g, 1)
-        keep = g.new_ones(index.shape)
-        if padding_idx is not None:
-            keep = keep * (index != padding_idx % weight.shape[0])
         if scale_grad_by_freq:
-            keep = keep / torch.bincount(input.flatten(), minlength=weight.shape[0])[index]
-        return Lookup(index, g * keep.unsqueeze(-1), weight.shape)
+            counts = torch.bincount(input.flatten(), minlength=weight.shape[0])[index]
+            g = g / counts.clamp(min=1).unsqueeze(-1)
+        # Rows that fill up are read by nobody; a padding row is a constant.
+        there = None if at.counts is None else at.split(torch.ones_like(input)).flatten(1) > 0
+        if padding_idx is not None:
+            others = index != padding_idx % weight.shape[0]
+            there = others if there is None else others & there
+        return Lookup(index, g, weight.shape, there, positions(at, index.shape[1]))
 
     return [(weight, form)]
 
@@ -763,18 +777,16 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
 
         def input_weight(g: Tensor) -> Form:
             x, back = shared(g)
-            return _outer(first.rows(x), first.rows(back.d_ih, 1), Layout(weights.w_ih.shape))
+            return _outer(first, x, back.d_ih, Layout(weights.w_ih.shape))
 
         def hidden_weight(g: Tensor) -> Form:
             back = shared(g)[1]
-            previous, d = first.rows(back.previous), first.rows(back.d_hh, 1)
-            return _outer(previous, d, Layout(weights.w_hh.shape))
+            return _outer(first, back.previous, back.d_hh, Layout(weights.w_hh.shape))
 
         def projection(g: Tensor) -> Form:
             back = shared(g)[1]
             assert weights.w_hr is not None and back.unprojected is not None and back.d_hr is not None
-            hidden, d = first.rows(back.unprojected), first.rows(back.d_hr, 1)
-            return _outer(hidden, d, Layout(weights.w_hr.shape))
+            return _outer(first, back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
 
         def bias(which: str) -> ToForm:
             return lambda g: Dense(first.rows(getattr(shared(g)[1], which), 1).sum(2))

@@ -31,7 +31,7 @@ from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
 from backpack.columns import Columns, ColumnSource, Pass, Wanted
 from backpack.exposed import Exposed, passes_its_input_on
-from backpack.factors import Dense, Form, Pullback, Together, merge, products_kept
+from backpack.factors import Dense, Form, Pullback, Together, merge, of_one, products_kept
 from backpack.kronecker import KroneckerBlock
 from backpack.quantities import BackpropExtension, Context, Product
 from backpack.rules import patches_kept
@@ -401,7 +401,7 @@ class Run:
         if source.edge is None:
             return form
         vjp = partial(self._pull_back, source.edge, leaf.parameter)
-        return Pullback(form, vjp, leaf.parameter.shape)
+        return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
 
     def _pull_back(self, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
         with self._nested():
@@ -449,7 +449,7 @@ class Run:
                         form = self._source_form(leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
-                        form = Dense(form.dense())
+                        form = form.written()
                     leaf.forms.append(form)
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
