@@ -698,13 +698,13 @@ class Differentiated:
 
     def _parts(self, columns: Tensor) -> list[Tensor]:
         """``[v, N, outputs of a sample]`` -> ``[v, *output.shape]`` each."""
-        sizes = [shape.numel() // max(batch.size, 1) for shape, batch in self.outputs]
-        parts = []
-        for part, (shape, batch) in zip(columns.split(sizes, 2), self.outputs, strict=True):
-            rest = [size for d, size in enumerate(shape) if d != batch.dim]
-            split = part.reshape(len(part), batch.size, batch.outer * batch.inner, *rest)
-            parts.append(batch.join(split, 1))
-        return parts
+        rest = [[n for d, n in enumerate(shape) if d != axis.dim] for shape, axis in self.outputs]
+        each = [[axis.width, *sizes] for sizes, axis in zip(rest, self.axes, strict=True)]
+        parts = columns.split([prod(sizes) for sizes in each], 2)
+        return [
+            axis.join(part.reshape(*part.shape[:2], *sizes), 1)
+            for part, sizes, axis in zip(parts, each, self.axes, strict=True)
+        ]
 
     def columns(self, grad: Tensor, chunk: int) -> Iterator[list[Tensor]]:
         """Exact columns, ``[<= chunk, *output.shape]`` at a time for every output."""

@@ -548,9 +548,7 @@ def fallback(
 
         def values(g: Tensor, own: bool) -> Tensor:
             """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
-            data = [
-                _samples_apart(axis, alike(x)) for axis, x in zip(axes, leaves, strict=True) if axis
-            ]
+            data = [_filled(axis, alike(x)) for axis, x in zip(axes, leaves, strict=True) if axis]
             cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
 
             def one(cotangent: Tensor, point: Tensor, *data: Tensor) -> Tensor:
@@ -638,7 +636,10 @@ def fallback(
                     # The source may have rows for each sample on an axis that is not known.
                     return Dense(whole(g))
             # The source has rows of its own for each sample: [v, n, N, k, ...], zero but for N = n.
-            rows = values(g, own=True).movedim(2 + batch.dim, 2)
+            try:
+                rows = values(g, own=True).movedim(2 + batch.dim, 2)
+            except IndexError:
+                return Dense(whole(g))
             diagonal = torch.zeros(
                 (*rows.shape[:2], *rows.shape[1:]), dtype=rows.dtype, device=rows.device
             )
@@ -655,6 +656,17 @@ def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
     """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``."""
     split = axis.split(x, lead)
     return split.movedim(lead + 1, lead + 1 + axis.dim)
+
+
+def _filled(axis: Batch, x: Tensor) -> Tensor:
+    """:func:`_samples_apart`, with another's row where a sample has none: zeros may be out of range."""
+    split = _samples_apart(axis, x)
+    if axis.picked is None or axis.bare or not axis.length:
+        return split
+    known = torch.zeros(axis.size, axis.width, dtype=torch.bool, device=x.device)
+    known[axis.picked.samples, axis.picked.slots] = True
+    shape = [axis.size, *(axis.width if d == axis.dim else 1 for d in range(x.dim()))]
+    return torch.where(known.reshape(shape), split, x.narrow(axis.dim, 0, 1))
 
 
 # --------------------------------------------------------------------------------------
