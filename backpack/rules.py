@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack import recurrent
-from backpack.batch import Batch, batch_of
+from backpack.batch import Batch, batch_of, solo_axis
 from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches
 
 ToForm = Callable[[Tensor], Form]
@@ -346,6 +346,8 @@ def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
         g: columns times elementwise derivative, ``[v, *output.shape]``.
         shape: the tensor's shape; aligned with the output's from the right.
     """
+    if batch.bare:
+        return Dense(batch.split(g, 1).sum(2).reshape(*g.shape[:1], batch.size, *shape))
     ndim = g.dim() - 1
     padded = (1,) * (ndim - len(shape)) + tuple(shape)
     if padded[batch.dim] != 1 and batch.length != 1:
@@ -548,7 +550,11 @@ def fallback(
 
         def values(g: Tensor, own: bool) -> Tensor:
             """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
-            data = [_filled(axis, alike(x)) for axis, x in zip(axes, leaves, strict=True) if axis]
+            data = [
+                _samples_apart(axis, alike(x), copies=True)
+                for axis, x in zip(axes, leaves, strict=True)
+                if axis
+            ]
             cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
 
             def one(cotangent: Tensor, point: Tensor, *data: Tensor) -> Tensor:
@@ -614,7 +620,7 @@ def fallback(
                 total = torch.stack([vjp(c)[0] for c in g])
                 error, largest = (found.sum(1) - total).abs(), found.abs().sum(1)
                 agree = error <= torch.finfo(error.dtype).eps ** 0.5 * largest.amax()
-            return found if bool((agree | error.isnan()).all()) else whole(g)
+            return found if bool((agree | total.isnan()).all()) else whole(g)
 
         def form(g: Tensor) -> Form:
             for x, axis, version in zip(leaves, axes, versions, strict=True):
@@ -625,48 +631,43 @@ def fallback(
                     )
             if at_once:
                 return Dense(whole(g))
-            try:
-                return Dense(checked(values(g, own=False), g))
-            except IndexError:  # it names places along the sample axis, of which one sample has few
-                return Dense(whole(g))
-            except (RuntimeError, ValueError) as error:
-                if not batch.fits(source.shape):
+            for apart in (same_for_all, own_rows) if batch.fits(source.shape) else (same_for_all,):
+                try:
+                    return Dense(checked(apart(g), g))
+                except IndexError:  # it names places along the sample axis, of which a sample has few
+                    break
+                except (RuntimeError, ValueError) as error:
                     if "random" in str(error):
                         raise
-                    # The source may have rows for each sample on an axis that is not known.
-                    return Dense(whole(g))
-            # The source has rows of its own for each sample: [v, n, N, k, ...], zero but for N = n.
-            try:
-                rows = values(g, own=True).movedim(2 + batch.dim, 2)
-            except IndexError:
-                return Dense(whole(g))
+            # The source may have rows for each sample on an axis that is not known.
+            return Dense(whole(g))
+
+        def same_for_all(g: Tensor) -> Tensor:
+            return values(g, own=False)
+
+        def own_rows(g: Tensor) -> Tensor:
+            """The source has rows for each sample: ``[v, n, N, k, ...]``, zero but for ``N = n``."""
+            rows = values(g, own=True).movedim(2 + batch.dim, 2)
             diagonal = torch.zeros(
                 (*rows.shape[:2], *rows.shape[1:]), dtype=rows.dtype, device=rows.device
             )
             n = torch.arange(batch.size, device=rows.device)
             diagonal[:, n, n] = rows
-            return Dense(checked(batch.join(diagonal, 2), g))
+            return batch.join(diagonal, 2)
 
         return form
 
     return [(source, make(source)) for source in sources]
 
 
-def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
-    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``."""
-    split = axis.split(x, lead)
-    return split.movedim(lead + 1, lead + 1 + axis.dim)
+def _samples_apart(axis: Batch, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
+    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``.
 
-
-def _filled(axis: Batch, x: Tensor) -> Tensor:
-    """:func:`_samples_apart`, with another's row where a sample has none: zeros may be out of range."""
-    split = _samples_apart(axis, x)
-    if axis.picked is None or axis.bare or not axis.length:
-        return split
-    known = torch.zeros(axis.size, axis.width, dtype=torch.bool, device=x.device)
-    known[axis.picked.samples, axis.picked.slots] = True
-    shape = [axis.size, *(axis.width if d == axis.dim else 1 for d in range(x.dim()))]
-    return torch.where(known.reshape(shape), split, x.narrow(axis.dim, 0, 1))
+    Samples with fewer rows are filled up with zeros or, for arguments, with
+    ``copies`` of a row that is there.
+    """
+    split = axis.split(x, lead, copies)
+    return split.squeeze(lead + 1) if axis.bare else split.movedim(lead + 1, lead + 1 + axis.dim)
 
 
 # --------------------------------------------------------------------------------------
@@ -675,9 +676,46 @@ def _filled(axis: Batch, x: Tensor) -> Tensor:
 SEVERAL_OUTPUTS: dict[Any, Callable[..., Pairs]] = {}
 
 
-def recurrent_axis(size: int, place: int, batch_first: bool) -> Batch:
-    """The sample axis of a recurrent layer's outputs: hidden states, then final states."""
-    return Batch(size, 0 if place == 0 and batch_first else 1)
+def recurrent_axis(
+    input: Tensor, states: Sequence[Tensor], marked: Sequence[tuple[Tensor, Batch]], batch_first: bool
+) -> tuple[Batch, list[Tensor]]:
+    """The sample axis of a recurrent layer's hidden states, from its input's and its first states'.
+
+    Args:
+        input: the input.
+        states: the states it begins with, which have samples on their second axis.
+        marked: the arguments that have a sample axis.
+        batch_first: whether samples come first in the input and the hidden states.
+
+    Returns:
+        The axis, and the arguments that are taken for constants after all: those whose tentative axis
+        disagrees with a certain one.
+    """
+    dim = 0 if batch_first else 1
+    chosen: Batch | None = None
+    demoted: list[Tensor] = []
+    for tensor, axis in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+        place = dim if tensor is input else 1
+        if axis.lost:
+            here = axis
+        elif tensor is not input and not any(tensor is state for state in states):
+            here = axis.losing("a weight that depends on the data")
+        elif axis.solo is not None or axis.size == 1:
+            shape = (tensor.shape[place],) * 2
+            here = solo_axis(axis.solo or 0, axis.size, shape, tensor.device, axis.tentative, dim)
+        elif axis.dim == place:
+            here = axis.moved(dim)
+        else:
+            here = axis.losing("a recurrent layer along the sample axis (see its batch_first)")
+        if chosen is None:
+            chosen = here
+        elif not chosen.lost and not chosen.agrees(here):
+            if axis.tentative:
+                demoted.append(tensor)
+            else:
+                chosen = chosen.losing("a recurrent layer whose states belong to other samples")
+    assert chosen is not None
+    return chosen, demoted
 
 
 def _recurrent(name: str) -> Callable[..., Pairs]:
@@ -695,11 +733,14 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Pairs:
-        """``output`` is detached: it is the hidden states, and holding on to it must not be a cycle."""
+        """``batch`` is the hidden states' axis, whichever the place.
+
+        ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.
+        """
         weights = recurrent.Layer.of(params, has_biases)
         h0: Tensor = hx[0] if name == "lstm" else hx
         c0: Tensor | None = hx[1] if name == "lstm" else None
-        state_axis = recurrent_axis(batch.size, 1, batch_first)
+        first, state_axis = batch.moved(0), batch.moved(1)
 
         def backward(g: Tensor) -> tuple[Tensor, recurrent.Backward]:
             x, hidden = input.to(g.dtype), output.to(g.dtype)
@@ -722,16 +763,26 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
 
         def input_weight(g: Tensor) -> Form:
             x, back = shared(g)
-            return _outer(x, back.d_ih, Layout(weights.w_ih.shape))
+            return _outer(first.rows(x), first.rows(back.d_ih, 1), Layout(weights.w_ih.shape))
 
         def hidden_weight(g: Tensor) -> Form:
             back = shared(g)[1]
-            return _outer(back.previous, back.d_hh, Layout(weights.w_hh.shape))
+            previous, d = first.rows(back.previous), first.rows(back.d_hh, 1)
+            return _outer(previous, d, Layout(weights.w_hh.shape))
 
         def projection(g: Tensor) -> Form:
             back = shared(g)[1]
-            assert weights.w_hr is not None
-            return _outer(back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
+            assert weights.w_hr is not None and back.unprojected is not None and back.d_hr is not None
+            hidden, d = first.rows(back.unprojected), first.rows(back.d_hr, 1)
+            return _outer(hidden, d, Layout(weights.w_hr.shape))
+
+        def bias(which: str) -> ToForm:
+            return lambda g: Dense(first.rows(getattr(shared(g)[1], which), 1).sum(2))
+
+        def data(g: Tensor) -> Form:
+            """The input, where it is made from parameters and only the first states are data."""
+            found = shared(g)[1].d_ih @ weights.w_ih
+            return reduce_to(batch, found if batch_first else found.transpose(1, 2), input.shape)
 
         def state(shape: torch.Size, which: str) -> ToForm:
             def form(g: Tensor) -> Form:
@@ -742,11 +793,12 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         return [
             (weights.w_ih, input_weight),
             (weights.w_hh, hidden_weight),
-            (weights.b_ih, lambda g: Dense(shared(g)[1].d_ih.sum(2))),
-            (weights.b_hh, lambda g: Dense(shared(g)[1].d_hh.sum(2))),
+            (weights.b_ih, bias("d_ih")),
+            (weights.b_hh, bias("d_hh")),
             (weights.w_hr, projection),
             (h0, state(h0.shape, "d_h0")),
             (c0, state(h0.shape if c0 is None else c0.shape, "d_c0")),
+            (input, data),
         ]
 
     return layer

@@ -313,7 +313,7 @@ def make_tap(
             missing.pop(id(tensor), None)
     linear = not missing or func in _LINEAR_FALLBACKS
     if missing and batch.lost is not None:
-        pairs += [(s, _lost_form) for s in missing.values()]
+        pairs += [(s, lost_form) for s in missing.values()]
     elif missing:
         pairs += fallback(batch, place, func, args, kwargs, list(missing.values()), whole)  # type: ignore[arg-type]
     if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
@@ -333,7 +333,7 @@ def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
     return lambda g: form(g.reshape(len(g), *shape))
 
 
-def _lost_form(g: Tensor) -> Form:
+def lost_form(g: Tensor) -> Form:
     raise AssertionError("a tap without a sample axis is refused before it is used")
 
 
