@@ -418,7 +418,7 @@ class Run:
             if ext.savefield in leaf.states:
                 state = ext.update(leaf.states[ext.savefield], form, sign)
             else:
-                state = ext.reduce(form, sign)
+                state = ext.begin(leaf.parameter, form, sign)
             leaf.states[ext.savefield] = state
 
     def _nested(self) -> Nested:
