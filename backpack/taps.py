@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, entered
+from backpack.batch import Batch, entered, regular_axis
 from backpack.factors import Dense, Form, Outer, Pullback
 from backpack.losses import LossHessian
 from backpack.moves import reshaped
@@ -280,7 +280,11 @@ def make_tap(
     complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
     whole = whole or batch.bare
     rule = None if complicated or whole else RULES.get(func)
-    if rule is not None and batch.lost is None:
+    if not complicated and batch.size == 1 and not kwargs and _is_unbatched(func, args):
+        pairs += [(t, form) for t, form in _of_one(func, args) if id(t) in missing]
+        for tensor, _ in pairs:
+            missing.pop(id(tensor), None)
+    elif rule is not None and batch.lost is None:
         for tensor, form in rule(batch, *args, **kwargs) or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
@@ -300,6 +304,29 @@ def make_tap(
     tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear)
     if args and isinstance(args[0], Tensor):
         tap.input = weakref.ref(args[0])
+
+
+def _is_unbatched(func: Any, args: tuple) -> bool:
+    """Whether a linear layer or a convolution was called without an axis for samples."""
+    places = LAYERS.get(func)
+    if places is None or places[:2] != (0, 1):
+        return False
+    return args[0].dim() == args[1].dim() - 1
+
+
+def _of_one(func: Any, args: tuple) -> list[tuple[Tensor, ToForm]]:
+    """The rule of a layer for its only sample."""
+    axis, input = regular_axis(1), args[0].unsqueeze(0)
+    axes, entered.axes = entered.axes, {id(input): axis}
+    try:
+        pairs = RULES[func](axis, input, *args[1:])
+    finally:
+        entered.axes = axes
+    return [(t, _lifted(form)) for t, form in pairs or () if t is not None]
+
+
+def _lifted(form: ToForm) -> ToForm:
+    return lambda g: form(g.unsqueeze(1))
 
 
 def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
