@@ -392,10 +392,10 @@ class _Recorder(TorchFunctionMode):
             return
         if func in LOSSES:
             f = kwargs.get("input", args[0] if args else None)
-            axis = batch_of(f) if isinstance(f, Tensor) else None
+            at = batch_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
-            _note_loss(recording, func, axis, args, kwargs, node, module)
+            _note_loss(recording, func, at, args, kwargs, node, module)
         elif func in _BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in _BENDS and len(marked) == 1 and not batch.lost:

@@ -281,15 +281,13 @@ def make_tap(
     whole = whole or batch.bare
     rule = None if complicated or whole else RULES.get(func)
     if not complicated and batch.size == 1 and not kwargs and _is_unbatched(func, args):
-        pairs += [(t, form) for t, form in _of_one(func, args) if id(t) in missing]
-        for tensor, _ in pairs:
-            missing.pop(id(tensor), None)
+        pairs += [(each, form) for each, form in _of_one(func, args) if id(each) in missing]
     elif rule is not None and batch.lost is None:
         for tensor, form in rule(batch, *args, **kwargs) or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
-        for tensor, _ in pairs:
-            missing.pop(id(tensor), None)
+    for known, _ in pairs:
+        missing.pop(id(known), None)
     linear = not missing or func in _LINEAR_FALLBACKS
     if missing and batch.lost is not None:
         pairs += [(s, _lost_form) for s in missing.values()]
