@@ -44,6 +44,7 @@ from backpack.rules import SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
 from backpack.taps import (
     BORDER,
     CURVED,
+    ENDS,
     LAYERS,
     LOSS,
     MIXES,
@@ -52,21 +53,31 @@ from backpack.taps import (
     LossRecord,
     Recording,
     Tap,
+    lost_form,
     make_tap,
     notes,
+    of_sample,
     store_tap,
 )
 
-# The engine listens here: called with the node that backward has reached.
-reached: Callable[[Recording, LossRecord | None, Any], None] | None = None
+
+def _unheard(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    raise AssertionError("the engine is imported with the package")
+
+
+# Called when backward has reached a loss or a model output. The engine, which comes later in the order
+# of files, puts itself here when it is imported; nothing changes it afterwards.
+reached: Callable[[Recording, LossRecord | None, Any], None] = _unheard
 
 
 class _State(threading.local):
     recorder: _Recorder | None = None
-    enabled: bool = True
 
 
 _state = _State()
+# How often each thread has switched capture off. Not a thread's own state: autograd's threads for
+# devices ask for the thread that called backward.
+_switched_off: dict[int, int] = {}
 
 
 # --------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ class _Recorder(TorchFunctionMode):
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node, places = out.grad_fn, LAYERS.get(func)
-        if places is None or node is None or out._base is not None:
+        if places is None or node is None or out._base is not None or batch.solo is not None:
             return False
         at, *own = places
         if input is not args[at]:
@@ -328,8 +339,11 @@ class _Recorder(TorchFunctionMode):
             elif marked or faint or not sources:
                 self._note(func, args, kwargs, out, 0, marked, sources, faint)
         elif isinstance(out, (tuple, list)) and (marked or faint):
+            own = list(_tensors(args)) if func in _EACH else []
             for place, each in enumerate(out):
-                if isinstance(each, Tensor):
+                if own:
+                    marked, sources, faint = self._sorted((own[place],), {})
+                if isinstance(each, Tensor) and (marked or faint):
                     self._note(func, args, kwargs, each, place, marked, sources, faint)
 
     def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -381,6 +395,7 @@ class _Recorder(TorchFunctionMode):
             return
         if batch.lost:
             self._lose(func, out, batch)
+            _note_end(recording, out, marked)
         elif any(out is t for t, _ in marked):
             return  # the argument itself
         else:
@@ -440,58 +455,54 @@ class _Recorder(TorchFunctionMode):
                 return out
         out = func(*args, **kwargs)
         try:
-            self._opened(func, args, kwargs, out, marked, sources, faint)
+            if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+                self._recurrent(func, args, kwargs, out, marked, sources)
+            elif marked or faint:
+                for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                    if isinstance(each, Tensor):
+                        self._note(func, args, kwargs, each, place, marked, sources, faint)
         except Exception as error:
             self._give_up(func, out, error)
         return out
 
-    def _opened(
+    def _recurrent(
         self,
         func: Any,
         args: tuple,
         kwargs: dict[str, Any],
-        out: Any,
+        out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
-        faint: list[Batch],
     ) -> None:
-        """Operations with parameters inside that stay closed."""
-        axis = next((b for t, b in marked if t is args[0]), None)
-        if func not in SEVERAL_OUTPUTS or axis is None or not isinstance(args[2], (list, tuple)):
-            for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
-                if (marked or faint) and isinstance(each, Tensor):
-                    self._note(func, args, kwargs, each, place, marked, sources, faint)
-            return
-        batch_first = bool(args[-1])
-        single = axis.size == 1
-        known = not axis.lost and axis.plain and axis.dim == (0 if batch_first else 1)
-        known = known or (single and args[0].shape[0 if batch_first else 1] == 1)
-        # States come with their samples on the second axis.
-        others = [(t, b) for t, b in marked if t is not args[0] and t.requires_grad]
-        alike = single or all(not b.lost and b.plain and b.dim == 1 for _, b in others)
-        alike = alike and not any(t is p for t, _ in others for p in args[2])
+        """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
+        states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
+        axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+        sources = sources + [t for t in demoted if t.requires_grad]
+        data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
+        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
         for place, each in enumerate(out):
-            batch, whole = recurrent_axis(axis.size, place, batch_first), False
-            if not (known and alike):
-                why = "batch_first of a recurrent layer differs" if alike else "states of other samples"
-                batch = axis if axis.lost else axis.losing(why)
-                batch, whole = settled(func, each, batch, self.recording.batch_dim)
+            here = axis.moved(1) if place else axis
+            batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
             if batch.lost:
                 self._lose(func, each, batch)
+                if batch.tentative:
+                    continue
             else:
                 mark(each, batch)
             if each.grad_fn is not None and sources:
-                inputs = tuple(
-                    t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad
-                )
+                own = batch.single()
                 if whole:
-                    found = fallback(batch, place, func, args, kwargs, sources, True)
+                    found = fallback(own, place, func, args, kwargs, sources, True)
+                elif batch.lost:
+                    found = [(s, lost_form) for s in sources]
                 else:
-                    found = SEVERAL_OUTPUTS[func](batch, place, out[0].detach(), *args)
+                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                if own is not batch:
+                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False),  # type: ignore[arg-type]
+                    *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
                 )
 
     def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -622,6 +633,13 @@ class _Recorder(TorchFunctionMode):
             store_tap(self.recording, func, node, out.output_nr, batch, forms, (), True)
 
 
+def _note_end(recording: Recording, out: Tensor, marked: list[tuple[Tensor, Batch]]) -> None:
+    """Remember what a result was computed from in which samples are no longer apart."""
+    if out.grad_fn is not None:
+        ends = [(get_gradient_edge(t), axis) for t, axis in marked if t.requires_grad and not axis.lost]
+        notes(out.grad_fn)[ENDS] = [(edge, axis, recording) for edge, axis in ends]
+
+
 def _note_loss(
     recording: Recording,
     func: Any,
@@ -633,35 +651,55 @@ def _note_loss(
 ) -> None:
     """Remember how to find the Hessian of a loss."""
     f: Tensor = args[0] if args else kwargs["input"]
-    if axis is None or axis.lost or not f.requires_grad:
+    if not f.requires_grad:
         return
-    rule = _without_logits(func, axis, args, kwargs, node)
-    record = LossRecord(rule, get_gradient_edge(f), module, f.device.type)
+    rule = _without_logits(func, args, kwargs, node)
+    record = LossRecord(rule, get_gradient_edge(f), module, axis, f.device.type)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: _on_backward(recording, record, grads))
 
 
 def _without_logits(
-    func: Any, axis: Batch, args: tuple, kwargs: dict[str, Any], node: Node
-) -> Callable[[], LossHessian | None]:
+    func: Any, args: tuple, kwargs: dict[str, Any], node: Node
+) -> Callable[[Batch], LossHessian | None]:
     """The rule of a loss, holding no more than autograd does.
 
     Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
     """
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    versions = [t._version for t in tensors[1:]]
     logits_node = args[0].grad_fn if args else None
     below: Node | None = node if func is torch.nn.functional.cross_entropy else None
     while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
         below = below.next_functions[0][0] if below.next_functions else None
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
-        return lambda: LOSSES[func](axis, *map(_widened, args), **kwargs)
-    logits, rest, saved = weakref.ref(args[0]), args[1:], below
+        first = tensors[0]._version
 
-    def rule() -> LossHessian | None:
+        def by_arguments(axis: Batch) -> LossHessian | None:
+            _refuse_changed(func, tensors, [first, *versions])
+            return LOSSES[func](axis, *map(_widened, args), **kwargs)
+
+        return by_arguments
+    logits, rest, saved, version = weakref.ref(args[0]), args[1:], below, args[0]._version
+    others = tensors[1:]
+
+    def rule(axis: Batch) -> LossHessian | None:
+        _refuse_changed(func, others, versions)
         f = logits()
-        f = saved._saved_result if f is None else f  # type: ignore[attr-defined]
+        if f is None or f._version != version:
+            f = saved._saved_result  # type: ignore[attr-defined]
         return LOSSES[func](axis, _widened(f), *rest, **kwargs)
 
     return rule
+
+
+def _refuse_changed(func: Any, tensors: list[Tensor], versions: list[int]) -> None:
+    if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+        raise RuntimeError(
+            f"an argument of the loss {func.__name__} was modified by an in-place operation after the "
+            "loss was computed, so that its Hessian is not known; use the out-of-place version of that "
+            "operation, or call backward before it"
+        )
 
 
 def _widened(x: Any) -> Any:
@@ -691,6 +729,8 @@ def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
 _HALVES = (torch.float16, torch.bfloat16)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
+# Each result is made from one of the arguments, the one at the same place.
+_EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
 _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_INPLACE, _Recorder._in_place),
@@ -790,7 +830,7 @@ def _axes_of_inputs(
 
 def _recordable() -> bool:
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return _state.enabled and torch.is_grad_enabled() and not compiling
+    return disable.should_store_io() and torch.is_grad_enabled() and not compiling
 
 
 def _calls_running(module: nn.Module | None) -> int:
@@ -888,14 +928,16 @@ def _close() -> None:
     recorder = _state.recorder
     assert recorder is not None
     _state.recorder = None
-    recorder.close()
-    recorder.__exit__(None, None, None)
-    for ref in recorder.adopted:
-        tensor = ref()
-        if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
-            delattr(tensor, MARK)
-    _forget()
-    recorder.recording.arguments.clear()
+    try:
+        recorder.close()
+        recorder.__exit__(None, None, None)
+        for ref in recorder.adopted:
+            tensor = ref()
+            if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
+                delattr(tensor, MARK)
+    finally:
+        _forget()
+        recorder.recording.arguments.clear()
 
 
 def _forget() -> None:
@@ -904,31 +946,41 @@ def _forget() -> None:
 
 
 def _on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
-    if reached is not None:
-        reached(recording, loss, grads)
-    elif not torch._C._autograd._get_current_graph_task_keep_graph():
-        recording.release()
+    reached(recording, loss, grads)
+
+
+def captures(thread: int) -> bool:
+    """Whether capture is on in a thread."""
+    return thread not in _switched_off
+
+
+class _StoreIO:
+    """The attribute of that name, read from the class or an instance."""
+
+    def __get__(self, instance: object, owner: object) -> bool:
+        return captures(threading.get_ident())
 
 
 class disable:  # noqa: N801
-    """Switch capture off: ``with disable(): model(X)`` records nothing.
+    """Switch capture off in this thread: ``with disable(): model(X)`` records nothing.
 
     Class attribute ``store_io`` and :meth:`should_store_io` say whether capture is on, as in the
-    original library.
+    original library. Blocks may be nested, and one object be used again and by several threads.
     """
 
-    store_io = True
+    store_io = _StoreIO()
 
     def __enter__(self) -> None:
-        self._before = _state.enabled
-        _state.enabled = False
-        disable.store_io = False
+        thread = threading.get_ident()
+        _switched_off[thread] = _switched_off.get(thread, 0) + 1
 
     def __exit__(self, *exc: object) -> None:
-        _state.enabled = self._before
-        disable.store_io = self._before
+        thread = threading.get_ident()
+        _switched_off[thread] -= 1
+        if not _switched_off[thread]:
+            del _switched_off[thread]
 
     @staticmethod
     def should_store_io() -> bool:
         """Whether capture is on."""
-        return _state.enabled
+        return captures(threading.get_ident())

@@ -8,25 +8,26 @@ collected): taps hold inputs, which lie below, and recordings hold taps weakly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, entered, regular_axis
-from backpack.factors import Dense, Form, Outer, Pullback
+from backpack.batch import Batch, entering, mark, regular_axis, solo_axis
+from backpack.factors import Dense, Form, Outer, Pullback, Single, of_one
 from backpack.losses import LossHessian
 from backpack.moves import reshaped
-from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback
+from backpack.rules import RULES, SEVERAL_OUTPUTS, Pairs, ToForm, fallback
 
 # Operations that are linear in each argument, though they have no rule.
 _LINEAR_FALLBACKS = frozenset(
     {torch.einsum, torch.nn.functional.bilinear, torch.bilinear, torch.cat, torch.stack, torch.bmm}
 )
+# Operations whose derivatives are constants.
+_SUMS = frozenset({torch.add, Tensor.add, Tensor.__radd__, torch.sub, Tensor.sub})
 # Plain layers, one node of one output each: places of the input, the weight and the bias (if there is
 # one) among their arguments.
 LAYERS: dict[Any, tuple[int, int, int]] = {
@@ -36,9 +37,16 @@ LAYERS: dict[Any, tuple[int, int, int]] = {
     torch.nn.functional.layer_norm: (0, 2, 3),
     torch.addmm: (1, 2, 0),
 }
+# Layers that take one sample without an axis for it: the number of axes of that.
+UNBATCHED = {
+    torch.nn.functional.linear: 1,
+    **{getattr(torch, f"conv{kind}{n}d"): n + 1 for n in (1, 2, 3) for kind in ("", "_transpose")},
+}
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
 MIXES, CURVED = "backpack_mixes", "backpack_curved"
+# Below the node of a result without sample axis: the arguments that had one.
+ENDS = "backpack_ends"
 
 
 def notes(node: Node) -> dict[str, Any]:
@@ -83,11 +91,12 @@ class Tap:
         released: whether autograd has passed and freed its buffers.
         args: arguments of the operation, if it is a plain layer.
         input: its first argument, as long as somebody else holds it.
+        read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "batch", "inputs", "recording", "released"),
-        *("args", "input", "_sources", "__weakref__"),
+        *("args", "input", "read", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -109,7 +118,9 @@ class Tap:
         self._sources = sources
         # A plain layer: all else is known from its arguments, once it is asked for.
         self.args = args
+        self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
+        self.read: list[tuple[weakref.ref[Tensor], int]] = []
 
     @property
     def op(self) -> str:
@@ -124,6 +135,18 @@ class Tap:
         return self.input() if self.input is not None else None
 
     @property
+    def changed(self) -> bool:
+        """Whether what its forms are made from was changed in place since.
+
+        Autograd finds that out by itself, but only in passes that compute the parameters' gradients.
+        """
+        if self.args is not None:
+            at, weight, _ = LAYERS[self.func]
+            return self.args[at]._version != self._version and self.args[weight].requires_grad
+        tensors = ((ref(), version) for ref, version in self.read)
+        return any(tensor is not None and tensor._version != version for tensor, version in tensors)
+
+    @property
     def rule(self) -> str:
         """How its forms are found."""
         return "by its rule" if self.func in {**RULES, **SEVERAL_OUTPUTS} else "sample by sample"
@@ -135,13 +158,12 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            axes, entered.axes = entered.axes, {id(self.args[at]): self.batch}
-            pairs = RULES[self.func](self.batch, *self.args)
-            if pairs is None:
-                given = [self.args[j] for j in own if j < len(self.args)]
-                leaves = [t for t in given if t is not None and t.requires_grad]
-                pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
-            entered.axes = axes
+            with entering({id(self.args[at]): self.batch}):
+                pairs = RULES[self.func](self.batch, *self.args)
+                if pairs is None:
+                    given = [self.args[j] for j in own if j < len(self.args)]
+                    leaves = [t for t in given if t is not None and t.requires_grad]
+                    pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs
@@ -220,22 +242,36 @@ class LossRecord:
     """A loss for which there is a rule.
 
     Attributes:
-        rule: gives its Hessian; asked only when a second-order quantity needs it.
-        edge: the model output.
+        rule: gives its Hessian for the sample axis of its input; asked only when a second-order
+            quantity needs it.
+        edge: the input of the loss: a model output, or a function of model outputs.
         module: the extended loss module that computed it, if one did.
+        axis: where the samples of that input are, as far as capture knows; where model outputs lie
+            below, it is found from them when backward starts (:meth:`locate`). ``None``: on no axis.
         device: kind of device it is on.
     """
 
-    rule: Callable[[], LossHessian | None]
+    rule: Callable[[Batch], LossHessian | None]
     edge: GradientEdge
     module: nn.Module | None
+    axis: Batch | None
     device: str = "cpu"
+    _known: tuple[Batch, LossHessian | None] | None = None
 
-    @cached_property
+    def locate(self, axis: Batch | None) -> None:
+        """Say where the samples are."""
+        if axis is None or self._known is None or axis != self._known[0]:
+            self.axis, self._known = axis, None
+
+    @property
     def known(self) -> LossHessian | None:
-        """The Hessian; ``None`` if the rule does not cover this call."""
-        with torch.autocast(self.device, enabled=False):
-            return self.rule()
+        """The Hessian; ``None`` if the rule does not cover this call, or its samples are mixed."""
+        if self.axis is None or self.axis.lost:
+            return None
+        if self._known is None:
+            with torch.autocast(self.device, enabled=False):
+                self._known = self.axis, self.rule(self.axis)
+        return self._known[1]
 
     @property
     def hessian(self) -> LossHessian:
@@ -279,59 +315,68 @@ def make_tap(
     numbers = (*args, *kwargs.values(), *sources)
     complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
     whole = whole or batch.bare
-    rule = None if complicated or whole else RULES.get(func)
-    if not complicated and batch.size == 1 and not kwargs and _is_unbatched(func, args):
-        pairs += [(each, form) for each, form in _of_one(func, args) if id(each) in missing]
-    elif rule is not None and batch.lost is None:
-        for tensor, form in rule(batch, *args, **kwargs) or ():
+    rule = None if complicated else RULES.get(func)
+    # What belongs to one sample is a batch of one.
+    own = batch.single()
+    if rule is not None and batch.lost is None:
+        found = _unbatched(rule, func, args, kwargs) if own.size == 1 else None
+        if found is None and not whole:
+            found = rule(own, *args, **kwargs)
+        for tensor, form in found or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
-    for known, _ in pairs:
-        missing.pop(id(known), None)
+        for tensor, _ in pairs:
+            missing.pop(id(tensor), None)
     linear = not missing or func in _LINEAR_FALLBACKS
     if missing and batch.lost is not None:
-        pairs += [(s, _lost_form) for s in missing.values()]
+        pairs += [(s, lost_form) for s in missing.values()]
     elif missing:
-        pairs += fallback(batch, place, func, args, kwargs, list(missing.values()), whole)  # type: ignore[arg-type]
+        at_once = whole or own is not batch
+        pairs += fallback(own, place, func, args, kwargs, list(missing.values()), at_once)  # type: ignore[arg-type]
+    if own is not batch:
+        pairs = [(tensor, of_sample(form, batch)) for tensor, form in pairs]
     if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
         shape = node._input_metadata[0].shape
         below = batch if batch.lost is not None else reshaped(batch, shape, base.shape)
+        if batch.solo is not None:
+            below = solo_axis(batch.solo, batch.size, base.shape, base.device)
         if below.lost is None:
             node, output_nr, batch = base.grad_fn, base.output_nr, below
             pairs = [(t, _viewed(form, shape)) for t, form in pairs]
-    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear)
+    read = [t for t in numbers if isinstance(t, Tensor) and not any(t is s for s in sources)]
+    read = [] if func in _SUMS else read
+    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear, read)
     if args and isinstance(args[0], Tensor):
         tap.input = weakref.ref(args[0])
 
 
-def _is_unbatched(func: Any, args: tuple) -> bool:
-    """Whether a linear layer or a convolution was called without an axis for samples."""
-    places = LAYERS.get(func)
-    if places is None or places[:2] != (0, 1):
-        return False
-    return args[0].dim() == args[1].dim() - 1
+def _unbatched(rule: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Pairs | None:
+    """The rule of a layer whose input is one sample without an axis for it, by an axis put in front."""
+    axes = UNBATCHED.get(func)
+    if axes is None or kwargs or args[0].dim() != axes:
+        return None
+    input = args[0].detach().unsqueeze(0)
+    mark(input, regular_axis(1))
+    pairs = rule(regular_axis(1), input, *args[1:])
+    return pairs and [(tensor, _in_front(form)) for tensor, form in pairs]
 
 
-def _of_one(func: Any, args: tuple) -> list[tuple[Tensor, ToForm]]:
-    """The rule of a layer for its only sample."""
-    axis, input = regular_axis(1), args[0].unsqueeze(0)
-    axes, entered.axes = entered.axes, {id(input): axis}
-    try:
-        pairs = RULES[func](axis, input, *args[1:])
-    finally:
-        entered.axes = axes
-    return [(t, _lifted(form)) for t, form in pairs or () if t is not None]
-
-
-def _lifted(form: ToForm) -> ToForm:
+def _in_front(form: ToForm) -> ToForm:
     return lambda g: form(g.unsqueeze(1))
+
+
+def of_sample(form: ToForm, batch: Batch) -> ToForm:
+    """The form of all samples from that of the one that the axis is about."""
+    sample, size = batch.solo, batch.size
+    assert sample is not None
+    return lambda g: Single(form(g), sample, size)
 
 
 def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
     return lambda g: form(g.reshape(len(g), *shape))
 
 
-def _lost_form(g: Tensor) -> Form:
+def lost_form(g: Tensor) -> Form:
     raise AssertionError("a tap without a sample axis is refused before it is used")
 
 
@@ -344,9 +389,11 @@ def store_tap(
     pairs: list[tuple[Tensor, ToForm]],
     inputs: tuple[Node, ...],
     linear: bool,
+    read: Sequence[Tensor] = (),
 ) -> Tap:
     sources = [_source(tensor, form, linear) for tensor, form in pairs]
     tap = Tap(func, output_nr, batch, inputs, recording, sources)
+    tap.read = [(weakref.ref(t), t._version) for t in read]
     kept = notes(node)
     if TAPS in kept:
         kept[TAPS].append(tap)
@@ -364,14 +411,14 @@ def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
         below = node.next_functions[0][0]
         leaf = getattr(below, "variable", None)
         if leaf is not None and leaf.shape == tensor.shape[::-1]:
-            return Source(leaf, None, lambda g: _transposed(form(g)), linear)
+            return Source(leaf, None, lambda g: of_one(form(g), _transposed), linear)
     return Source(None, get_gradient_edge(tensor), form, linear)
 
 
 def _transposed(form: Form) -> Form:
     """The form of a matrix from the form of its transpose."""
     if isinstance(form, Outer):
-        return Outer(form.inputs, form.g, form.layout.transposed())
+        return Outer(form.inputs, form.g, form.layout.transposed(), form.counts)
     if isinstance(form, Dense):
         return Dense(form.values.mT)
     return Pullback(form, lambda m: m.mT, torch.Size(reversed(form.shape)))
