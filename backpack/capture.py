@@ -862,6 +862,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             continue
         axis = axes[id(tensor)]
         if axis is not None:
+            # What the loss takes is data, whatever its targets look like.
+            axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
         border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)
