@@ -299,12 +299,14 @@ class _Recorder(TorchFunctionMode):
                 marked, sources, faint = marked + more[0], sources + more[1], faint + more[2]
         return marked, sources, faint
 
-    def _lose(self, func: Any, out: Tensor, lost: Batch) -> None:
-        """The axis of a result is not known."""
+    def _lose(self, func: Any, out: Tensor, lost: Batch, fresh: bool = True) -> None:
+        """The axis of a result is not known; ``fresh``: that of its arguments was."""
         recording = self.recording
+        where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
         if recording.lost is None and out.requires_grad:
-            recording.lost = f"{name_of(func)}: {lost.lost}"
-        mark(out, lost)
+            recording.lost = where
+        # What counts as a constant may meet a parameter later, for whom the place is news.
+        mark(out, replace(lost, lost=where) if lost.tentative else lost)
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
@@ -373,17 +375,23 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             size = recording.size
             if faint:
-                self._lose(func, out, settled(func, out, faint[0], recording.batch_dim)[0])
+                axis, _ = settled(func, out, faint[0], recording.batch_dim)
+                if axis.lost:
+                    self._lose(func, out, axis, fresh=False)
+                else:
+                    mark(out, axis)
             elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
         batch, demoted = traced(func, args, kwargs, out, marked, place)
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
+            fresh = not batch.lost
         if batch.lost and batch.tentative:
             if func not in LIKE:
-                self._lose(func, out, batch)
+                self._lose(func, out, batch, fresh)
             return
         if batch.lost:
             self._lose(func, out, batch)
@@ -399,10 +407,10 @@ class _Recorder(TorchFunctionMode):
             return
         if func in LOSSES:
             f = kwargs.get("input", args[0] if args else None)
-            axis = batch_of(f) if isinstance(f, Tensor) else None
+            at = batch_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
-            _note_loss(recording, func, axis, args, kwargs, node, module)
+            _note_loss(recording, func, at, args, kwargs, node, module)
         elif func in _BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in _BENDS and len(marked) == 1 and not batch.lost:
@@ -531,7 +539,7 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
                 self._adopt(target)
-                self._lose(func, target, faint[0])
+                self._lose(func, target, faint[0], fresh=False)
             return None
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = _INPLACE[func]
