@@ -581,7 +581,7 @@ class EmpiricalKFAC(_Kronecker):
 
 class _EigenvalueCorrected(_Kronecker):
     refines = True
-    combine = Blocks(1)
+    combine: Rule | None = Blocks(1)
     bases: Mapping[Tensor, Sequence[Tensor]] | None = None
     # The quantity whose factors have the eigenvectors.
     factors: type[BackpropExtension]
