@@ -232,7 +232,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def generator_of(optimizer: Any) -> torch.Generator | None:
-    return optimizer._extension.source.generator
+    return getattr(optimizer._extension.source, "generator", None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
