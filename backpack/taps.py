@@ -288,7 +288,9 @@ def make_tap(
     # What belongs to one sample is a batch of one.
     own = batch.single()
     if rule is not None and batch.lost is None:
-        found = _unbatched(rule, func, args, kwargs) if whole else rule(own, *args, **kwargs)
+        found = _unbatched(rule, func, args, kwargs) if own.size == 1 else None
+        if found is None and not whole:
+            found = rule(own, *args, **kwargs)
         for tensor, form in found or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
