@@ -9,23 +9,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.taps import (
-    BORDER,
-    LOSS,
-    MIXES,
-    TAPS,
-    Border,
-    LossRecord,
-    Recording,
-    Tap,
-    loss_at,
-    notes,
-)
+from backpack.taps import BORDER, LOSS, MIXES, TAPS, Border, LossRecord, Recording, Tap, notes
+from backpack.tracing import axis_at, kind_of
 
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
 # memory costs more than it saves: columns go together only if they are small.
@@ -59,6 +50,7 @@ class Graph:
         nodes: all nodes seen.
         mixed: why a model output that has one row for each sample has them no longer apart.
         recordings: the forward passes they belong to.
+        kinds: kinds of all nodes, in the order in which they were seen.
     """
 
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
@@ -71,6 +63,15 @@ class Graph:
     mixed: str | None = None
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
+
+    def signature(self) -> int:
+        """The same number for graphs of the same operations, with the same taps and shapes."""
+        taps = (
+            (tap.func, tap.place, tap.batch, tuple(node._input_metadata[tap.place].shape))
+            for node, tap in self.taps
+        )
+        return hash((*self.kinds, *taps))
 
     def joint(self) -> tuple[dict[Node, list[Border]], set[Node]]:
         """The model outputs whose Hessian no rule gives, and the known losses that add to it."""
@@ -84,7 +85,7 @@ class Graph:
         return outputs, absorbed
 
 
-def _outputs(node: Node) -> list[Border]:
+def outputs_at(node: Node) -> list[Border]:
     """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
     found: dict[int, Border] = {}
     for border in notes(node).get(BORDER, ()):
@@ -106,13 +107,13 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[Border]], bool]:
         if (node, bent) in seen:
             continue
         seen.add((node, bent))
-        borders = _outputs(node)
+        borders = outputs_at(node)
         if borders:
             found[node] = borders
             curved |= bent
         elif TAPS not in notes(node):
             children = [child for child, _ in node.next_functions if child is not None]
-            kind = node.name().rstrip("0123456789").removesuffix("Backward")
+            kind = kind_of(node)
             product = kind in _PRODUCTS and len(children) == 1
             product &= kind != "Div" or node.next_functions[0][0] is not None
             stack += [(child, bent or not (product or kind in _LINEAR)) for child in children]
@@ -137,6 +138,8 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if (node, covered, bent, id(inside)) in seen:
             continue
         seen.add((node, covered, bent, id(inside)))
+        # Kinds of nodes have types of their own, but for a few, all of one type.
+        graph.kinds.append(type(node))
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if inside is None:
@@ -154,19 +157,19 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             graph.mixing = data[MIXES]
         record = None
         if not covered and not bent:
-            record = loss_at(node) if curvature else data.get(LOSS)
+            record = data.get(LOSS)
         if record is not None and not curvature:
             graph.losses[node] = record, {}
             covered = True
         elif record is not None:
             below, curved = _outputs_below(record)
-            if curved and record.module is not None:
-                # The user put the border there, by extending the loss; it stands by itself.
-                below, curved = {}, False
-            if not curved:
+            if below:
+                placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
+                record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
+            if not curved and record.known is not None:
                 graph.losses[node] = record, below
                 covered = True
-        outputs = _outputs(node)
+        outputs = outputs_at(node)
         if outputs and not covered:
             graph.outputs[node] = outputs
             covered = True
@@ -202,7 +205,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
 
 def _bends(node: Node) -> bool:
     """Whether an operation between root and losses adds curvature."""
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    kind = kind_of(node)
     if kind in _LINEAR:
         return False
     children = [child for child, _ in node.next_functions]
@@ -238,7 +241,7 @@ def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
                 stack += [(child, False) for child, _ in node.next_functions if child]
             continue
         children = {child for child, _ in node.next_functions if child}
-        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        kind = kind_of(node)
         for child in children if kind not in _LINEAR else ():
             if any(model[other] for other in children - {child}):
                 found += [(leaf, node.name()) for leaf in leaves[child]]
@@ -288,17 +291,31 @@ def bytes_at(places: Sequence[GradientEdge]) -> int:
     return sum(prod(size.shape) * size.dtype.itemsize for size in sizes)
 
 
+def columns_at_once(places: Sequence[GradientEdge], device: str, chunk_size: int | None) -> int:
+    """How many columns are held at these places at a time.
+
+    Args:
+        places: where a column takes memory; twice if it does so twice.
+        device: kind of device they are on.
+        chunk_size: what the user asked for; by default as many as fit the budget.
+    """
+    if chunk_size is not None:
+        return chunk_size
+    return max(1, COLUMN_BYTES.get(device, 2**28) // max(bytes_at(places), 1))
+
+
 def carry(
     start: GradientEdge | Sequence[GradientEdge],
     targets: Sequence[GradientEdge],
     columns: Tensor | Sequence[Tensor],
+    passing: Sequence[GradientEdge] = (),
 ) -> list[Tensor | None]:
     """Vector-Jacobian products of all columns, ``[v, *start.shape] -> [v, *target.shape]`` each.
 
     With several starts, the ``v``-th column is that of all of them together.
 
     Batched on devices, and on a CPU where columns are small. Large ones go one at a time there: fresh
-    memory costs more than it saves.
+    memory costs more than it saves. Their size is that at the targets and at the places in ``passing``.
     """
     starts = [start] if isinstance(start, GradientEdge) else start
     columns = [columns] if isinstance(columns, Tensor) else columns
@@ -311,7 +328,7 @@ def carry(
         return [next(carried) if found is None else found for found in arrived]
     create = torch.is_grad_enabled()
     count = len(columns[0])
-    small = count >= SEVERAL and bytes_at(targets) <= SMALL_COLUMN
+    small = count >= SEVERAL and bytes_at([*targets, *passing]) <= SMALL_COLUMN
     if count > 1 and (small or columns[0].device.type != "cpu"):
         # Some operations cannot be batched, or only with errors of all kinds: then one by one.
         with suppress(RuntimeError):
@@ -328,7 +345,7 @@ def carry(
             )
     results: list[list[Tensor]] = [[] for _ in targets]
     for column in zip(*columns, strict=True):
-        try:
+        with differentiable_twice():
             grads = torch.autograd.grad(
                 list(starts),
                 list(targets),
@@ -337,14 +354,6 @@ def carry(
                 create_graph=create,
                 allow_unused=True,
             )
-        except RuntimeError as error:
-            if "is not implemented" in str(error):
-                raise NotImplementedError(
-                    f"an operation of the model cannot be differentiated twice ({error}); for "
-                    "attention, run the forward pass inside "
-                    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-                ) from error
-            raise
         for result, grad in zip(results, grads, strict=True):
             if grad is not None:
                 result.append(grad)
@@ -352,18 +361,17 @@ def carry(
 
 
 @contextmanager
-def cut(nodes: Iterable[Node]) -> Iterator[None]:
-    """Nothing flows on below these nodes: what is differentiated depends on them as such only."""
-    handles = [node.register_prehook(_nothing) for node in nodes]
+def differentiable_twice() -> Iterator[None]:
+    """Say in our words where torch has no second derivative of an operation."""
     try:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _nothing(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) or "cannot be differentiated twice" in str(error):
+            raise
+        raise NotImplementedError(
+            f"an operation of the model or the loss cannot be differentiated twice ({error}); for "
+            "attention, run the forward pass inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        ) from error
 
 
 @contextmanager
@@ -384,4 +392,4 @@ def pull_back(edge: GradientEdge, leaf: Tensor, columns: Tensor) -> Tensor:
     """Columns at a derived tensor carried on to a leaf, ``[m, *t] -> [m, *p]``."""
     with hooks_suspended(leaf):
         (result,) = carry(edge, [get_gradient_edge(leaf)], columns)
-    return columns.new_zeros(len(columns), *leaf.shape) if result is None else result
+    return leaf.new_zeros(len(columns), *leaf.shape) if result is None else result

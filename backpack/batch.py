@@ -11,7 +11,8 @@ on each entry by itself in ``propagation.py``. All others are tried out (``probe
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
@@ -328,6 +329,16 @@ class _Inputs(threading.local):
 
 
 entered = _Inputs()
+
+
+@contextmanager
+def entering(axes: dict[int, Batch]) -> Iterator[None]:
+    """Within the block, these are the axes of inputs; also if it raises, the former ones afterwards."""
+    before, entered.axes = entered.axes, axes
+    try:
+        yield
+    finally:
+        entered.axes = before
 
 
 def memory_of(tensor: Tensor) -> tuple[int, bool] | None:

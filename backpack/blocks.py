@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from backpack.capture import captures
 from backpack.quantities import BackpropExtension
 
 ExtensionHook = Callable[[nn.Module], None]
@@ -23,6 +24,7 @@ class Options(Protocol):
     retain_graph: bool
     chunk_size: int | None
     gradient: bool
+    certify: Literal["once", "always", "never"]
 
     @property
     def active(self) -> bool:
@@ -37,6 +39,7 @@ class Block:
         thread: the thread that entered it.
         runs: the backward passes under way, by their numbers.
         roots: where a backward call starts, with the gradients there, while one is seen.
+        hooked: whether hooks may change the gradients there.
         wanted: what it differentiates with respect to, as far as that is known.
         complete: whether it computes the gradients of all leaves.
         nested: how many times the library itself is differentiating.
@@ -47,9 +50,15 @@ class Block:
         self.thread = threading.get_ident()
         self.runs: dict[int, Any] = {}
         self.roots: list[tuple[GradientEdge, Tensor]] | None = None
+        self.hooked = True
         self.wanted: set[Tensor] | None = None
         self.complete = False
         self.nested = 0
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is anything to do, and the block's thread has not switched it off."""
+        return self.owner.active and captures(self.thread)
 
 
 open_blocks: list[Block] = []

@@ -44,6 +44,7 @@ from backpack.rules import SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
 from backpack.taps import (
     BORDER,
     CURVED,
+    ENDS,
     LAYERS,
     LOSS,
     MIXES,
@@ -60,16 +61,24 @@ from backpack.taps import (
     store_tap,
 )
 
-# The engine listens here: called with the node that backward has reached.
-reached: Callable[[Recording, LossRecord | None, Any], None] | None = None
+
+def _unheard(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    raise AssertionError("the engine is imported with the package")
+
+
+# Called when backward has reached a loss or a model output. The engine, which comes later in the order
+# of files, puts itself here when it is imported; nothing changes it afterwards.
+reached: Callable[[Recording, LossRecord | None, Any], None] = _unheard
 
 
 class _State(threading.local):
     recorder: _Recorder | None = None
-    enabled: bool = True
 
 
 _state = _State()
+# How often each thread has switched capture off. Not a thread's own state: autograd's threads for
+# devices ask for the thread that called backward.
+_switched_off: dict[int, int] = {}
 
 
 # --------------------------------------------------------------------------------------
@@ -291,12 +300,14 @@ class _Recorder(TorchFunctionMode):
                 marked, sources, faint = marked + more[0], sources + more[1], faint + more[2]
         return marked, sources, faint
 
-    def _lose(self, func: Any, out: Tensor, lost: Batch) -> None:
-        """The axis of a result is not known."""
+    def _lose(self, func: Any, out: Tensor, lost: Batch, fresh: bool = True) -> None:
+        """The axis of a result is not known; ``fresh``: that of its arguments was."""
         recording = self.recording
+        where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
         if recording.lost is None and out.requires_grad:
-            recording.lost = f"{name_of(func)}: {lost.lost}"
-        mark(out, lost)
+            recording.lost = where
+        # What counts as a constant may meet a parameter later, for whom the place is news.
+        mark(out, replace(lost, lost=where) if lost.tentative else lost)
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
@@ -365,20 +376,27 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             size = recording.size
             if faint:
-                self._lose(func, out, settled(func, out, faint[0], recording.batch_dim)[0])
+                axis, _ = settled(func, out, faint[0], recording.batch_dim)
+                if axis.lost:
+                    self._lose(func, out, axis, fresh=False)
+                else:
+                    mark(out, axis)
             elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
         batch, demoted = traced(func, args, kwargs, out, marked, place)
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
+            fresh = not batch.lost
         if batch.lost and batch.tentative:
             if func not in LIKE:
-                self._lose(func, out, batch)
+                self._lose(func, out, batch, fresh)
             return
         if batch.lost:
             self._lose(func, out, batch)
+            _note_end(recording, out, marked)
         elif any(out is t for t, _ in marked):
             return  # the argument itself
         else:
@@ -390,10 +408,10 @@ class _Recorder(TorchFunctionMode):
             return
         if func in LOSSES:
             f = kwargs.get("input", args[0] if args else None)
-            axis = batch_of(f) if isinstance(f, Tensor) else None
+            at = batch_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
-            _note_loss(recording, func, axis, args, kwargs, node, module)
+            _note_loss(recording, func, at, args, kwargs, node, module)
         elif func in _BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in _BENDS and len(marked) == 1 and not batch.lost:
@@ -485,7 +503,7 @@ class _Recorder(TorchFunctionMode):
                     pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False),  # type: ignore[arg-type]
+                    *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
                 )
 
     def _in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -522,7 +540,7 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
                 self._adopt(target)
-                self._lose(func, target, faint[0])
+                self._lose(func, target, faint[0], fresh=False)
             return None
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = _INPLACE[func]
@@ -634,6 +652,13 @@ class _Recorder(TorchFunctionMode):
             store_tap(self.recording, func, node, out.output_nr, batch, forms, (), True)
 
 
+def _note_end(recording: Recording, out: Tensor, marked: list[tuple[Tensor, Batch]]) -> None:
+    """Remember what a result was computed from in which samples are no longer apart."""
+    if out.grad_fn is not None:
+        ends = [(get_gradient_edge(t), axis) for t, axis in marked if t.requires_grad and not axis.lost]
+        notes(out.grad_fn)[ENDS] = [(edge, axis, recording) for edge, axis in ends]
+
+
 def _note_loss(
     recording: Recording,
     func: Any,
@@ -645,35 +670,55 @@ def _note_loss(
 ) -> None:
     """Remember how to find the Hessian of a loss."""
     f: Tensor = args[0] if args else kwargs["input"]
-    if axis is None or axis.lost or not f.requires_grad:
+    if not f.requires_grad:
         return
-    rule = _without_logits(func, axis, args, kwargs, node)
-    record = LossRecord(rule, get_gradient_edge(f), module, f.device.type)
+    rule = _without_logits(func, args, kwargs, node)
+    record = LossRecord(rule, get_gradient_edge(f), module, axis, f.device.type)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: _on_backward(recording, record, grads))
 
 
 def _without_logits(
-    func: Any, axis: Batch, args: tuple, kwargs: dict[str, Any], node: Node
-) -> Callable[[], LossHessian | None]:
+    func: Any, args: tuple, kwargs: dict[str, Any], node: Node
+) -> Callable[[Batch], LossHessian | None]:
     """The rule of a loss, holding no more than autograd does.
 
     Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
     """
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    versions = [t._version for t in tensors[1:]]
     logits_node = args[0].grad_fn if args else None
     below: Node | None = node if func is torch.nn.functional.cross_entropy else None
     while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
         below = below.next_functions[0][0] if below.next_functions else None
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
-        return lambda: LOSSES[func](axis, *map(_widened, args), **kwargs)
-    logits, rest, saved = weakref.ref(args[0]), args[1:], below
+        first = tensors[0]._version
 
-    def rule() -> LossHessian | None:
+        def by_arguments(axis: Batch) -> LossHessian | None:
+            _refuse_changed(func, tensors, [first, *versions])
+            return LOSSES[func](axis, *map(_widened, args), **kwargs)
+
+        return by_arguments
+    logits, rest, saved, version = weakref.ref(args[0]), args[1:], below, args[0]._version
+    others = tensors[1:]
+
+    def rule(axis: Batch) -> LossHessian | None:
+        _refuse_changed(func, others, versions)
         f = logits()
-        f = saved._saved_result if f is None else f  # type: ignore[attr-defined]
+        if f is None or f._version != version:
+            f = saved._saved_result  # type: ignore[attr-defined]
         return LOSSES[func](axis, _widened(f), *rest, **kwargs)
 
     return rule
+
+
+def _refuse_changed(func: Any, tensors: list[Tensor], versions: list[int]) -> None:
+    if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+        raise RuntimeError(
+            f"an argument of the loss {func.__name__} was modified by an in-place operation after the "
+            "loss was computed, so that its Hessian is not known; use the out-of-place version of that "
+            "operation, or call backward before it"
+        )
 
 
 def _widened(x: Any) -> Any:
@@ -804,7 +849,7 @@ def _axes_of_inputs(
 
 def _recordable() -> bool:
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return _state.enabled and torch.is_grad_enabled() and not compiling
+    return disable.should_store_io() and torch.is_grad_enabled() and not compiling
 
 
 def _calls_running(module: nn.Module | None) -> int:
@@ -836,6 +881,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             continue
         axis = axes[id(tensor)]
         if axis is not None:
+            # What the loss takes is data, whatever its targets look like.
+            axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
         border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)
@@ -902,14 +949,16 @@ def _close() -> None:
     recorder = _state.recorder
     assert recorder is not None
     _state.recorder = None
-    recorder.close()
-    recorder.__exit__(None, None, None)
-    for ref in recorder.adopted:
-        tensor = ref()
-        if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
-            delattr(tensor, MARK)
-    _forget()
-    recorder.recording.arguments.clear()
+    try:
+        recorder.close()
+        recorder.__exit__(None, None, None)
+        for ref in recorder.adopted:
+            tensor = ref()
+            if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
+                delattr(tensor, MARK)
+    finally:
+        _forget()
+        recorder.recording.arguments.clear()
 
 
 def _forget() -> None:
@@ -918,31 +967,41 @@ def _forget() -> None:
 
 
 def _on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
-    if reached is not None:
-        reached(recording, loss, grads)
-    elif not torch._C._autograd._get_current_graph_task_keep_graph():
-        recording.release()
+    reached(recording, loss, grads)
+
+
+def captures(thread: int) -> bool:
+    """Whether capture is on in a thread."""
+    return thread not in _switched_off
+
+
+class _StoreIO:
+    """The attribute of that name, read from the class or an instance."""
+
+    def __get__(self, instance: object, owner: object) -> bool:
+        return captures(threading.get_ident())
 
 
 class disable:  # noqa: N801
-    """Switch capture off: ``with disable(): model(X)`` records nothing.
+    """Switch capture off in this thread: ``with disable(): model(X)`` records nothing.
 
     Class attribute ``store_io`` and :meth:`should_store_io` say whether capture is on, as in the
-    original library.
+    original library. Blocks may be nested, and one object be used again and by several threads.
     """
 
-    store_io = True
+    store_io = _StoreIO()
 
     def __enter__(self) -> None:
-        self._before = _state.enabled
-        _state.enabled = False
-        disable.store_io = False
+        thread = threading.get_ident()
+        _switched_off[thread] = _switched_off.get(thread, 0) + 1
 
     def __exit__(self, *exc: object) -> None:
-        _state.enabled = self._before
-        disable.store_io = self._before
+        thread = threading.get_ident()
+        _switched_off[thread] -= 1
+        if not _switched_off[thread]:
+            del _switched_off[thread]
 
     @staticmethod
     def should_store_io() -> bool:
         """Whether capture is on."""
-        return _state.enabled
+        return captures(threading.get_ident())

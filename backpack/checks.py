@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.backprop import Graph, leaves_below
-from backpack.quantities import BackpropExtension, BatchGrad
+from backpack.quantities import BackpropExtension, Product
 from backpack.taps import Recording, Source, Tap
 
 
@@ -28,6 +28,10 @@ class Names:
                 if each is parameter:
                     return f"'{name}'"
         return f"of shape {tuple(parameter.shape)}"
+
+    def of(self, tap: Tap) -> str:
+        """The names of the parameters of a tap."""
+        return ", ".join(self(p) for source in tap.sources for p in parameters_of(source))
 
     def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
         parameter, where = unseen[0]
@@ -81,7 +85,7 @@ def check(
         extensions: the quantities.
         rooted: whether the call of ``backward`` was seen.
     """
-    second_order = [ext for ext in extensions if ext.kind.name != "gradient"]
+    second_order = [ext for ext in extensions if ext.source.second_order]
     if any(recording.packed for recording in graph.recordings):
         raise NotImplementedError(
             "the model packs sequences (pack_padded_sequence), which leaves no axis for samples; "
@@ -115,10 +119,9 @@ def check(
                 "backward with retain_graph=True, or run the forward pass again"
             )
         if tap.batch.lost:
-            who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
             raise RuntimeError(
-                f"cannot tell which axis of the output of {tap.op} (parameters {who}) holds the "
-                f"samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
+                f"cannot tell which axis of the output of {tap.op} (parameters {names.of(tap)}) holds "
+                f"the samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
                 "batch_dim to extend"
             )
     if graph.mixed and fresh:
@@ -128,7 +131,7 @@ def check(
         )
     if graph.mixing:
         _refuse_mixing(graph.mixing, extensions)
-    if not rooted and any(ext.kind.name == "product" for ext in second_order):
+    if not rooted and any(isinstance(ext, Product) for ext in second_order):
         raise RuntimeError(
             "products with curvature (GGNMP, HMP, PCHMP) keep the graph, for which the call must "
             "be loss.backward(), not torch.autograd.backward(loss)"
@@ -148,6 +151,7 @@ def _refuse_mixing(why: str, extensions: Sequence[BackpropExtension]) -> None:
         "defined; call model.eval(), or use a norm that keeps samples apart (GroupNorm)"
     )
     for ext in extensions:
-        if not isinstance(ext, BatchGrad):
+        if not ext.mixed:
             raise NotImplementedError(f"{ext.savefield}: {text}")
-    warnings.warn(f"{text}. grad_batch holds each row's contribution to the gradient", stacklevel=2)
+    fields = ", ".join(ext.savefield for ext in extensions)
+    warnings.warn(f"{text}. {fields} holds each row's contribution to the gradient", stacklevel=2)

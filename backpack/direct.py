@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.blocks import Block
+from backpack.checks import Names
 from backpack.run import Run
 
 
@@ -27,6 +28,14 @@ class DirectRun(Run):
     def pass_down(self) -> None:
         """Do what an ordinary pass does, in its order."""
         self.begin()
+        for _, tap in self.graph.taps:
+            if tap.changed:
+                who = Names(self.graph.recordings).of(tap)
+                raise RuntimeError(
+                    f"an input of {tap.op} (parameters {who}) was modified by an in-place operation "
+                    "after the forward pass; use the out-of-place version of that operation, or call "
+                    "backward before it"
+                )
         self._reach_losses()
         self._reach_taps()
         for leaf in self.leaves.values():
@@ -35,6 +44,9 @@ class DirectRun(Run):
         self.end()
 
     def _reach_losses(self) -> None:
+        """Losses have a part in their hooks only: their columns were carried when the pass began."""
+        if self.block.owner.extension_hook is None:
+            return
         records = {node: record for node, (record, _) in self.graph.losses.items()}
         edges = [GradientEdge(node, 0) for node in records]
         for record, edge, grad in zip(records.values(), edges, self._gradients(edges), strict=True):

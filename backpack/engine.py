@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +15,11 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack import capture
+from backpack import capture, certificate
 from backpack.blocks import Block, ExtensionHook, Nested, current_block, open_blocks
+from backpack.columns import ColumnSource
 from backpack.direct import DirectRun
-from backpack.quantities import BackpropExtension
+from backpack.quantities import BackpropExtension, Product
 from backpack.run import Run
 from backpack.taps import LossRecord, Recording
 
@@ -26,9 +28,14 @@ class backpack:  # noqa: N801
     """Compute quantities during the backward passes inside the block.
 
     Example:
-        >>> with backpack(Variance(), DiagGGNExact()):  # doctest: +SKIP
+        >>> from backpack import extend
+        >>> from backpack.extensions import BatchL2Grad, DiagGGNExact
+        >>> model, lossfunc = extend(torch.nn.Linear(4, 3)), extend(torch.nn.CrossEntropyLoss())
+        >>> loss = lossfunc(model(torch.rand(5, 4)), torch.tensor([0, 1, 2, 1, 0]))
+        >>> with backpack(BatchL2Grad(), DiagGGNExact()):
         ...     loss.backward()
-        >>> parameter.variance, parameter.diag_ggn_exact  # doctest: +SKIP
+        >>> model.weight.batch_l2.shape, model.weight.diag_ggn_exact.shape
+        (torch.Size([5]), torch.Size([3, 4]))
 
     Args:
         *exts: quantities, instances of the classes in :mod:`backpack.extensions`. Of two that save
@@ -45,9 +52,18 @@ class backpack:  # noqa: N801
             called. (Functions of ``torch.autograd`` compute it all the same.) Without first-order
             quantities the graph's memory is freed with the loss, not by ``backward``. For clipping,
             curvature of a trained model, attribution.
+        certify: how often to try out, by two more passes through the graph, that below the model's
+            output samples are apart as it seemed in the forward pass: ``"once"`` for each model and
+            kind of graph, again at a low rate, and where samples are picked by an index; ``"always"``;
+            ``"never"``. By default once (``backpack.certificate.default``). A failure is an error that
+            names the operation at which samples are mixed.
 
     Raises:
-        ValueError: if ``exts`` holds anything but instances of extensions.
+        ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
+
+    With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
+    As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
+    the model; :func:`backpack.memory_cleanup` (``memory_cleanup(model)``) lets go of it.
 
     Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
     entered it.
@@ -61,6 +77,7 @@ class backpack:  # noqa: N801
         retain_graph: bool = False,
         chunk_size: int | None = None,
         gradient: bool = True,
+        certify: certificate.Mode | None = None,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -70,6 +87,8 @@ class backpack:  # noqa: N801
                 )
             if not isinstance(ext, BackpropExtension):
                 raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
+            if not isinstance(ext.source, ColumnSource):
+                raise ValueError(f"{ext!r} names no source of columns, but {ext.source!r}")
         fields = [ext.savefield for ext in exts]
         for name in sorted({name for name in fields if fields.count(name) > 1}):
             warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)
@@ -80,7 +99,10 @@ class backpack:  # noqa: N801
         self.debug = debug
         self.retain_graph = retain_graph
         self.chunk_size = chunk_size
+        if certify not in (None, *certificate.MODES):
+            raise ValueError(f"certify must be one of {certificate.MODES}, got {certify!r}")
         self.gradient = gradient
+        self.certify: certificate.Mode = certify or certificate.default
         self._blocks: list[_Block] = []
 
     @property
@@ -95,7 +117,10 @@ class backpack:  # noqa: N801
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._blocks.pop().close()
+        # Another thread may have entered the same object since.
+        block = [each for each in self._blocks if each.thread == threading.get_ident()][-1]
+        self._blocks.remove(block)
+        block.close()
 
 
 class _Block(Block):
@@ -105,16 +130,17 @@ class _Block(Block):
 
     def open(self) -> None:
         open_blocks.append(self)
-        capture.reached = _reached
         self.watch.__enter__()
 
     def close(self) -> None:
-        self.watch.__exit__(None, None, None)
-        del self.watch  # which refers to the block
-        open_blocks.remove(self)
-        for run in list(self.runs.values()):
-            run.abort()
-        self.runs.clear()
+        try:
+            self.watch.__exit__(None, None, None)
+        finally:
+            del self.watch  # which refers to the block
+            open_blocks.remove(self)
+            for run in list(self.runs.values()):
+                run.abort()
+            self.runs.clear()
 
 
 class _Watch(TorchFunctionMode):
@@ -128,7 +154,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        products = any(ext.kind.name == "product" for ext in self.block.owner.extensions)
+        products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
         if products and func in (Tensor.backward, torch.autograd.grad) and not self.block.nested:
             kwargs = {**kwargs, "retain_graph": True}
         if func is Tensor.backward:
@@ -175,15 +201,16 @@ class _Watch(TorchFunctionMode):
                     f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
                     "for NaN in the inputs or a learning rate that is too large"
                 )
-        block.wanted, block.complete = wanted, not limited
-        block.roots = [
-            (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
-            for t, g in zip(outputs, gradients, strict=True)
-        ]
         handles = []
         try:
+            block.wanted, block.complete = wanted, not limited
+            block.roots = [
+                (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
+                for t, g in zip(outputs, gradients, strict=True)
+            ]
+            block.hooked = any(t._backward_hooks for t in outputs)
             direct = func is Tensor.backward and not block.owner.gradient
-            if direct and capture.disable.should_store_io():
+            if direct and block.listens:
                 return self._directly(*args, **kwargs)
             # The run begins before anything is executed and freed.
             begins = partial(_run_begins, block)
@@ -222,7 +249,7 @@ class _Watch(TorchFunctionMode):
 
 def _run_begins(block: Block, grads: Any) -> None:
     """A backward call seen by the block's watch has reached its root."""
-    if not block.nested and capture.disable.should_store_io():
+    if not block.nested and block.listens:
         _run_of(block).tap_here(grads)
 
 
@@ -239,8 +266,8 @@ def _run_of(block: Block) -> Run:
 
 def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     """Backward has reached a loss or a model output."""
-    block = current_block() if capture.disable.should_store_io() else None
-    if block is None or not block.owner.active:
+    block = current_block()
+    if block is None or not block.listens:
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             recording.release()
         return
@@ -251,3 +278,6 @@ def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     if loss is not None:
         run.loss(loss, GradientEdge(node, 0), grads[0])
     run.tap_here(grads)
+
+
+capture.reached = _reached

@@ -82,6 +82,11 @@ class LossHessian(ABC):
     batch: Batch
     block: tuple[int, ...]
 
+    @property
+    def axes(self) -> list[Batch]:
+        """The sample axis of the model output."""
+        return [self.batch]
+
     @abstractmethod
     def root(self) -> Tensor:
         """Square root of all blocks, ``[r, *f.shape]``, without the incoming gradient."""
@@ -145,11 +150,39 @@ class LossHessian(ABC):
         return self.draw(count, generator) * (_incoming_root(self.incoming(grad)) / count**0.5)
 
 
+def signed_columns(
+    loss: LossHessian | Differentiated, grad: Tensor, chunk: int, signed: bool
+) -> Iterator[tuple[Sequence[Tensor], Tensor | None]]:
+    """Exact columns at every model output, with the signs ``[v, n]`` that their squares count with.
+
+    Args:
+        loss: the Hessian, which may be indefinite if it was differentiated twice.
+        grad: the gradient at the loss, which may be negative.
+        chunk: number of columns at a time.
+        signed: whether signs are wanted; without them an indefinite Hessian is an error.
+
+    Yields:
+        ``[<= chunk, *output.shape]`` for every output, and signs (``None``: all positive).
+    """
+    if isinstance(loss, Differentiated):
+        signs = loss.signs.split(chunk) if loss.signs is not None and signed else None
+        root = replace(loss, signs=None) if signed else loss
+        for j, parts in enumerate(root.columns(grad, chunk)):
+            yield parts, None if signs is None else signs[j]
+    elif signed and bool((grad < 0).any()):
+        for part, sign in ((grad, 1.0), (-grad, -1.0)):
+            for columns in loss.columns(part.clamp(min=0), chunk):
+                yield [columns], columns.new_full((len(columns), loss.batch.size), sign)
+    else:
+        yield from (([columns], None) for columns in loss.columns(grad, chunk))
+
+
 def _incoming_root(grad: Tensor) -> Tensor:
     if bool((grad < 0).any()):
         raise ValueError(
             "the gradient arriving at the loss is negative (a loss times a negative number?): its "
-            "generalized Gauss-Newton has no square root; negate the quantity instead of the loss"
+            "generalized Gauss-Newton has no square root; negate the quantity instead of the loss, or "
+            "use its diagonal (DiagGGNExact) or products (GGNMP)"
         )
     return grad.sqrt()
 
@@ -643,17 +676,25 @@ class Differentiated:
     gradient at the loss is already in it.
 
     Attributes:
-        root: square roots, ``[r, N, outputs of a sample]``.
+        root: square roots, ``[r, N, outputs of a sample]``; of the absolute values where a Hessian has
+            negative eigenvalues.
         outputs: shape and sample axis of every model output.
+        signs: signs of the eigenvalues, ``[r, N]``; ``None``: none is negative.
     """
 
     root: Tensor
     outputs: Sequence[tuple[torch.Size, Batch]]
+    signs: Tensor | None = None
 
     @property
     def f(self) -> Tensor:
         """A tensor with dtype and device of the model output."""
         return self.root
+
+    @property
+    def axes(self) -> list[Batch]:
+        """The sample axes of the model outputs."""
+        return [axis for _, axis in self.outputs]
 
     def _parts(self, columns: Tensor) -> list[Tensor]:
         """``[v, N, outputs of a sample]`` -> ``[v, *output.shape]`` each."""
@@ -669,7 +710,16 @@ class Differentiated:
 
     def columns(self, grad: Tensor, chunk: int) -> Iterator[list[Tensor]]:
         """Exact columns, ``[<= chunk, *output.shape]`` at a time for every output."""
+        self._refuse_negative()
         return (self._parts(part) for part in self.root.split(chunk) if len(part))
+
+    def _refuse_negative(self) -> None:
+        if self.signs is not None:
+            raise ValueError(
+                "the loss is not convex in the model output (its Hessian has negative eigenvalues): "
+                "the generalized Gauss-Newton has no square root there; its diagonal (DiagGGNExact, "
+                "BatchDiagGGNExact) and products with it (GGNMP) are defined"
+            )
 
     def fewest(self) -> Differentiated:
         """As few columns as there are."""
@@ -677,6 +727,7 @@ class Differentiated:
 
     def sampled(self, grad: Tensor, count: int, generator: torch.Generator | None) -> list[Tensor]:
         """``count`` Monte-Carlo columns, ``[count, *output.shape]`` for every output."""
+        self._refuse_negative()
         z = _normal((count, *self.root.shape[:2]), self.root, generator) / count**0.5
         return self._parts(torch.einsum("vrn,rno->vno", z, self.root))
 
@@ -692,8 +743,7 @@ def differentiate_twice(
         create_graph: whether the result is to be differentiated (once).
 
     Raises:
-        ValueError: if the outputs are too large for this, or the loss is not convex in them, or mixes
-            samples.
+        ValueError: if the outputs are too large for this, or the loss mixes samples.
         NotImplementedError: if torch cannot differentiate the loss twice.
     """
     sizes = {batch.size for _, _, batch in found}
@@ -753,16 +803,13 @@ def differentiate_twice(
         )
     values, vectors = spectrum((exact + exact.mT) / 2)
     noise = 1e3 * eps * values.abs().amax() + eps / samples
-    if bool((values < -noise).any()):
-        raise ValueError(
-            "the loss is not convex in the model output (its Hessian has negative eigenvalues): the "
-            "generalized Gauss-Newton has no square root there"
-        )
-    scale = values.clamp(min=0).sqrt().unsqueeze(1)
+    signs = torch.where(values < -noise, -1.0, 1.0).to(values)
+    scale = (values * signs).clamp(min=0).sqrt().unsqueeze(1)
     roots = vectors * scale
     if create_graph:
         # Of the square root's derivatives one that is right for the product and smooth.
-        inverse = vectors * torch.where(values.unsqueeze(1) > noise, 1 / scale, 0)
-        change = (hessian - exact) @ inverse
+        inverse = vectors * torch.where(values.abs().unsqueeze(1) > noise, 1 / scale, 0)
+        change = (hessian - exact) @ (inverse * signs.unsqueeze(1))
         roots = roots + change - roots @ (inverse.mT @ change) / 2
-    return Differentiated(roots.movedim(2, 0), outputs)
+    indefinite = bool((signs < 0).any())
+    return Differentiated(roots.movedim(2, 0), outputs, signs.T if indefinite else None)

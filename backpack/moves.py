@@ -111,6 +111,8 @@ def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
 
 def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     """Row-major order is kept: match the products of the axes before the samples."""
+    if not batch.size and 0 in new:  # no samples: any axis without entries is theirs
+        return batch.placed(list(new).index(0), 1, 1)
     if batch.picked is not None:
         return _reshape_picked(batch, old, new)
     if batch.dim == 0 and batch.outer == 1 and new and batch.size:
@@ -123,7 +125,7 @@ def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     for dim, length in enumerate(new):
         right = prod(new[dim + 1 :])
         covers = left * length * right == before * batch.size * after
-        if covers and length and before % left == 0 and after % right == 0:
+        if covers and left and length and right and before % left == 0 and after % right == 0:
             outer, inner = before // left, after // right
             if outer * batch.size * inner == length:
                 if outer == inner == 1:  # one sample fits many axes: prefer one that holds no more

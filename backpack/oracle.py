@@ -1,8 +1,8 @@
 """The oracle: every quantity by brute force, with plain autograd and in float64.
 
-It shares no code with the rest: the model runs unextended, samples are told apart by holding all
-rows but one of the model output constant, Jacobians and Hessians are computed row by row. Slow, and
-the judge of everything else.
+:class:`Oracle` uses torch alone, and nothing of this library: the model runs unextended, samples are
+told apart by holding all rows but one of the model output constant, Jacobians and Hessians are computed
+row by row. Slow, and the judge of everything else. :func:`check` runs both and compares.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from backpack.quantities import (
     BatchL2Grad,
     DiagGGNExact,
     DiagHessian,
-    Kind,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
+from backpack.sources import ExactRoot, SampledRoot
 
 
 class Oracle:
@@ -202,12 +202,18 @@ _TWINS: dict[str, Callable[[Oracle], dict[str, Tensor]]] = {
 }
 
 
+# Compared by the matrix that they are a root of.
+_ROOTS = frozenset({"sqrt_ggn_exact", "sqrt_ggn_mc"})
+
+
 @dataclass
 class Report:
     """What :func:`check` found: the largest relative error of each parameter and quantity.
 
     Errors are relative to the parameter's largest entry, or to a thousandth of the largest entry of
-    all parameters if that is more (gradients that vanish by symmetry are rounding noise).
+    all parameters if that is more (gradients that vanish by symmetry are rounding noise). They are
+    infinite where a value is not a number, has the wrong shape, is missing although the parameter has a
+    gradient, or is there although it has none.
     """
 
     tolerance: float
@@ -289,13 +295,21 @@ def check(
 
     Raises:
         KeyError: for a quantity that has no brute-force twin (Kronecker factors approximate).
+        ValueError: for a quantity of some samples only.
 
     Example:
-        >>> print(check(model, nn.CrossEntropyLoss(), X, y))  # doctest: +SKIP
+        >>> model, X, y = nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> report = check(model, nn.CrossEntropyLoss(), X, y)
+        >>> report.ok, report.worst < 1e-8
+        (True, True)
     """
     for ext in extensions:
         if ext.savefield not in _TWINS:
             raise KeyError(f"{ext!r} has no brute-force twin; leave it out of check(...)")
+        if ext.subsampling is not None:
+            raise ValueError(
+                f"check compares all samples, but {ext!r} has subsampling={ext.subsampling}"
+            )
     oracle = Oracle(
         unextend(_copy(model, torch.float64)),
         unextend(_copy(lossfunc, torch.float64)) if isinstance(lossfunc, nn.Module) else lossfunc,
@@ -321,18 +335,26 @@ def check(
         expected = oracle.value(ext.savefield)
         largest = max((float(e.abs().max()) for e in expected.values() if e.numel()), default=0.0)
         for name, reference in expected.items():
-            value = getattr(parameters[name], ext.savefield, None)
-            if value is None:
-                error = float("inf") if bool(reference.any()) else 0.0
-            else:
-                value = value.double()
-                if ext.savefield.startswith("sqrt"):
-                    value = _sqrt_gram(value)
-                scale = max(float(reference.abs().max()), 1e-3 * largest) or 1.0
-                error = float((value - reference).abs().max()) / scale
-                error = float("inf") if error != error else error
+            p = parameters[name]
+            value = getattr(p, ext.savefield, None)
+            if value is not None and ext.savefield in _ROOTS:
+                fits = value.shape[1:] == (oracle.samples, *p.shape)
+                value = _sqrt_gram(value) if fits else value
+            found = (value is not None) == (p.grad is not None)
+            error = _error(value, reference, 1e-3 * largest) if found else float("inf")
             report.errors[name, ext.savefield] = error
     return report
+
+
+def _error(value: Tensor | None, reference: Tensor, least: float) -> float:
+    """The largest difference, relative to the largest entry; a missing value stands for zeros."""
+    value = torch.zeros_like(reference) if value is None else value.double()
+    if value.shape != reference.shape:
+        return float("inf")
+    if not reference.numel():
+        return 0.0
+    error = float((value - reference).abs().max()) / (max(float(reference.abs().max()), least) or 1.0)
+    return float("inf") if error != error else error
 
 
 def _copy(module: Any, dtype: torch.dtype) -> Any:
@@ -348,8 +370,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _exactly(ext: BackpropExtension) -> BackpropExtension:
-    if ext.kind.name != "sampled":
+    if not isinstance(ext.source, SampledRoot):
         return ext
     ext = copy.copy(ext)
-    ext.kind = Kind("exact")
+    ext.source = ExactRoot()
     return ext

@@ -57,8 +57,9 @@ def keeps_apart(
     if not any(id(x) in axes and _differentiable(x) and x.numel() for x in leaves):
         return True
     key = _key(func, leaves, str(spec), axes, place, axis)
-    if key is not None and key in _verdicts:
-        return _verdicts[key]
+    # Other threads may empty the dictionary at any time.
+    if key is not None and (known := _verdicts.get(key)) is not None:
+        return known
 
     def results(leaves: list[Any]) -> Any:
         new_args, new_kwargs = tree_unflatten(leaves, spec)
@@ -182,10 +183,10 @@ def _others(x: Tensor) -> Tensor:
         return x
     flat = x.flatten()
     flat = torch.where(flat == 0, torch.ones_like(flat), flat)[torch.randperm(len(flat)).to(x.device)]
-    return (flat * _generic(flat.shape, flat)).reshape(x.shape)
+    return (flat * generic(flat.shape, flat)).reshape(x.shape)
 
 
-def _generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
+def generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     """Numbers between 0.5 and 1.5 without a pattern."""
     count = torch.Size(shape).numel()
     steps = torch.arange(1, count + 1, device=like.device, dtype=torch.float32)
@@ -215,7 +216,7 @@ def _scales(
     if not isinstance(out, Tensor) or not out.requires_grad or not out.numel():
         return True
     inputs = [here[j] for j in places]
-    cotangent = _generic(out.shape, out)
+    cotangent = generic(out.shape, out)
     scaled = cotangent * _scale(axis, out)
     plain = torch.autograd.grad(out, inputs, cotangent, retain_graph=True, allow_unused=True)
     found = torch.autograd.grad(out, inputs, scaled, allow_unused=True)
@@ -225,7 +226,7 @@ def _scales(
 def _scale(axis: Batch, like: Tensor) -> Tensor:
     """One number for each sample, along the sample axis of a tensor."""
     ids = axis.sample_ids(like.device)
-    scales = _generic((int(ids.max()) + 1,), like)[ids]
+    scales = generic((int(ids.max()) + 1,), like)[ids]
     return scales.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
 
@@ -257,9 +258,9 @@ def axis_by_backward(
         shapes = tuple(tuple(edge.node._input_metadata[edge.output_nr].shape) for edge in edges)
         here = (output.output_nr, output.shape, output.dtype, device)
         key = ("backward", key, shapes, *here, *axes, *candidates)
-        if key in _verdicts:
-            return _verdicts[key]
-    cotangent, node = _generic(output.shape, output), output.grad_fn
+        if (known := _verdicts.get(key)) is not None:
+            return known
+    cotangent, node = generic(output.shape, output), output.grad_fn
     assert node is not None
     children = [(child, nr) for child, nr in node.next_functions]
     places = [children.index((edge.node, edge.output_nr)) for edge in edges]

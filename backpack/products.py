@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backpack.backprop import hooks_suspended
-from backpack.hessian import Path, bend, gradients
+from backpack.backprop import differentiable_twice, hooks_suspended
+from backpack.columns import gradients
+from backpack.hessian import Path, bend
+from backpack.tangents import jacobian_products
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
 Product = Callable[[Tensor], Tensor]
@@ -47,38 +49,32 @@ def hessian_product(starts: Starts, parameter: Tensor) -> Product:
         (gradient,) = gradients(starts, [place], create_graph=True)
         if gradient is None or not gradient.requires_grad:
             return torch.zeros_like(parameter)
-        (found,) = torch.autograd.grad(
-            [gradient], [place], [vector], retain_graph=True, allow_unused=True
-        )
-        return _or_zeros(found, parameter)
+        with differentiable_twice():
+            (found,) = torch.autograd.grad(
+                [gradient], [place], [vector], retain_graph=True, allow_unused=True
+            )
+        return _finite(_or_zeros(found, parameter), vector, "hmp")
 
     return _by_rows(parameter, "hmp", one)
 
 
-def _jacobian_products(
-    places: Sequence[GradientEdge], likes: Sequence[Tensor], parameter: Tensor, vector: Tensor
-) -> list[Tensor]:
-    """``J v`` at several places, by differentiating the vector-Jacobian product in its vector."""
-    dummies = [torch.zeros_like(like).requires_grad_() for like in likes]
-    (pulled,) = torch.autograd.grad(
-        list(places),
-        [get_gradient_edge(parameter)],
-        dummies,
-        create_graph=True,
-        retain_graph=True,
-        allow_unused=True,
-    )
-    if pulled is None or not pulled.requires_grad:
-        return [torch.zeros_like(like) for like in likes]
-    found = torch.autograd.grad([pulled], dummies, [vector], retain_graph=True, allow_unused=True)
-    return [_or_zeros(f, like) for f, like in zip(found, likes, strict=True)]
+def _finite(result: Tensor, vector: Tensor, name: str) -> Tensor:
+    """Refuse what is not finite though its vector is, and the other way round."""
+    if not bool(torch.isfinite(vector).all()):
+        return torch.full_like(result, torch.nan)
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(
+            f"{name}: the product is not finite; an operation of the model has no derivative at these "
+            "values (a norm or square root at zero, rows that are masked as a whole), or overflows"
+        )
+    return result
 
 
 def ggn_product(starts: Starts, outputs: Sequence[GradientEdge], parameter: Tensor) -> Product:
     """``v -> J^T H J v`` with ``H`` the Hessian in the model outputs."""
 
     def one(vector: Tensor) -> Tensor:
-        return _ggn_vector(starts, outputs, parameter, vector)
+        return _finite(_ggn_vector(starts, outputs, parameter, vector), vector, "ggnmp")
 
     return _by_rows(parameter, "ggnmp", one)
 
@@ -92,14 +88,15 @@ def _ggn_vector(
     if not curved:
         return torch.zeros_like(parameter)
     edges = [edge for edge, _ in used]
-    forward = _jacobian_products(edges, [g for _, g in used], parameter, vector)
-    back = torch.autograd.grad(
-        curved,
-        edges,
-        [f for f, (_, g) in zip(forward, used, strict=True) if g.requires_grad],
-        retain_graph=True,
-        allow_unused=True,
-    )
+    forward = jacobian_products(edges, [g for _, g in used], [get_gradient_edge(parameter)], [vector])
+    with differentiable_twice():
+        back = torch.autograd.grad(
+            curved,
+            edges,
+            [f for f, (_, g) in zip(forward, used, strict=True) if g.requires_grad],
+            retain_graph=True,
+            allow_unused=True,
+        )
     kept = [(edge, b) for edge, b in zip(edges, back, strict=True) if b is not None]
     (found,) = gradients(kept, [get_gradient_edge(parameter)], create_graph=False)
     return _or_zeros(found, parameter)
@@ -130,11 +127,13 @@ def positive_curvature_product(
                 continue
             below, residual = found
             residual = residual.clamp(min=0) if modify == "clip" else residual.abs()
-            (forward,) = _jacobian_products([below], [residual], parameter, vector)
+            (forward,) = jacobian_products(
+                [below], [residual], [get_gradient_edge(parameter)], [vector]
+            )
             (back,) = gradients(
                 [(below, residual * forward)], [get_gradient_edge(parameter)], create_graph=False
             )
             total = total + _or_zeros(back, parameter)
-        return total
+        return _finite(total, vector, "pchmp")
 
     return _by_rows(parameter, "pchmp", one)

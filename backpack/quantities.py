@@ -12,53 +12,93 @@ Numbers and names: BackPACK (Dangel, Kunstner, Hennig, ICLR 2020, arXiv:1912.109
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backpack.factors import Form, Sharing, spectrum
-
-
-class Kind(NamedTuple):
-    """Which columns a quantity needs; equal kinds share one propagation."""
-
-    name: Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
-    mc_samples: int = 0
-    generator: torch.Generator | None = None
+from backpack.columns import ColumnSource
+from backpack.factors import Form, Lookup, Outer, Sharing, Single, positions_of, spectrum
+from backpack.kronecker import KroneckerEigen, KroneckerFactored
+from backpack.sources import (
+    AveragedRoot,
+    ExactRoot,
+    HessianRoot,
+    LossGradient,
+    NoColumns,
+    RandomSigns,
+    SampledRoot,
+)
 
 
 class Context(NamedTuple):
-    """What is known when a parameter's gradient is complete."""
+    """What is known when a parameter's gradient is complete.
+
+    Attributes:
+        parameter: the parameter.
+        samples: number of samples.
+        gradient: gives its gradient.
+        zeros: gives a column of zeros, in the form in which columns would reach the parameter.
+    """
 
     parameter: Tensor
     samples: int
     gradient: Callable[[], Tensor]
+    zeros: Callable[[], Form]
 
 
 class BackpropExtension:
     """A quantity, saved to ``parameter.<savefield>``.
 
-    Subclass it to add one: give ``savefield`` and ``kind``, and :meth:`reduce`; the rest has
-    defaults.
+    Subclass it to add one: give ``savefield`` and ``source``, and :meth:`reduce`; the rest has
+    defaults. What it needs is said by attributes of the class, and by nothing else: neither the name of
+    the field nor which methods it has. The defaults are right for any quantity; other values save work.
+
+    Attributes:
+        savefield: the attribute of a parameter that holds the value.
+        source: the columns it is computed from (:mod:`backpack.sources`).
+        per_sample: whether single samples of a form are looked at. With ``False``, a form of Hessian
+            columns may be :class:`~backpack.factors.Together`, whose samples cannot be told apart.
+        needs_gradient: whether :meth:`finish` may ask for the gradient. With ``False``, the value is
+            saved before the gradient is there.
+        written_out: whether a form that is written out (``Dense``) is as good as any. With ``True``, it
+            may be given one that was written out for another quantity.
+        writes_out: whether it writes out the whole form in any case.
+        every_column: whether columns that do not reach a parameter are kept, as zeros.
+        every_use: whether a form is that of all uses of a parameter, also where its columns reach some
+            of them only (the others have columns of zeros).
+        signed: whether exact columns may come with signs, where the Hessian of the loss is indefinite.
+        refines: whether the columns are looked at again, by :meth:`refine`.
+        large: whether the value of an earlier pass is let go before this one's is computed.
+        mixed: whether the value has a meaning where samples are mixed (batch norm in training mode), as
+            each row's contribution.
 
     Example:
+        >>> from backpack import backpack, extend
         >>> class GradientMax(BackpropExtension):
         ...     savefield = "grad_max"
+        ...
         ...     def reduce(self, form, sign=None):
         ...         return form.dense()[0].flatten(1).abs().amax(1)
+        >>> model = extend(torch.nn.Linear(4, 3))
+        >>> with backpack(GradientMax()):
+        ...     model(torch.rand(5, 4)).sum().backward()
+        >>> model.weight.grad_max.shape, model.bias.grad_max
+        (torch.Size([5]), tensor([1., 1., 1., 1., 1.]))
     """
 
     savefield: str
-    kind: Kind = Kind("gradient")
-    # Whether columns that do not reach a parameter are kept, as zeros.
+    source: ColumnSource = LossGradient()
+    per_sample: bool = True
+    needs_gradient: bool = True
+    written_out: bool = False
+    writes_out: bool = False
     every_column: bool = False
-    # Whether a written-out form is as good as a factored one.
-    written_out: bool = True
-    # Whether the columns are looked at again, by `refine`.
+    every_use: bool = False
+    signed: bool = False
     refines: bool = False
-    # Whether the value of an earlier pass is let go before this one's is computed.
     large: bool = False
+    mixed: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
@@ -67,6 +107,18 @@ class BackpropExtension:
                 "kind of module here. A quantity of your own is one subclass of BackpropExtension "
                 "with `savefield` and `reduce(form)`, for all modules at once"
             )
+
+    def set_module_extension(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, and say what to do instead: there is one rule for all quantities.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "quantities are not written once per kind of module here: any module works as it is. To "
+            "make an operation of yours faster, write one rule for all quantities "
+            "(backpack.own.op_rule); to compute something else, subclass backpack.own.BackpropExtension"
+        )
 
     def get_subsampling(self) -> Sequence[int] | None:
         """The samples that are kept; ``None``: all."""
@@ -95,8 +147,10 @@ class BackpropExtension:
         return state
 
     def zero(self, context: Context) -> Any:
-        """The value for a parameter that no column reaches."""
-        return torch.zeros_like(context.parameter)
+        """The value for a parameter that no column reaches; by default that of a column of zeros."""
+        form = context.zeros()
+        state = self.reduce(form)
+        return self.finish(self.refine(state, form) if self.refines else state, context)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -124,16 +178,22 @@ def _samples_shape(context: Context) -> tuple[int, ...]:
 class BatchGrad(BackpropExtension):
     """Individual gradients ``grad_batch[n] = d l_n / d p``, shape ``[N, *p]``.
 
+    They sum to the gradient as it is before hooks of the parameter (``p.register_hook``), which change
+    ``p.grad`` alone, here and for all quantities: a function of the sum tells nothing of its terms. If
+    the hook is a linear map, apply it to ``grad_batch[n]``.
+
     Args:
         subsampling: samples to keep, in that order (may repeat, may be negative); default all. The
             scale stays that of the full batch.
     """
 
     savefield = "grad_batch"
-    large = True
+    needs_gradient = False
+    written_out = large = mixed = True
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
+        self.writes_out = subsampling is None
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         index = _index(self.subsampling, form.samples)
@@ -148,6 +208,7 @@ class BatchL2Grad(BackpropExtension):
     """Squared norms ``batch_l2[n] = ||d l_n / d p||^2`` of individual gradients, shape ``[N]``."""
 
     savefield = "batch_l2"
+    needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.squared_norms()
@@ -160,9 +221,13 @@ class SumGradSquared(BackpropExtension):
     """Second moment ``sum_grad_squared = sum_n (d l_n / d p)^2``, elementwise, shape ``p``."""
 
     savefield = "sum_grad_squared"
+    needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum()
+
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
 
 
 class Variance(BackpropExtension):
@@ -173,6 +238,7 @@ class Variance(BackpropExtension):
     """
 
     savefield = "variance"
+    written_out = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         return form.centred_square_sum()
@@ -186,6 +252,9 @@ class Variance(BackpropExtension):
             return (squares / n - offset * offset / n**2).clamp(min=0)
         return squares.div_(n).addcmul_(offset, offset, value=-1 / n**2).clamp_(min=0)
 
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
+
 
 # --------------------------------------------------------------------------------------
 # Generalized Gauss-Newton
@@ -194,28 +263,35 @@ class Variance(BackpropExtension):
 class _Sampled(BackpropExtension):
     """Monte-Carlo columns."""
 
-    columns: Literal["sampled", "sampled_hessian"] = "sampled"
+    _drawn: ClassVar[type[SampledRoot] | type[RandomSigns]] = SampledRoot
 
     def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
-        self.kind = Kind(self.columns, mc_samples, generator)
+        self.source: SampledRoot | RandomSigns = self._drawn(mc_samples, generator)
 
     def get_num_mc_samples(self) -> int:
         """Number of Monte-Carlo samples per data point."""
-        return self.kind.mc_samples
+        return self.source.draws
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(mc_samples={self.kind.mc_samples})"
+        return f"{type(self).__name__}(mc_samples={self.source.draws})"
 
 
 class _Diagonal(BackpropExtension):
+    per_sample = needs_gradient = False
+    signed = True
+
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum(sign)
 
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros_like(context.parameter)
+
 
 class _BatchDiagonal(BackpropExtension):
-    large = True
+    needs_gradient = False
+    large = signed = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)
@@ -228,7 +304,7 @@ class DiagGGNExact(_Diagonal):
     """``diag_ggn_exact = diag(sum_n J_n^T H_n J_n)``, shape ``p``."""
 
     savefield = "diag_ggn_exact"
-    kind = Kind("exact")
+    source = ExactRoot()
 
 
 class DiagGGNMC(_Sampled, _Diagonal):
@@ -249,7 +325,7 @@ class BatchDiagGGNExact(_BatchDiagonal):
     """``diag_ggn_exact_batch[n] = diag(J_n^T H_n J_n)``, shape ``[N, *p]``; sums to the diagonal."""
 
     savefield = "diag_ggn_exact_batch"
-    kind = Kind("exact")
+    source = ExactRoot()
 
 
 class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
@@ -264,8 +340,8 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 
 
 class _SquareRoot(BackpropExtension):
-    every_column = True
-    large = True
+    needs_gradient = False
+    every_column = large = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
         index = _index(self.subsampling, form.samples)
@@ -282,7 +358,8 @@ class _SquareRoot(BackpropExtension):
 class SqrtGGNExact(_SquareRoot):
     """Square root ``V^T`` of the GGN, ``G = V V^T = sum_n J_n^T H_n J_n``, shape ``[C, N, *p]``.
 
-    ``C`` is the number of model outputs per sample. Concatenated over parameters it gives the full
+    ``C`` is the number of model outputs per sample, or of the numbers that the loss is computed from,
+    where these are fewer. Concatenated over parameters it gives the full
     matrix, blocks between parameters included.
 
     Args:
@@ -290,7 +367,7 @@ class SqrtGGNExact(_SquareRoot):
     """
 
     savefield = "sqrt_ggn_exact"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
@@ -318,7 +395,8 @@ class SqrtGGNMC(_Sampled, _SquareRoot):
 
 
 class _Kronecker(BackpropExtension):
-    written_out = False
+    needs_gradient = False
+    every_use = True
     kfac_approx: Sharing = None
 
     def _choose(self, kfac_approx: Sharing) -> None:
@@ -326,25 +404,40 @@ class _Kronecker(BackpropExtension):
             raise ValueError(f"kfac_approx must be 'expand', 'reduce' or None, got {kfac_approx!r}")
         self.kfac_approx = kfac_approx
 
-    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
-        return [factor.matrix() for factor in form.kronecker(self.kfac_approx)]
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
+        factors = [factor.matrix() for factor in form.kronecker(self.kfac_approx)]
+        rows = _averaged_over(form, self.kfac_approx)
+        return KroneckerFactored(factors, form.shape, _layout(form), rows)
 
-    def update(self, state: list[Tensor], form: Form, sign: Tensor | None = None) -> list[Tensor]:
+    def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
         factors = form.kronecker(self.kfac_approx)
-        return [
+        grown = [
             old + factor.matrix() if factor.grows else old
             for old, factor in zip(state, factors, strict=True)
         ]
+        return KroneckerFactored(grown, state.shape, state.layout, state.averaged_over)
 
-    def zero(self, context: Context) -> Any:
-        p = context.parameter
-        sizes = [p.shape[0], p.shape[1:].numel()] if p.dim() > 1 else [p.numel()]
-        return [p.new_zeros(size, size) for size in sizes]
+
+def _layout(form: Form) -> str:
+    """Where in a parameter the matrix is that its Kronecker factors fit."""
+    form = form.form if isinstance(form, Single) else form
+    if isinstance(form, Lookup):
+        return "columns"
+    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
+
+
+def _averaged_over(form: Form, sharing: Sharing) -> int:
+    """The number of rows that the factor of the inputs is an average over."""
+    groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
+    shared = sharing == "expand" and isinstance(form, (Outer, Lookup))
+    rows = positions_of(form) if shared else form.samples  # type: ignore[arg-type]
+    return max(rows * groups, 1)
 
 
 class KFLR(_Kronecker):
     """Kronecker factors from exact columns (Botev, Ritter, Barber, 2017): a list of matrices.
 
+    The list is a :class:`~backpack.kronecker.KroneckerFactored`, with products, inverses and samples.
     Weight ``[B, A]`` with GGN block ``~ kron(B, A)`` over the row-major weight; other parameters
     ``[B]``, their exact block. With output-gradient columns ``g [v, n, s, o]`` and inputs
     ``a [n, s, i]``: ``B = sum_{v,n} (sum_s g)(sum_s g)^T``, which carries the loss's reduction and is
@@ -365,7 +458,7 @@ class KFLR(_Kronecker):
     """
 
     savefield = "kflr"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def __init__(self, kfac_approx: Sharing = None) -> None:
         self._choose(kfac_approx)
@@ -406,7 +499,7 @@ class KFRA(_Kronecker):
     """
 
     savefield = "kfra"
-    kind = Kind("averaged")
+    source = AveragedRoot()
 
 
 class EmpiricalKFAC(_Kronecker):
@@ -426,42 +519,26 @@ class EmpiricalKFAC(_Kronecker):
         self._choose(kfac_approx)
 
 
-class Eigen(NamedTuple):
-    """A symmetric matrix ``Q diag(eigenvalues) Q^T``, ``Q = kron(*eigenvectors)``.
-
-    Attributes:
-        eigenvectors: for a weight ``[Q_B, Q_A]``; for other parameters one matrix.
-        eigenvalues: ``[len(Q_B), len(Q_A)]``, or a vector.
-    """
-
-    eigenvectors: list[Tensor]
-    eigenvalues: Tensor
-
-
 class _EigenvalueCorrected(_Kronecker):
     refines = True
 
-    def refine(self, state: list[Tensor] | Eigen, form: Form) -> Eigen:
-        if not isinstance(state, Eigen):
-            bases = [spectrum(factor)[1] for factor in state]
-            return Eigen(bases, form.rotated_square_sum(bases))
-        more = form.rotated_square_sum(state.eigenvectors)
-        return Eigen(state.eigenvectors, state.eigenvalues + more)
-
-    def finish(self, state: Eigen, context: Context) -> Eigen:  # type: ignore[override]
-        return state
-
-    def zero(self, context: Context) -> Eigen:
-        bases = [torch.eye(len(each)).to(each) for each in super().zero(context)]
-        return Eigen(bases, context.parameter.new_zeros([len(basis) for basis in bases]))
+    def refine(self, state: Any, form: Form) -> KroneckerEigen:
+        if isinstance(state, KroneckerEigen):
+            more = form.rotated_square_sum(state.eigenvectors)
+            return KroneckerEigen(
+                state.eigenvectors, state.eigenvalues + more, state.shape, state.layout
+            )
+        bases = [spectrum(factor)[1] for factor in state]
+        return KroneckerEigen(bases, form.rotated_square_sum(bases), state.shape, state.layout)
 
 
 class EKFLR(_EigenvalueCorrected, KFLR):
     """:class:`KFLR` with corrected eigenvalues (George et al., 2018, arXiv:1806.03884).
 
-    ``p.ekflr`` has ``eigenvectors [Q_B, Q_A]`` of the Kronecker factors and ``eigenvalues``, the
-    diagonal of the GGN block in that basis: ``sum_{v,n} (Q_B^T G_{vn} Q_A)^2``. Of all matrices with
-    these eigenvectors it is the nearest to the block in Frobenius norm.
+    ``p.ekflr``, a :class:`~backpack.kronecker.KroneckerEigen`, has ``eigenvectors [Q_B, Q_A]`` of the
+    Kronecker factors and ``eigenvalues``, the diagonal of the GGN block in that basis:
+    ``sum_{v,n} (Q_B^T G_{vn} Q_A)^2``. Of all matrices with these eigenvectors it is the nearest to the
+    block in Frobenius norm.
 
     Args:
         kfac_approx: see :class:`KFLR`.
@@ -493,14 +570,14 @@ class DiagHessian(_Diagonal):
     """
 
     savefield = "diag_h"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
 
 class BatchDiagHessian(_BatchDiagonal):
     """``diag_h_batch[n]``, the Hessian diagonal of ``l_n``, shape ``[N, *p]``."""
 
     savefield = "diag_h_batch"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
 
 class DiagHessianMC(_Sampled, _Diagonal):
@@ -515,7 +592,7 @@ class DiagHessianMC(_Sampled, _Diagonal):
     """
 
     savefield = "diag_h_mc"
-    columns = "sampled_hessian"
+    _drawn = RandomSigns
 
 
 class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
@@ -527,7 +604,7 @@ class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
     """
 
     savefield = "diag_h_mc_batch"
-    columns = "sampled_hessian"
+    _drawn = RandomSigns
 
 
 # --------------------------------------------------------------------------------------
@@ -537,7 +614,8 @@ class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
 class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
-    kind = Kind("product")
+    source = NoColumns()
+    needs_gradient = False
     curvature: Literal["ggn", "hessian", "positive"]
     modify = "clip"
 

@@ -3,12 +3,13 @@
 Letters: ``v`` columns, ``n`` samples, ``s`` shared positions, ``q`` groups, ``o``/``i`` output and
 input features.
 
-A rule is called when its operation runs, with the sample axis of the result followed by the
-operation's own arguments. It returns pairs ``(tensor, function)``: the function turns columns at the
-output, ``g [v, *output.shape]``, into the :class:`~backpack.factors.Form` of that tensor. A function
-must hold on to nothing but what it needs (autograd holds the same tensors). A rule that does not
-cover the arguments it got returns ``None``; then, as for operations without a rule, the fallback
-differentiates the operation sample by sample.
+A rule is called with the sample axis of the result followed by the operation's own arguments: when its
+operation runs or, for plain layers, whose taps keep their arguments, when a backward pass asks for it.
+It returns pairs ``(tensor, function)``: the function turns columns at the output,
+``g [v, *output.shape]``, into the :class:`~backpack.factors.Form` of that tensor. A function must hold
+on to nothing but what it needs (autograd holds the same tensors). A rule that does not cover the
+arguments it got returns ``None``; then, as for operations without a rule, the fallback differentiates
+the operation sample by sample.
 """
 
 from __future__ import annotations
@@ -40,9 +41,15 @@ def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
     """Register a rule for operations (as the torch-function protocol reports them).
 
     Example:
-        >>> @op_rule(my_scale)  # doctest: +SKIP
-        ... def scale(batch, input, weight):
+        >>> def scale(input, weight):
+        ...     if torch.overrides.has_torch_function((input, weight)):
+        ...         return torch.overrides.handle_torch_function(scale, (input, weight), input, weight)
+        ...     return input * weight
+        >>> @op_rule(scale)
+        ... def rule(batch, input, weight):
         ...     return [(weight, lambda g: reduce_to(batch, g * input, weight.shape))]
+        >>> RULES.pop(scale) is rule  # forget it again
+        True
     """
 
     def register(function: Rule) -> Rule:
@@ -168,8 +175,9 @@ def patches_kept() -> Iterator[None]:
 
 def kept(key: Any, compute: Callable[[], Tensor | Patches]) -> Tensor | Patches:
     """Patches, written out once at most within :func:`patches_kept`."""
-    if _kept.values is None or torch.is_grad_enabled():
+    if _kept.values is None:
         return compute()
+    key = key, torch.is_grad_enabled()  # those of one mode are not differentiable in the other
     if key in _kept.values:
         return _kept.values[key]
     value = compute()

@@ -8,16 +8,15 @@ collected): taps hold inputs, which lie below, and recordings hold taps weakly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, entered, mark, regular_axis, solo_axis
+from backpack.batch import Batch, entering, mark, regular_axis, solo_axis
 from backpack.factors import Dense, Form, Outer, Pullback, Single, of_one
 from backpack.losses import LossHessian
 from backpack.moves import reshaped
@@ -27,6 +26,8 @@ from backpack.rules import RULES, SEVERAL_OUTPUTS, Pairs, ToForm, fallback
 _LINEAR_FALLBACKS = frozenset(
     {torch.einsum, torch.nn.functional.bilinear, torch.bilinear, torch.cat, torch.stack, torch.bmm}
 )
+# Operations whose derivatives are constants.
+_SUMS = frozenset({torch.add, Tensor.add, Tensor.__radd__, torch.sub, Tensor.sub})
 # Plain layers, one node of one output each: places of the input, the weight and the bias (if there is
 # one) among their arguments.
 LAYERS: dict[Any, tuple[int, int, int]] = {
@@ -44,6 +45,8 @@ UNBATCHED = {
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
 MIXES, CURVED = "backpack_mixes", "backpack_curved"
+# Below the node of a result without sample axis: the arguments that had one.
+ENDS = "backpack_ends"
 
 
 def notes(node: Node) -> dict[str, Any]:
@@ -88,11 +91,12 @@ class Tap:
         released: whether autograd has passed and freed its buffers.
         args: arguments of the operation, if it is a plain layer.
         input: its first argument, as long as somebody else holds it.
+        read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "batch", "inputs", "recording", "released"),
-        *("args", "input", "_sources", "__weakref__"),
+        *("args", "input", "read", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -114,7 +118,9 @@ class Tap:
         self._sources = sources
         # A plain layer: all else is known from its arguments, once it is asked for.
         self.args = args
+        self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
+        self.read: list[tuple[weakref.ref[Tensor], int]] = []
 
     @property
     def op(self) -> str:
@@ -129,6 +135,18 @@ class Tap:
         return self.input() if self.input is not None else None
 
     @property
+    def changed(self) -> bool:
+        """Whether what its forms are made from was changed in place since.
+
+        Autograd finds that out by itself, but only in passes that compute the parameters' gradients.
+        """
+        if self.args is not None:
+            at, weight, _ = LAYERS[self.func]
+            return self.args[at]._version != self._version and self.args[weight].requires_grad
+        tensors = ((ref(), version) for ref, version in self.read)
+        return any(tensor is not None and tensor._version != version for tensor, version in tensors)
+
+    @property
     def rule(self) -> str:
         """How its forms are found."""
         return "by its rule" if self.func in {**RULES, **SEVERAL_OUTPUTS} else "sample by sample"
@@ -140,13 +158,12 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            axes, entered.axes = entered.axes, {id(self.args[at]): self.batch}
-            pairs = RULES[self.func](self.batch, *self.args)
-            if pairs is None:
-                given = [self.args[j] for j in own if j < len(self.args)]
-                leaves = [t for t in given if t is not None and t.requires_grad]
-                pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
-            entered.axes = axes
+            with entering({id(self.args[at]): self.batch}):
+                pairs = RULES[self.func](self.batch, *self.args)
+                if pairs is None:
+                    given = [self.args[j] for j in own if j < len(self.args)]
+                    leaves = [t for t in given if t is not None and t.requires_grad]
+                    pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs
@@ -225,22 +242,36 @@ class LossRecord:
     """A loss for which there is a rule.
 
     Attributes:
-        rule: gives its Hessian; asked only when a second-order quantity needs it.
-        edge: the model output.
+        rule: gives its Hessian for the sample axis of its input; asked only when a second-order
+            quantity needs it.
+        edge: the input of the loss: a model output, or a function of model outputs.
         module: the extended loss module that computed it, if one did.
+        axis: where the samples of that input are, as far as capture knows; where model outputs lie
+            below, it is found from them when backward starts (:meth:`locate`). ``None``: on no axis.
         device: kind of device it is on.
     """
 
-    rule: Callable[[], LossHessian | None]
+    rule: Callable[[Batch], LossHessian | None]
     edge: GradientEdge
     module: nn.Module | None
+    axis: Batch | None
     device: str = "cpu"
+    _known: tuple[Batch, LossHessian | None] | None = None
 
-    @cached_property
+    def locate(self, axis: Batch | None) -> None:
+        """Say where the samples are."""
+        if axis is None or self._known is None or axis != self._known[0]:
+            self.axis, self._known = axis, None
+
+    @property
     def known(self) -> LossHessian | None:
-        """The Hessian; ``None`` if the rule does not cover this call."""
-        with torch.autocast(self.device, enabled=False):
-            return self.rule()
+        """The Hessian; ``None`` if the rule does not cover this call, or its samples are mixed."""
+        if self.axis is None or self.axis.lost:
+            return None
+        if self._known is None:
+            with torch.autocast(self.device, enabled=False):
+                self._known = self.axis, self.rule(self.axis)
+        return self._known[1]
 
     @property
     def hessian(self) -> LossHessian:
@@ -328,7 +359,9 @@ def make_tap(
         if below.lost is None:
             node, output_nr, batch = base.grad_fn, base.output_nr, below
             pairs = [(t, _viewed(form, shape)) for t, form in pairs]
-    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear)
+    read = [t for t in numbers if isinstance(t, Tensor) and not any(t is s for s in sources)]
+    read = [] if func in _SUMS else read
+    tap = store_tap(recording, func, node, output_nr, batch, pairs, inputs, linear, read)
     if args and isinstance(args[0], Tensor):
         tap.input = weakref.ref(args[0])
 
@@ -376,9 +409,11 @@ def store_tap(
     pairs: list[tuple[Tensor, ToForm]],
     inputs: tuple[Node, ...],
     linear: bool,
+    read: Sequence[Tensor] = (),
 ) -> Tap:
     sources = [_source(tensor, form, linear) for tensor, form in pairs]
     tap = Tap(func, output_nr, batch, inputs, recording, sources)
+    tap.read = [(weakref.ref(t), t._version) for t in read]
     kept = notes(node)
     if TAPS in kept:
         kept[TAPS].append(tap)

@@ -198,6 +198,7 @@ class Relative(E.BatchL2Grad):
     """An extension that needs the gradient."""
 
     savefield = "relative"
+    needs_gradient = True
 
     def finish(self, state: Tensor, context: Any) -> Tensor:
         return state / context.gradient().square().sum()
@@ -205,12 +206,13 @@ class Relative(E.BatchL2Grad):
 
 class Needy(E.DiagGGNExact):
     savefield = "needy"
+    needs_gradient = True
 
     def finish(self, state: Tensor, context: Any) -> Tensor:
         return state - context.gradient()
 
 
-def test_own_extensions(problem) -> None:
+def test_own_extensions(problem, monkeypatch) -> None:
     model, lossfunc, X, y = problem
     found = []
     for gradient in (True, False):
@@ -218,6 +220,9 @@ def test_own_extensions(problem) -> None:
             lossfunc(model(X), y).backward()
         found.append(fields(model, [Relative()]))
     torch.testing.assert_close(found[0], found[1])
+    monkeypatch.setattr(Relative, "needs_gradient", False)
+    with backpack(Relative()), pytest.raises(RuntimeError, match="needs_gradient = True"):
+        lossfunc(model(X), y).backward()
     with backpack(Needy(), gradient=False), pytest.raises(RuntimeError, match="gradient=False"):
         lossfunc(model(X), y).backward()
     assert not any(hasattr(p, "needy") for p in model.parameters())

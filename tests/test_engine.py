@@ -218,7 +218,7 @@ def test_sample_weights_by_unreduced_loss(problem) -> None:
 
 def test_negative_loss_has_no_square_root(problem) -> None:
     model, lossfunc, X, y = problem
-    with pytest.raises(ValueError, match="negative"), backpack(DiagGGNExact()):
+    with pytest.raises(ValueError, match="negative"), backpack(SqrtGGNExact()):
         (-lossfunc(model(X), y)).backward()
     with backpack(BatchGrad(), DiagHessian()):
         (-lossfunc(model(X), y)).backward()

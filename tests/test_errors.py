@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, extend
-from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, Variance
+from backpack.extensions import (
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    SqrtGGNExact,
+    Variance,
+)
+from tests.cases import Apply
 
 
 class Custom(torch.autograd.Function):
@@ -131,7 +139,7 @@ def test_second_order_without_a_loss(data) -> None:
     loss = F.cross_entropy(model(X), y)
     with pytest.raises(RuntimeError, match="Extend the loss"), backpack(DiagGGNExact()):
         torch.autograd.backward(loss)
-    with pytest.raises(ValueError, match="not convex"), backpack(DiagGGNExact()):
+    with pytest.raises(ValueError, match="not convex"), backpack(SqrtGGNExact()):
         model(X).sin().sum().backward()
     works_afterwards(data)
 
@@ -378,3 +386,95 @@ def test_complex_parameter() -> None:
     with pytest.raises(NotImplementedError, match="'weight' is complex"), backpack(BatchGrad()):
         loss.backward()
     assert not hasattr(model.weight, "grad_batch")
+
+
+# --------------------------------------------------------------------------------------
+# What is changed in place between the forward pass and backward
+
+
+def test_logits_changed_after_cross_entropy(data) -> None:
+    """Autograd keeps the log-probabilities: gradient and curvature are those of before."""
+    X, y = data
+    model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+    found = []
+    for change in (lambda f: None, lambda f: f.mul_(3)):
+        f = model(X)
+        loss = lossfunc(f, y)
+        with torch.no_grad():
+            change(f)
+        with backpack(DiagGGNExact(), DiagHessian()):
+            loss.backward()
+        found.append((model.weight.diag_ggn_exact, model.weight.diag_h))
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("change", [lambda f, y: f.mul_(3), lambda f, y: y.add_(1)])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(
+    "loss", [nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.HuberLoss(), nn.PoissonNLLLoss()], ids=repr
+)
+def test_arguments_of_losses_changed(data, change, gradient: bool, loss: nn.Module) -> None:
+    X, _ = data
+    model = extend(nn.Linear(3, 3))
+    y = torch.rand(len(X), 3)
+    f = model(X)
+    value = extend(loss)(f, y)
+    with torch.no_grad():
+        change(f, y)
+    with (
+        pytest.raises(RuntimeError, match="modified by an in"),
+        backpack(DiagGGNExact(), gradient=gradient),
+    ):
+        value.backward()
+    assert not hasattr(model.weight, "diag_ggn_exact")
+    works_afterwards(data)
+
+
+def _scaled(m: nn.Module, x: Tensor) -> Tensor:
+    return x * m.scale
+
+
+def _mixed(m: nn.Module, x: Tensor) -> Tensor:
+    return torch.einsum("ni,io->no", x, m.w)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: nn.Linear(3, 3),
+        lambda: nn.LayerNorm(3),
+        lambda: nn.Bilinear(3, 3, 3),
+        lambda: Apply(_scaled, scale=nn.Parameter(torch.ones(3))),
+        lambda: Apply(_mixed, w=nn.Parameter(torch.ones(3, 3))),
+        lambda: Apply(lambda m, x: m.l(x[:, None])[0][:, 0], l=nn.GRU(3, 3, batch_first=True)),
+    ],
+)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_inputs_changed(data, model, gradient: bool) -> None:
+    """With and without the gradient."""
+    X, y = data
+    X, model = X.clone(), extend(model())
+    f = model(X, X) if isinstance(model, nn.Bilinear) else model(X)
+    loss = F.cross_entropy(f, y)
+    X.mul_(2)
+    with (
+        pytest.raises(RuntimeError, match="modified by an in"),
+        backpack(BatchGrad(), gradient=gradient),
+    ):
+        loss.backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+    works_afterwards(data)
+
+
+def test_inputs_of_sums_may_change(data) -> None:
+    X, y = data
+    X = X.clone()
+    model = extend(Apply(lambda m, x: x + m.shift, shift=nn.Parameter(torch.ones(3))))
+    for gradient in (True, False):
+        loss = F.cross_entropy(model(X), y)
+        (expected,) = torch.autograd.grad(loss, model.shift, retain_graph=True)
+        X.mul_(2)
+        with backpack(BatchGrad(), gradient=gradient):
+            loss.backward()
+        torch.testing.assert_close(model.shift.grad_batch.sum(0), expected)

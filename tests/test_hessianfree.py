@@ -209,5 +209,22 @@ def test_errors(problem):
     with pytest.raises(ValueError, match="create_graph=True"):
         hessian_vector_product(loss, params, v, grad_params=v)
     params[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="0.weight"):
+    with pytest.raises(ValueError, match=r"without \['0.weight'\], which are frozen"):
         ggn_vector_product(loss, output, problem.model, v)
+    problem.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model requires grad"):
+        ggn_vector_product(loss, output, problem.model, [])
+
+
+def test_frozen_parameters_are_constants(problem):
+    """The block of the trained ones, in their order."""
+    expected = [torch.zeros_like(x) for x in problem.v]
+    expected[1::2] = problem.v[1::2]
+    column = problem.ggn() @ flat(expected)
+    column = [x for i, (x, _) in enumerate(split(column, problem.params)) if i % 2]
+    for p in problem.params[::2]:
+        p.requires_grad_(False)
+    output = problem.model(problem.X)
+    loss = problem.lossfunc(output, problem.y)
+    result = ggn_vector_product(loss, output, problem.model, problem.v[1::2])
+    check(result, flat(column), problem.params[1::2])

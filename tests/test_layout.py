@@ -15,8 +15,9 @@ from backpack import extensions, optim
 ROOT = Path(backpack.__file__).parent
 RIVER = [
     *"batch aliases probe moves entries placing propagation memory kernels factors recurrent".split(),
-    *"rules losses opened taps functions inputs capture backprop hessian products chain".split(),
-    *"quantities blocks checks exposed run direct engine extend oracle".split(),
+    *"rules losses opened taps functions inputs tangents tracing capture backprop".split(),
+    *"certificate columns hessian products chain sources kronecker quantities blocks".split(),
+    *"checks exposed run direct engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")

@@ -474,7 +474,7 @@ NOT_CONVEX = {
 }
 
 
-@pytest.mark.parametrize("quantity", [E.DiagGGNExact(), E.DiagGGNMC()], ids=["exact", "sampled"])
+@pytest.mark.parametrize("quantity", [E.SqrtGGNExact(), E.DiagGGNMC(), E.KFLR()], ids=repr)
 @pytest.mark.parametrize("name", NOT_CONVEX)
 def test_loss_that_is_not_convex(name: str, quantity: Any) -> None:
     with pytest.raises(ValueError, match="not convex"):
@@ -482,10 +482,31 @@ def test_loss_that_is_not_convex(name: str, quantity: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["custom", "cubic", "weight", "pos_weight"])
-def test_hessian_of_a_loss_that_is_not_convex(name: str) -> None:
+def test_diagonals_of_a_loss_that_is_not_convex(name: str) -> None:
     torch.manual_seed(0)
     X, y = torch.randn(4, 2).double(), torch.ones(4, 3).double()
-    agrees(tiny(), NOT_CONVEX[name], X, y, [E.BatchGrad(), E.DiagHessian()])
+    diagonals = [E.DiagGGNExact(), E.BatchDiagGGNExact(), E.DiagHessian()]
+    agrees(tiny(), NOT_CONVEX[name], X, y, [E.BatchGrad(), *diagonals])
+
+
+@pytest.mark.parametrize(
+    "lossfunc", [nn.MSELoss(), nn.CrossEntropyLoss(), nn.MSELoss(reduction="none")]
+)
+def test_negative_losses(lossfunc: nn.Module) -> None:
+    """Diagonals of a loss times negative numbers; a square root does not exist."""
+    torch.manual_seed(0)
+    X, y = torch.randn(4, 2).double(), torch.rand(4, 3).double()
+    weights = torch.tensor([1.0, -2.0, 0.5, -0.1]).double()
+
+    class Weighted(nn.Module):
+        def forward(self, f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            loss = lossfunc(f, y)
+            return -loss if loss.dim() == 0 else (weights.unsqueeze(1) * loss).sum()
+
+    diagonals = [E.DiagGGNExact(), E.BatchDiagGGNExact(), E.DiagHessian()]
+    agrees(tiny(), Weighted(), X, y, diagonals)
+    with pytest.raises(ValueError, match="no square root"):
+        backward(extend(Weighted()), y, torch.exp, E.SqrtGGNExact())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from backpack import backpack, disable, extend
-from backpack.extensions import GGNMP, HMP, PCHMP, BatchGrad, DiagGGNExact
+from backpack.extensions import (
+    GGNMP,
+    HMP,
+    KFLR,
+    PCHMP,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    EmpiricalKFAC,
+    SqrtGGNExact,
+    SumGradSquared,
+    Variance,
+)
 from backpack.oracle import Oracle
 from tests.cases import CASES
 
@@ -73,6 +86,41 @@ def test_positive_curvature(modify: str) -> None:
         extend(lossfunc)(extend(model)(X), y).backward()
     mat = torch.randn(2, 4, 3).double()
     torch.testing.assert_close(weight.pchmp(mat), (mat.reshape(2, -1) @ block).reshape(mat.shape))
+
+
+FIRST = [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), EmpiricalKFAC()]
+SECOND = [DiagGGNExact(), BatchDiagHessian(), SqrtGGNExact(), KFLR(), GGNMP(), HMP()]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_hooks_of_parameters_change_the_gradient_alone(gradient: bool) -> None:
+    """Documented where ``BatchGrad`` is: quantities are those of the gradient before its hooks."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+    X, y = torch.randn(5, 3).double(), torch.randint(2, (5,))
+    lossfunc = extend(nn.CrossEntropyLoss())
+
+    def values() -> list[list[Tensor]]:
+        quantities = FIRST + (SECOND if gradient else SECOND[:-2])
+        with backpack(*quantities, gradient=gradient):
+            lossfunc(model(X), y).backward()
+        found = []
+        for p in model.parameters():
+            fields = [getattr(p, each.savefield) for each in quantities]
+            flat = [f(torch.ones_like(p)) if callable(f) else f for f in fields]
+            found.append([t for f in flat for t in (f if isinstance(f, list) else [f])])
+        return found
+
+    expected = values()
+    before = [p.grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+        p.register_hook(lambda g: g.clamp(-0.01, 0.01) / 2)
+    for p, old, own, wanted in zip(model.parameters(), before, values(), expected, strict=True):
+        torch.testing.assert_close(own, wanted)
+        if gradient:
+            torch.testing.assert_close(own[0].sum(0), old)
+            torch.testing.assert_close(p.grad, old.clamp(-0.01, 0.01) / 2)
 
 
 def test_errors() -> None:

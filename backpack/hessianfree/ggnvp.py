@@ -13,27 +13,35 @@ from backpack.hessianfree.rop import R_op
 def ggn_vector_product(
     loss: Tensor, output: Tensor, model: nn.Module, v: Tensors
 ) -> tuple[Tensor, ...]:
-    """Multiply ``v`` by the generalised Gauss-Newton matrix of all parameters of a model.
+    """Multiply ``v`` by the generalised Gauss-Newton matrix of a model's parameters.
+
+    Of those that are trained: frozen ones (``requires_grad=False``) are constants.
 
     Args:
         loss: scalar, computed from ``output``.
         output: output of the model.
-        model: the module; every parameter of it counts.
-        v: one vector per parameter, of its shape, in the order of ``model.parameters()``.
+        model: the module; every parameter of it that requires grad counts.
+        v: one vector per such parameter, of its shape, in the order of ``model.parameters()``.
 
     Returns:
-        One tensor per parameter, of its shape.
+        One tensor per parameter that requires grad, of its shape.
 
     Raises:
-        ValueError: if ``v`` does not match the parameters, or one of them does not require grad.
+        ValueError: if ``v`` does not match these parameters, or there are none.
     """
+    v = as_tuple(v)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if frozen:
+    if not trained:
+        raise ValueError("ggn_vector_product: no parameter of the model requires grad.")
+    if [each.shape for each in v] != [p.shape for p in trained.values()]:
         raise ValueError(
-            f"ggn_vector_product: parameters {frozen} do not require grad; pass the others to "
-            "ggn_vector_product_from_plist."
+            f"ggn_vector_product: v must match the parameters that require grad in number and "
+            f"shapes, but v has shapes {[list(each.shape) for each in v]} and these are "
+            f"{ {name: list(p.shape) for name, p in trained.items()} }"
+            + (f" (without {frozen}, which are frozen)." if frozen else ".")
         )
-    return ggn_vector_product_from_plist(loss, output, model.parameters(), v)
+    return ggn_vector_product_from_plist(loss, output, trained.values(), v)
 
 
 def ggn_vector_product_from_plist(

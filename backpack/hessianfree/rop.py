@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backpack.hessianfree._tensors import Tensors, as_tuple, check_like, vjp_of_differentiable
+from backpack.hessianfree._tensors import Tensors, as_tuple, check_like
+from backpack.tangents import jacobian_products
 
 
 def R_op(
@@ -15,7 +16,8 @@ def R_op(
 
     Forward mode would need the function itself; on a recorded graph two reverse passes do it:
     ``w -> J^T w`` is linear in ``w``, and the transpose of its derivative is ``J``.
-    (J. Townsend, A new trick for calculating Jacobian vector products, 2017.)
+    (J. Townsend, A new trick for calculating Jacobian vector products, 2017.) Where an operation's
+    derivative cannot be differentiated, it is applied row by row; every result is checked.
 
     Args:
         ys: tensor or list of tensors, computed from ``xs``.
@@ -30,19 +32,14 @@ def R_op(
 
     Raises:
         ValueError: if ``vs`` does not match ``xs``.
+        NotImplementedError: if an operation has too many results for that; names it.
     """
     ys, xs, vs = as_tuple(ys), as_tuple(xs), as_tuple(vs)
     check_like("R_op", "vs", vs, "xs", xs)
-    ws = tuple(torch.zeros_like(y, requires_grad=True) for y in ys)
-    transposed = torch.autograd.grad(
-        ys,
-        xs,
-        ws,
-        retain_graph=retain_graph or not detach,
-        create_graph=True,
-        materialize_grads=True,
-    )
-    return vjp_of_differentiable(transposed, ws, vs, retain_graph=not detach, create_graph=not detach)
+    found = tuple(jacobian_products(ys, ys, xs, vs, create_graph=not detach))
+    if detach and not retain_graph:
+        torch.autograd.grad(ys, xs, [torch.zeros_like(y) for y in ys], allow_unused=True)
+    return found
 
 
 def jacobian_vector_product(

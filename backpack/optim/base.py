@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -41,10 +41,15 @@ class BackpackOptimizer(Optimizer):
             ``torch.optim.Optimizer`` takes (parameters, pairs of name and parameter, dictionaries), of
             models that are extended.
         defaults: options of groups that do not give their own.
+        process_local: say that each process trains a model of its own, where ``torch.distributed`` runs
+            several. Otherwise a step is refused there: neither curvature nor noise is exchanged between
+            processes, and copies of one model would drift apart.
 
     Raises:
         ValueError: if an option is out of its range, in any group, or there are no parameters.
     """
+
+    process_local = False
 
     # Lower bound of each option, and whether it must stay below one.
     _RANGES: Mapping[str, tuple[float, bool]] = {
@@ -55,8 +60,11 @@ class BackpackOptimizer(Optimizer):
         "ema_decay": (0.0, True),
     }
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], *, process_local: bool = False
+    ) -> None:
         self._names: dict[Tensor, str] = {}
+        self.process_local = process_local
         if not isinstance(params, nn.Module):
             super().__init__(params, defaults)
             return
@@ -72,7 +80,7 @@ class BackpackOptimizer(Optimizer):
 
     def _own(self) -> tuple[str, ...]:
         """Attributes that copies and pickles keep, beside those of every optimizer."""
-        return ("_names",)
+        return ("_names", "process_local")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own.
@@ -118,6 +126,21 @@ class BackpackOptimizer(Optimizer):
     # ----------------------------------------------------------------------------------
     # The step
 
+    # What a step takes from its own process, for the message that refuses several.
+    _local = "the curvature of its own part of the batch"
+
+    def _check_processes(self) -> None:
+        """Refuse to let copies of a model drift apart."""
+        several = distributed.is_available() and distributed.is_initialized()
+        if several and not self.process_local and (count := distributed.get_world_size()) > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.distributed runs {count} processes, each of which would "
+                f"step with {self._local}, which this library does not exchange between processes: "
+                "copies of one model would drift apart. Train in one process, or "
+                "use an optimizer that takes gradients only; if each "
+                "process trains a model of its own, pass process_local=True to the optimizer"
+            )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Move the parameters.
@@ -131,10 +154,12 @@ class BackpackOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: if something that the step needs was not computed; names the parameter.
+            RuntimeError: if something that the step needs was not computed; names the parameter. Or if
+                ``torch.distributed`` runs several processes, see ``process_local``.
             ValueError: if a gradient, its curvature or the step is not finite; names the parameter.
         """
         try:
+            self._check_processes()
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -212,12 +237,16 @@ class CurvatureOptimizer(BackpackOptimizer):
     The update rule of Dangel, Kunstner, Hennig (ICLR 2020, arXiv:1912.10985, section 4). ``C`` is one
     block per parameter, which a quantity of this library gives in the backward pass:
 
-        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)  # doctest: +SKIP
-        >>> optimizer.zero_grad()  # doctest: +SKIP
-        >>> loss = lossfunc(model(X), y)  # doctest: +SKIP
-        >>> with optimizer.backpack():  # doctest: +SKIP
+        >>> from backpack import extend
+        >>> from backpack.optim import KFAC
+        >>> model, lossfunc = torch.nn.Linear(4, 3), extend(torch.nn.CrossEntropyLoss())
+        >>> X, y = torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)
+        >>> optimizer.zero_grad()
+        >>> loss = lossfunc(model(X), y)
+        >>> with optimizer.backpack():
         ...     loss.backward()
-        >>> optimizer.step()  # doctest: +SKIP
+        >>> optimizer.step()
 
     Parameters without a gradient and frozen ones (``requires_grad=False``) stay as they are.
 
@@ -229,6 +258,7 @@ class CurvatureOptimizer(BackpackOptimizer):
             ``d^T (grad + l2 theta) = d^T (C + gamma I) d``: a bound on the step in the metric of the
             damped curvature, for likelihoods on twice the KL divergence that the step makes
             (Ba, Grosse, Martens, ICLR 2017, section 5).
+        process_local: see :class:`BackpackOptimizer`.
         defaults: options of groups.
     """
 
@@ -241,6 +271,7 @@ class CurvatureOptimizer(BackpackOptimizer):
         params: Params,
         extension: BackpropExtension,
         kl_clip: float | None,
+        process_local: bool = False,
         **defaults: Any,
     ) -> None:
         if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
@@ -248,7 +279,7 @@ class CurvatureOptimizer(BackpackOptimizer):
         self.kl_clip = kl_clip
         self._extension = extension
         self._scale: float | None = None
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_local=process_local)
 
     def _own(self) -> tuple[str, ...]:
         return (*super()._own(), "kl_clip", "_extension", "_scale")
@@ -303,10 +334,13 @@ class CurvatureOptimizer(BackpackOptimizer):
                 )
         with backpack(*self.extensions, *more, **options) as block:
             yield block
-        self._scale = scale
+        self._scale, self._entered = scale, True
+
+    # Whether there was a block since the last step.
+    _entered = False
 
     def _discard(self) -> None:
-        self._scale = None
+        self._scale, self._entered = None, False
         for group in self.param_groups:
             for p in group["params"]:
                 p.__dict__.pop(self._extension.savefield, None)
@@ -355,9 +389,15 @@ class CurvatureOptimizer(BackpackOptimizer):
                 continue
             quantity = getattr(p, field, None) if self._due(p, group) else None
             if quantity is None and self._due(p, group):
+                remedy = (
+                    "in the block no extended model was seen that has it; call extend(model) before "
+                    "the forward pass, or give the model to the optimizer instead of its parameters"
+                    if self._entered
+                    else "call loss.backward() within `with optimizer.backpack():` before every step"
+                )
                 raise RuntimeError(
                     f"parameter {self._name(p)} has a gradient, but no {field} that belongs to it; "
-                    "call loss.backward() within `with optimizer.backpack():` before every step"
+                    + remedy
                 )
             gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
             gradient = gradient / in_gradient if in_gradient != 1 else gradient

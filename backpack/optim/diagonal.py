@@ -32,12 +32,14 @@ class _Diagonal(CurvatureOptimizer):
         ema_decay: float = 0.0,
         update_every: int = 1,
         kl_clip: float | None = None,
+        process_local: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(
             params,
             made(type(self), self.quantity, arguments),
             kl_clip,
+            process_local,
             lr=lr,
             damping=damping,
             l2=l2,
@@ -76,6 +78,8 @@ class DiagGGNExact(_Diagonal):
             ``r = min(1 - 1/k, ema_decay)`` at the k-th update.
         update_every: curvature is computed in every so many steps only, and used in all.
         kl_clip: bound on the size of a step, see :class:`backpack.optim.CurvatureOptimizer`.
+        process_local: say that each process trains a model of its own, see
+            :class:`backpack.optim.BackpackOptimizer`.
     """
 
     quantity = extensions.DiagGGNExact
@@ -86,7 +90,7 @@ class DiagGGNMC(_Diagonal):
 
     Args:
         params: see :class:`DiagGGNExact`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.
     """
@@ -104,7 +108,7 @@ class DiagHessian(_Diagonal):
 
     Args:
         params: see :class:`DiagGGNExact`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
     """
 
     quantity = extensions.DiagHessian
@@ -132,7 +136,7 @@ class SumGradSquared(_Diagonal):
 
     Args:
         params: see :class:`DiagGGNExact`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every`` and ``kl_clip``.
+            ``update_every``, ``kl_clip`` and ``process_local``.
         reduction: how the loss sums up samples, ``"mean"`` or ``"sum"``.
 
     Raises:

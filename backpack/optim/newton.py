@@ -76,6 +76,8 @@ class CGNewton(CurvatureOptimizer):
         atol: the same, absolute.
         momentum: factor of the last step's direction, ``m <- momentum m + d``.
         kl_clip: bound on the size of a step, see :class:`backpack.optim.CurvatureOptimizer`.
+        process_local: say that each process trains a model of its own, see
+            :class:`backpack.optim.BackpackOptimizer`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -99,6 +101,7 @@ class CGNewton(CurvatureOptimizer):
         atol: float = 1e-8,
         momentum: float = 0.0,
         kl_clip: float | None = None,
+        process_local: bool = False,
     ) -> None:
         if curvature not in _QUANTITIES:
             raise ValueError(f"curvature must be one of {', '.join(_QUANTITIES)}, got {curvature!r}")
@@ -106,6 +109,7 @@ class CGNewton(CurvatureOptimizer):
             params,
             _QUANTITIES[curvature](),
             kl_clip,
+            process_local,
             lr=lr,
             damping=damping,
             l2=l2,

@@ -1,0 +1,228 @@
+"""One program, against brute force."""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from backpack import backpack, extend
+from backpack import extensions as E
+from backpack.quantities import BackpropExtension
+from tests.fuzz import losses
+from tests.fuzz.building import Built, build
+from tests.fuzz.draft import NoSuchProgram
+from tests.idioms.compare import Comparison, Outcome
+from tests.idioms.reference import Expanded, Truth, rows_of
+
+TOLERANCE, FLOOR = 1e-7, 1e-11
+SMALL, FEW = 70, 0.6  # parameters that allow for Hessians, and how often these are asked for
+MOST_ORDERS = 260
+ERRORS = (RuntimeError, ValueError, NotImplementedError)
+GROUPS: dict[str, tuple[BackpropExtension, ...]] = {
+    "first": (E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()),
+    "ggn": (E.DiagGGNExact(),),
+    "ggn per sample": (E.BatchDiagGGNExact(), E.SqrtGGNExact()),
+    "ggnmp": (E.GGNMP(),),
+}
+HESSIANS: dict[str, tuple[BackpropExtension, ...]] = {
+    "hessian": (E.DiagHessian(),),
+    "hessian per sample": (E.BatchDiagHessian(),),
+    "hmp": (E.HMP(),),
+}
+
+
+@dataclass
+class Verdict:
+    """What came out.
+
+    Attributes:
+        kind: ``"agree"``, ``"WRONG"``, ``"crash"``, ``"refused apart"``, ...
+        why: words of an error, or what is wrong.
+        what: the program.
+    """
+
+    kind: str
+    why: str = ""
+    what: str = ""
+
+    @property
+    def fault(self) -> bool:
+        """Whether it is a defect of the library."""
+        return self.kind in ("WRONG", "crash")
+
+
+@dataclass
+class Case:
+    """A program, what comes after it, and its inputs for every forward pass."""
+
+    built: Built
+    above: losses.Above
+    inputs: list[tuple[Tensor, ...]]
+
+    def __str__(self) -> str:
+        frozen = [n for n, p in self.built.program.named_parameters() if not p.requires_grad]
+        return f"{self.built}{f' | frozen {frozen}' if frozen else ''} | {self.above}"
+
+    def outputs(self) -> list[Tensor]:
+        return [self.built.program(*each) for each in self.inputs]
+
+
+def draw(seed: int, length: tuple[int, int], direct: bool) -> tuple[Case, random.Random]:
+    """Draw a program and its loss.
+
+    Args:
+        seed: of all choices.
+        length: fewest and most operations.
+        direct: whether one loss takes the output as it is.
+
+    Raises:
+        NoSuchProgram: if nothing came of it.
+    """
+    rng = random.Random(seed + 1)
+    built = build(seed, length)
+    output = built.program(*built.inputs)
+    classes = output.dim() > 1 and output.shape[1] > 1
+    above = losses.draw(rng, output.dim(), classes, direct)
+    inputs = [built.inputs]
+    if above.forwards == 2:
+        inputs.append(tuple(x.flip(built.batch_dim) * 0.8 for x in built.inputs))
+    if rng.random() < 0.15:
+        _freeze(rng, built)
+    return Case(built, above, inputs), rng
+
+
+def _freeze(rng: random.Random, built: Built) -> None:
+    """Some parameters are not trained."""
+    some = [p for p in built.program.parameters() if rng.random() < 0.4]
+    for p in some:
+        p.requires_grad_(False)
+    if not built.program(*built.inputs).requires_grad:
+        for p in some:
+            p.requires_grad_(True)
+
+
+def truths_of(case: Case) -> list[Truth]:
+    """By the input's samples, and by the output's rows."""
+    outputs, program = case.outputs(), case.built.program
+    parameters = {n: p for n, p in program.named_parameters() if p.requires_grad}
+    found = []
+    for owner in (case.built.by_sample, case.built.by_row):
+        if owner is not None:
+            at = Expanded(parameters, outputs, owner.repeat(len(outputs)), case.built.samples)
+            found.append(Truth(at, case.above.truth))
+            assert at.jacobian  # which torch may refuse
+    if not found or not bool(found[0].loss.isfinite()) or not bool(found[0].hessian.isfinite().all()):
+        raise NoSuchProgram
+    return found
+
+
+def trial(seed: int, length: tuple[int, int] = (3, 8), direct: bool = False) -> Verdict:
+    """Draw a program and compare all quantities; see :func:`draw`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            case, rng = draw(seed, length, direct)
+            truths = truths_of(case)
+        except NoSuchProgram:
+            return Verdict("no program")
+        except (RuntimeError, ValueError, IndexError) as error:
+            return Verdict("no reference", str(error))
+        return _judged(case, truths, rng)
+
+
+def _judged(case: Case, truths: list[Truth], rng: random.Random) -> Verdict:
+    program, what = case.built.program, str(case)
+    size = sum(p.numel() for p in truths[0].at.parameters.values())
+    hessians = size < SMALL and rng.random() < FEW
+    gradient = rng.random() < 0.75
+    extend(program, batch_dim=case.built.batch_dim)
+    try:
+        case.outputs()
+    except Exception as error:  # noqa: BLE001
+        return Verdict("crash", f"{type(error).__name__}: {error}", what)
+
+    def backward() -> None:
+        case.above.loss(case.outputs()).backward()
+
+    outcome: Outcome = {}
+    for truth in truths:
+        comparison = Comparison(truth, program, backward, tolerance=TOLERANCE, floor=FLOOR)
+        try:
+            outcome = comparison.outcome(GROUPS | (HESSIANS if hessians else {}), gradient)
+        except Exception as error:  # noqa: BLE001
+            return Verdict("crash", f"in backward, {type(error).__name__}: {error}", what)
+        if not any(text.startswith("wrong") for text in outcome.values()):
+            kind = "agree" if truth is truths[0] else "agree by rows of the output"
+            return _refused(case, truths[0], outcome, what) or Verdict(kind, what=what)
+    if case.built.reordered and _consistent(case, truths[0], backward):
+        return Verdict("agree by other rows", what=what)
+    wrong = "; ".join(f"{text}" for text in outcome.values() if text.startswith("wrong"))
+    return Verdict("WRONG", f"{wrong} (gradient={gradient})", what)
+
+
+def _consistent(case: Case, truth: Truth, backward: Callable[[], None]) -> bool:
+    """Whether individual gradients are those of rows of the output, in some order.
+
+    Where rows of the input are moved before any parameter, nothing says whose sample they are.
+    """
+    at, samples, program = truth.at, case.built.samples, case.built.program
+    with backpack(E.BatchGrad()):
+        backward()
+    found = {n: getattr(program.get_parameter(n), "grad_batch", None) for n in at.parameters}
+    shares = {n: truth.slope.unsqueeze(1) * J for n, J in at.jacobian.items()}
+    for axis in range(at.outputs[0].dim()):
+        rows = torch.cat([rows_of(o, axis).flatten() for o in at.outputs])
+        count = int(rows.max()) + 1
+        orders = product(range(samples), repeat=count) if samples**count < MOST_ORDERS else ()
+        for order in orders:
+            own = torch.nn.functional.one_hot(torch.tensor(order)[rows], samples).T.to(truth.slope)
+            pairs = [(found[n], own @ share) for n, share in shares.items()]
+            if all(g is None or torch.allclose(g.reshape(e.shape), e) for g, e in pairs):
+                return True
+    return False
+
+
+def _refused(case: Case, truth: Truth, outcome: Outcome, what: str) -> Verdict | None:
+    """The verdict on a program of which something is refused."""
+    refused = {name: text for name, text in outcome.items() if text}
+    if not refused:
+        return None
+    name, text = next(iter(refused.items()))
+    if text.startswith("refused by torch"):
+        return Verdict("unclear error", f"[{name}] {text[18:]}", what)
+    if name != "first" and truth.mixes and "mix" in text:
+        return Verdict("loss mixes", what=what)
+    if name != "first" and "not convex" in text and not truth.convex:
+        return Verdict("not convex", what=what)
+    if name != "first" and "differentiated twice" in text:
+        return Verdict("not twice", what=what)
+    apart = case.built.apart and not truth.mixes
+    return Verdict("refused apart" if apart else "refused mixing", f"[{name}] {text[9:]}", what)
+
+
+def reason(text: str) -> str:
+    """The words of an error without names and numbers."""
+    for pattern, words in (
+        (r"\(parameters? [^)]*\)", ""),
+        (r"'[^']*'", "'..'"),
+        (r"[\(\[][\d, ]*[\)\]]", "()"),
+        (r"output of \w+", "output of OP"),
+        (r"\(at [^)]*\)", "(at ..)"),
+        (r"\d+", "#"),
+    ):
+        text = re.sub(pattern, words, text)
+    return text[:150]
+
+
+@torch.no_grad()
+def settled() -> None:
+    """Settings under which programs are drawn."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)

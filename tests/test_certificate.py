@@ -1,0 +1,183 @@
+"""What capture says of the samples is tried out on the graph before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, certificate, extend, propagation
+from backpack.extensions import GGNMP, BatchGrad, BatchL2Grad, DiagGGNExact
+from tests.cases import Apply
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> Iterator[None]:
+    certificate.forget()
+    yield
+    certificate.forget()
+
+
+@pytest.fixture
+def credulous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that mix samples, and are taken for functions of single entries."""
+    names = ("cumsum", "cumprod", "roll", "flip")
+    funcs = {getattr(space, name) for space in (torch, Tensor) for name in names}
+    monkeypatch.setattr(propagation, "POINTWISE", propagation.POINTWISE | funcs)
+    for func in funcs:
+        monkeypatch.delitem(propagation.MOVERS, func, raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    found: list[int] = []
+    real = certificate.certify
+
+    def counted(*args: Any) -> Any:
+        found.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(certificate, "certify", counted)
+    return found
+
+
+def layers(between: Any) -> Apply:
+    return extend(
+        Apply(lambda m, x: m.o(between(m.l(x).tanh())), l=nn.Linear(2, 3), o=nn.Linear(3, 3)).double()
+    )
+
+
+def run(model: nn.Module, *exts: Any, loss: Any = F.cross_entropy, **options: Any) -> None:
+    X, y = torch.randn(N, 2).double(), torch.randint(3, (N,))
+    with backpack(*(exts or [BatchGrad()]), **options):
+        loss(model(X), y).backward()
+
+
+MIXING = {
+    "CumsumBackward0": lambda h: h.cumsum(0),
+    "RollBackward0": lambda h: h + h.roll(1, 0),
+    "CumprodBackward0": lambda h: torch.cumprod(h, 0) + h,
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("ext", [BatchGrad(), BatchL2Grad(), DiagGGNExact()], ids=repr)
+def test_mixed_samples(credulous: None, name: str, gradient: bool, ext: Any) -> None:
+    model = layers(MIXING[name])
+    with pytest.raises(RuntimeError, match=f"'l.weight', 'l.bias': .* mixed at {name}"):
+        run(model, ext, gradient=gradient, certify="once")
+    assert not hasattr(model.l.weight, ext.savefield) and not hasattr(model.o.weight, ext.savefield)
+    run(layers(lambda h: h), ext)
+
+
+def test_permuted_rows(credulous: None) -> None:
+    with pytest.raises(RuntimeError, match="rows of the output of linear belong to other samples"):
+        run(layers(lambda h: h.flip(0)))
+
+
+def test_a_loss_inside_the_model(credulous: None) -> None:
+    """The output is a number: samples are last apart where the loss begins."""
+
+    def loss(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.l(x).tanh().cumsum(0)).pow(2).mean()
+
+    X = torch.randn(N, 2).double()
+    model = extend(Apply(loss, l=nn.Linear(2, 3), o=nn.Linear(3, 3)).double())
+    with pytest.raises(RuntimeError, match="mixed at CumsumBackward0"), backpack(BatchGrad()):
+        model(X).backward()
+
+
+def test_one_of_several_outputs(credulous: None) -> None:
+    def outputs(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = m.l(x).tanh()
+        return h, m.o(h.cumsum(0))
+
+    X = torch.randn(N, 2).double()
+    model = extend(Apply(outputs, l=nn.Linear(2, 3), o=nn.Linear(3, 3)).double())
+    hidden, out = model(X)
+    with backpack(BatchGrad()):
+        hidden.pow(2).sum().backward(retain_graph=True)  # the other output has no part in it
+    with pytest.raises(RuntimeError, match="mixed at CumsumBackward0"), backpack(BatchGrad()):
+        (hidden.pow(2).sum() + out.pow(2).sum()).backward()
+
+
+def test_once(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificate, "AGAIN_AFTER", 3)
+    model = layers(lambda h: h)
+    for passes, expected in enumerate([1, 1, 1, 2, 2]):
+        run(model, certify="once")
+        assert len(calls) == expected, passes
+    run(layers(lambda h: h), certify="once")  # another model
+    assert len(calls) == 3
+    with backpack(BatchGrad(), certify="once"):  # another number of samples
+        model(torch.randn(3, 2).double()).sum().backward()
+    assert len(calls) == 4
+
+
+def test_always_and_never(calls: list[int]) -> None:
+    model = layers(lambda h: h)
+    for _ in range(2):
+        run(model, certify="always")
+    assert len(calls) == 2
+    run(model, certify="never")
+    run(model, GGNMP(), certify="always")  # a product of the whole batch
+    assert len(calls) == 2
+
+
+def test_every_time_where_rows_are_picked(calls: list[int]) -> None:
+    model = layers(lambda h: h[torch.tensor([2, 0, 1, 3])])
+    for _ in range(3):
+        run(model, certify="once")
+    assert len(calls) == 3
+
+
+def test_one_sample_cannot_mix(calls: list[int]) -> None:
+    with backpack(BatchGrad(), certify="always"):
+        layers(lambda h: h)(torch.randn(1, 2).double()).sum().backward()
+    assert not calls
+
+
+@pytest.mark.parametrize("hook", [lambda g: g.clamp(-1e-2, 1e-2), lambda g: g.sign(), lambda g: 2 * g])
+def test_hooks_that_keep_rows_apart(hook: Any) -> None:
+    """They need not be linear."""
+
+    def watched(h: Tensor) -> Tensor:
+        h = h * 1
+        h.register_hook(hook)
+        return h
+
+    run(layers(watched))
+
+
+def test_hooks_that_mix() -> None:
+    def watched(h: Tensor) -> Tensor:
+        h = h * 1
+        h.register_hook(lambda g: g - g.mean(0))
+        return h
+
+    with pytest.raises(RuntimeError, match="samples"):
+        run(layers(watched))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_false_alarm_in_any_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network: list[nn.Module] = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.GroupNorm(2, 8)]
+    for _ in range(4):
+        network += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.GroupNorm(4, 8)]
+    network += [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 49, 10)]
+    model, X = extend(nn.Sequential(*network).to(dtype)), torch.randn(40, 3, 16, 16, dtype=dtype)
+    with backpack(BatchL2Grad(), certify="always"):
+        F.cross_entropy(model(X), torch.arange(40) % 10).backward()
+
+
+def test_other_words() -> None:
+    with pytest.raises(ValueError, match="certify must be one of"):
+        backpack(BatchGrad(), certify="sometimes")  # type: ignore[arg-type]

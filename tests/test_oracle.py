@@ -1,0 +1,89 @@
+"""The judge can say no: `check` fails for each way in which a value can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backpack import extensions as E
+from backpack.oracle import Report, check
+from backpack.run import Run
+
+
+def report(*extensions: E.BackpropExtension, lossfunc: nn.Module | None = None) -> Report:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    return check(model, lossfunc or nn.L1Loss(), torch.rand(5, 3), torch.zeros(5, 2), extensions)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """A field that is never saved."""
+    save = Run.save
+
+    def forgetful(run: Run, leaf: Any, gradient: Tensor | None = None) -> None:
+        save(run, leaf, gradient)
+        leaf.parameter.__dict__.pop(field)
+
+    monkeypatch.setattr(Run, "save", forgetful)
+
+
+@pytest.mark.parametrize("ext", [E.DiagGGNExact, E.BatchDiagGGNExact, E.SqrtGGNExact, E.DiagHessian])
+def test_a_missing_field_where_the_truth_is_zero(ext, monkeypatch) -> None:
+    """The absolute value has no curvature; the field must be there all the same."""
+    assert report(ext()).ok
+    forget(monkeypatch, ext.savefield)
+    found = report(ext())
+    assert not found.ok and found.worst == float("inf")
+
+
+def test_a_missing_field_where_it_is_not(monkeypatch) -> None:
+    forget(monkeypatch, "grad_batch")
+    assert not report(E.BatchGrad()).ok
+
+
+def test_a_field_without_a_gradient(monkeypatch) -> None:
+    """Fields appear for exactly the parameters whose gradient was computed."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.register_parameter("unused", nn.Parameter(torch.rand(2)))
+    args = (nn.MSELoss(), torch.rand(5, 3), torch.zeros(5, 2), [E.SumGradSquared()])
+    assert check(model, *args).ok
+    monkeypatch.setattr(nn.Parameter, "sum_grad_squared", torch.zeros(2), raising=False)
+    assert not check(model, *args).ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value[:1],
+        lambda value: value.sum(0, keepdim=True),
+        lambda value: value.new_zeros(()),
+        lambda value: value.unsqueeze(0),
+        lambda value: value.flatten(0, 1).unsqueeze(1) if value.dim() > 1 else value[:-1],
+        lambda value: value * float("nan"),
+        lambda value: value + 1e-6,
+        lambda value: None,
+    ],
+)
+@pytest.mark.parametrize("ext", [E.BatchGrad, E.DiagGGNExact, E.BatchDiagGGNExact, E.SqrtGGNExact])
+def test_a_wrong_value(ext, change: Callable[[Tensor], Any]) -> None:
+    """Also one that would be broadcast, or is zero as it should be."""
+
+    class Wrong(ext):  # type: ignore[misc,valid-type]
+        def finish(self, state: Any, context: Any) -> Any:
+            return change(super().finish(state, context))
+
+        def zero(self, context: Any) -> Any:
+            return change(super().zero(context))
+
+    assert not report(Wrong(), lossfunc=nn.MSELoss()).ok
+    if ext is not E.SqrtGGNExact:  # without curvature it has no columns, and nothing to be wrong
+        assert not report(Wrong()).ok
+
+
+def test_all_samples_are_compared() -> None:
+    with pytest.raises(ValueError, match="subsampling"):
+        report(E.BatchGrad(subsampling=[0, 2]))

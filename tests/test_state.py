@@ -1,0 +1,170 @@
+"""State that is not passed along: whose it is, and that it is put back whatever happens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, batch, blocks, disable, extend, factors, probe, rules
+from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian
+from backpack.rules import RULES
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return extend(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)))
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return extend(nn.MSELoss())(model(torch.rand(4, 1, 3)), torch.zeros(4, 3))
+
+
+@pytest.fixture
+def untouched() -> Iterator[Callable[[], None]]:
+    """A check that nothing is left of a pass."""
+
+    def check() -> None:
+        assert batch.entered.axes == {}
+        assert rules._kept.values is None
+        assert factors._grams.known is None
+        assert blocks.open_blocks == []
+        assert disable.store_io
+
+    check()
+    yield check
+    check()
+
+
+def _raises(*args: object, **kwargs: object) -> None:
+    raise ZeroDivisionError("a rule that fails")
+
+
+@pytest.mark.parametrize("ext", [BatchGrad, DiagGGNExact, DiagHessian, KFLR])
+@pytest.mark.parametrize("when", ["rule", "form", "quantity"])
+def test_after_an_exception_in_backward(ext, when, untouched, monkeypatch) -> None:
+    model = network()
+    own = ext()
+    if when == "rule":
+        monkeypatch.setitem(RULES, F.linear, _raises)
+    elif when == "form":
+        monkeypatch.setitem(RULES, F.linear, lambda batch, x, w, b=None: [(w, _raises), (b, _raises)])
+    else:
+        own.reduce = _raises
+    with pytest.raises(ZeroDivisionError), backpack(own):
+        loss_of(model).backward()
+    untouched()
+
+
+def test_after_an_exception_in_forward(untouched) -> None:
+    model = extend(nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2)))
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.rand(4, 3))
+    untouched()
+
+
+def test_a_call_that_fails_leaves_the_block_as_it_was() -> None:
+    model = network()
+    with backpack(BatchGrad()):
+        loss = loss_of(model)
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.autograd.grad([loss, loss], [model[0].weight], [torch.ones(())])
+        torch.autograd.backward(loss)
+    assert all(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_disable_is_of_one_thread() -> None:
+    def elsewhere() -> None:
+        assert disable.store_io and disable().store_io and disable.should_store_io()
+        model = network()
+        with backpack(BatchGrad()):
+            loss_of(model).backward()
+        assert all(hasattr(p, "grad_batch") for p in model.parameters())
+
+    with disable():
+        assert not disable.store_io and not disable().store_io and not disable.should_store_io()
+        in_thread(elsewhere)
+        assert not disable.store_io
+    assert disable.store_io
+
+
+def test_one_disable_object_nested_and_in_two_threads() -> None:
+    quiet = disable()
+    with quiet:
+        with quiet:
+            pass
+        assert not disable.store_io
+        in_thread(lambda: quiet.__enter__() or quiet.__exit__(None, None, None))
+        assert not disable.store_io
+    assert disable.store_io
+
+
+def test_disable_holds_in_autograds_own_threads(untouched) -> None:
+    """Backward on a device runs in these: the block's thread says whether it is switched off."""
+    block = backpack(BatchGrad())
+    found = []
+    with block:
+        (entry,) = blocks.open_blocks
+        in_thread(lambda: found.append(entry.listens))
+        with disable():
+            in_thread(lambda: found.append(entry.listens))
+    assert found == [True, False]
+
+
+def test_one_block_object_in_two_threads(untouched) -> None:
+    """Each thread leaves the block that it entered itself."""
+    shared, left = backpack(BatchGrad()), threading.Event()
+    entered, models = threading.Event(), [network(), network()]
+
+    def other() -> None:
+        with shared:
+            entered.set()
+            assert left.wait(60)
+            loss_of(models[1]).backward()
+
+    with shared:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(60)
+        loss_of(models[0]).backward()
+    assert blocks.current_block() is None
+    left.set()
+    thread.join()
+    for model in models:
+        assert all(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+def test_verdicts_may_vanish_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may empty them between two looks."""
+
+    class Vanishing(dict):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(probe, "_verdicts", Vanishing())
+    x = torch.rand(4, 3)
+    for _ in range(2):
+        axis = batch.regular_axis(4)
+        assert probe.keeps_apart(torch.cumsum, (x, 1), {}, 0, [(x, axis)], axis)
