@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack.aliases import is_shared, through_base, wrote
+from backpack.aliases import is_shared, places_of, through_base, wrote
 from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
 from backpack.factors import Dense
 from backpack.functions import Functions, is_custom, settle
@@ -53,6 +53,7 @@ from backpack.taps import (
     LossRecord,
     Recording,
     Tap,
+    View,
     lost_form,
     make_tap,
     notes,
@@ -144,7 +145,7 @@ class _Write(NamedTuple):
         marked: arguments that depend on the data.
         rest: arguments other than the target that require grad but do not.
         inputs: nodes of the data.
-        lone: whether the target is none of these.
+        lone: whether the target is not made from parameters itself.
     """
 
     func: Any
@@ -548,14 +549,14 @@ class _Recorder(TorchFunctionMode):
         # What the target was before, for those who ask for its shape or, if it is tried out, values.
         op = func if twin is None or func in ELEMENTWISE else twin
         follows = assigns or op in MOVERS or known(op, marked[0][1], target, args)
-        taken = rest and twin is not None and twin not in (Tensor.add, Tensor.sub)
+        lone = len(rest) == len(sources)
+        taken = not lone or (rest and twin is not None and twin not in (Tensor.add, Tensor.sub))
         old = target.clone() if taken else target.detach() if follows else target.detach().clone()
         if target.requires_grad and not taken:
             old.requires_grad_()
         if own is not None:
             mark(old, own)
             marked = [(old if t is target else t, axis) for t, axis in marked]
-        lone = len(rest) == len(sources)
         before = (old, *args[1:])
         return _Write(func, op, target, shared, before, kwargs, own, marked, rest, inputs, lone)
 
@@ -583,14 +584,32 @@ class _Recorder(TorchFunctionMode):
             mark(target, batch)
         else:
             wrote(target, own, batch, write.shared)
-        node, twin = target.grad_fn, _INPLACE[func]
-        # A parameter-made tensor that data was written into is left to the check at backward time.
-        if write.rest and write.lone and node is not None and twin is not None:
+        if (write.rest or not write.lone) and target.grad_fn is not None:
             if not (batch.lost and batch.tentative):
-                make_tap(
-                    *(self.recording, twin, write.args, write.kwargs, node, target.output_nr, 0),
-                    *(batch, write.rest, write.inputs, None, whole),  # type: ignore[arg-type]
-                )
+                self._written(write, batch, whole)
+
+    def _written(self, write: _Write, batch: Batch, whole: bool) -> None:
+        """The tap of an operation in place: where the graph goes on from what was written to."""
+        target, base = write.target, write.target._base
+        func = write.func if write.func == Tensor.__setitem__ else _INPLACE[write.func]
+        if func is None:
+            return
+        node, output_nr, view, inputs = target.grad_fn, target.output_nr, None, write.inputs
+        if base is not None and base.grad_fn is not None:
+            # Autograd notes it on what the target is a view of.
+            axis, places = self._axis(base), places_of(target, base)
+            if axis is None or places is None:
+                batch = batch.losing("a view of memory of which nothing is known was written to")
+            else:
+                node, output_nr, view = base.grad_fn, base.output_nr, View(places, axis)
+                before = node.next_functions[0][0]
+                inputs = (*inputs, before) if before is not None else inputs
+        assert node is not None
+        sources = write.rest if write.lone else [write.args[0], *write.rest]
+        make_tap(
+            *(self.recording, func, write.args, write.kwargs, node, output_nr, 0),
+            *(batch, sources, inputs, None, whole, view),  # type: ignore[arg-type]
+        )
 
     def _adopt(self, target: Tensor) -> None:
         """A tensor without an axis gets one, and may have been there before: not to be left on it."""

@@ -148,7 +148,7 @@ def traced(
             axis = _axis_tried_out(func, args, kwargs, new, marked, place)
             if axis is not None:
                 return axis, []
-    if batch.lost and batch.tentative:
+    if batch.lost and batch.tentative and single is None and batch.size > 1:
         return batch, [tensor for tensor, _ in marked]
     return batch, demoted
 
