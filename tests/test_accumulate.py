@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -837,3 +838,21 @@ def test_half_precision_is_added_up_in_single() -> None:
     for a, b in zip(model.weight.kflr, exact.weight.kflr, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.float(), b, rtol=0.03, atol=0.03 * float(b.max()))
+
+
+# --------------------------------------------------------------------------------------
+# The page
+
+
+def test_page() -> None:
+    page = Path(__file__).parent.parent / "docs" / "datasets.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    space: dict[str, Any] = {"__name__": "datasets"}
+    exec(compile(code, str(page), "exec"), space)
+    model, X, y = space["model"], space["X"], space["y"]
+    with block_of(E.BatchGrad(), E.KFLR(), E.Variance(), gradient=False):
+        space["lossfunc"](model(X), y).backward()
+    squares = sum(p.grad_batch.flatten(1).square().sum(1) for p in model.parameters())
+    torch.testing.assert_close(space["norms"], squares.sqrt())
+    for a, b in zip(space["F"], space["weight"].kflr, strict=True):
+        torch.testing.assert_close(a, b)
