@@ -365,10 +365,8 @@ def differentiable_twice() -> Iterator[None]:
     """Say in our words where torch has no second derivative of an operation."""
     try:
         yield
-    except NotImplementedError:
-        raise
     except RuntimeError as error:
-        if "is not implemented" not in str(error):
+        if "is not implemented" not in str(error) or "cannot be differentiated twice" in str(error):
             raise
         raise NotImplementedError(
             f"an operation of the model or the loss cannot be differentiated twice ({error}); for "
@@ -394,4 +392,4 @@ def pull_back(edge: GradientEdge, leaf: Tensor, columns: Tensor) -> Tensor:
     """Columns at a derived tensor carried on to a leaf, ``[m, *t] -> [m, *p]``."""
     with hooks_suspended(leaf):
         (result,) = carry(edge, [get_gradient_edge(leaf)], columns)
-    return columns.new_zeros(len(columns), *leaf.shape) if result is None else result
+    return leaf.new_zeros(len(columns), *leaf.shape) if result is None else result

@@ -35,6 +35,8 @@ class Rows:
         slots[order] = torch.arange(len(samples), device=samples.device) - starts[samples[order]]
         self.slots = slots
         self.width = int(counts.max()) if len(samples) else 0
+        # The sample that all rows belong to, if they belong to one.
+        self.only = int(samples[0]) if 0 < self.width == len(samples) else None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rows) and torch.equal(self.samples, other.samples)
@@ -60,6 +62,7 @@ class Batch:
         lost: why the axis is no longer known, if it is not.
         picked: which sample each entry belongs to, where they follow no pattern (entries picked by an
             index, experts that see some tokens of each sample).
+        bare: the tensor is a number, which has no axes; it belongs to the one picked sample.
         length: number of entries of the axis.
     """
 
@@ -70,6 +73,7 @@ class Batch:
     tentative: bool = False
     lost: str | None = None
     picked: Rows | None = None
+    bare: bool = False
     length: int = field(init=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -87,9 +91,16 @@ class Batch:
         """Whether there is one entry for each sample, in order."""
         return self.picked is None and self.outer == self.inner == 1
 
+    @property
+    def solo(self) -> int | None:
+        """The sample that the whole tensor belongs to, if it belongs to one."""
+        return None if self.picked is None else self.picked.only
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of that shape can have this sample axis."""
-        return self.dim < len(shape) and shape[self.dim] == self.length
+        if self.bare:
+            return not shape
+        return 0 <= self.dim < len(shape) and shape[self.dim] == self.length
 
     def moved(self, dim: int) -> Batch:
         """The same axis at another place."""
@@ -103,18 +114,43 @@ class Batch:
             return regular_axis(self.size, dim, outer, inner, self.tentative)
         return Batch(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
 
+    def single(self) -> Batch:
+        """The axis of a tensor that belongs to one sample, in a batch of that sample alone."""
+        if self.solo is None or self.size == 1:
+            return self
+        if self.bare:
+            return solo_axis(0, 1, (), self.picked.samples.device)  # type: ignore[union-attr]
+        return regular_axis(1, self.dim, 1, self.length)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """The number of entries of each sample, where they differ."""
+        if self.picked is None or self.width * self.size == self.length:
+            return None
+        return torch.bincount(self.picked.samples, minlength=self.size)
+
     def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
         """The axis after some of its entries were picked."""
-        samples = self.sample_ids(tensor.device)[index]
-        if len(samples) == self.size and bool((samples[1:] - samples[:-1] == 1).all()):
-            return regular_axis(self.size, self.dim, tentative=self.tentative)
-        return Batch(self.size, self.dim, tentative=self.tentative, picked=Rows(samples, self.size))
+        return picked_axis(
+            self.sample_ids(tensor.device)[index], self.size, self.dim, tentative=self.tentative
+        )
+
+    def alone(self, place: int, shape: Sequence[int], device: torch.device) -> Batch:
+        """The axis of a tensor made from one entry of this axis only."""
+        if self.picked is None:
+            place += self.length if place < 0 else 0
+            sample = place // self.inner % self.size
+        else:
+            sample = int(self.picked.samples[place])
+        return solo_axis(sample, self.size, shape, device, self.tentative)
 
     def agrees(self, other: Batch) -> bool:
         """Whether two axes place the samples alike."""
         if self is other:
             return True
         if (self.size, self.dim, self.lost) != (other.size, other.dim, other.lost):
+            return False
+        if self.bare != other.bare:
             return False
         if self.picked is None and other.picked is None:
             return (self.outer, self.inner) == (other.outer, other.inner)
@@ -131,15 +167,16 @@ class Batch:
         """The axis after an operation that leaves its place unknown."""
         return _lost_axis(self, why) if self.picked is None else replace(self, lost=why)
 
-    def split(self, tensor: Tensor, lead: int = 0) -> Tensor:
+    def split(self, tensor: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
         """Bring samples to the front: ``[*lead, *shape] -> [*lead, N, k, *rest]``.
 
-        Samples with fewer than ``k`` entries are filled up with zeros.
+        Samples with fewer than ``k`` entries are filled up with zeros, or with ``copies`` of an entry.
         """
         axis = lead + self.dim
         if self.picked is not None:
-            tensor = tensor.movedim(axis, 0)
+            tensor = (tensor.unsqueeze(lead) if self.bare else tensor).movedim(axis, 0)
             full = tensor.new_zeros(self.size, self.width, *tensor.shape[1:])
+            full = tensor[:1].expand_as(full) if copies and len(tensor) else full
             full = full.index_put((self.picked.samples, self.picked.slots), tensor)
             return full.movedim((0, 1), (lead, lead + 1))
         if self.plain:
@@ -153,7 +190,8 @@ class Batch:
         axis = lead + self.dim
         if self.picked is not None:
             tensor = tensor.movedim((lead, lead + 1), (0, 1))
-            return tensor[self.picked.samples, self.picked.slots].movedim(0, axis)
+            tensor = tensor[self.picked.samples, self.picked.slots].movedim(0, axis)
+            return tensor.squeeze(axis) if self.bare else tensor
         tensor = tensor.unflatten(lead + 1, (self.outer, self.inner))
         tensor = tensor.movedim((lead + 1, lead, lead + 2), (axis, axis + 1, axis + 2))
         return tensor.flatten(axis, axis + 2)
@@ -184,9 +222,32 @@ def regular_axis(
     return Batch(size, dim, outer, inner, tentative)
 
 
-def only_axis(shape: Sequence[int], tentative: bool = False) -> Batch:
-    """The axis of a tensor of that shape where there is one sample: everything belongs to it."""
-    return regular_axis(1, 0, 1, shape[0] if len(shape) else 1, tentative)
+def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: bool = False) -> Batch:
+    """The axis whose entries belong to these samples: regular, if they come in regular order."""
+    axis = _regular(samples, size, dim)
+    if axis is None:
+        return Batch(size, dim, tentative=tentative, picked=Rows(samples, size))
+    return replace(axis, tentative=True) if tentative else axis
+
+
+def solo_axis(
+    sample: int,
+    size: int,
+    shape: Sequence[int],
+    device: torch.device,
+    tentative: bool = False,
+    dim: int = 0,
+) -> Batch:
+    """The axis of a tensor of that shape that belongs to one sample."""
+    if size == 1 and shape:
+        return regular_axis(1, dim, 1, shape[dim], tentative)
+    rows = _one_sample(sample, shape[dim] if shape else 1, size, device)
+    return Batch(size, dim, tentative=tentative, picked=rows, bare=not shape)
+
+
+@lru_cache(4096)
+def _one_sample(sample: int, length: int, size: int, device: torch.device) -> Rows:
+    return Rows(torch.full((length,), sample, device=device), size)
 
 
 @lru_cache(4096)
@@ -200,7 +261,7 @@ NOBODY = -1
 def owners_of(axis: Batch, shape: Sequence[int], device: torch.device) -> Tensor:
     """The sample that each entry of a tensor of that shape belongs to (a view)."""
     ids = axis.sample_ids(device)
-    return ids.reshape([-1 if d == axis.dim else 1 for d in range(len(shape))]).expand(*shape)
+    return ids.reshape([-1 if d == axis.dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
 def axis_of(owners: Tensor, size: int) -> Batch | None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack.aliases import is_shared, through_base, wrote
-from backpack.batch import MARK, Batch, batch_of, entered, mark, only_axis, regular_axis
+from backpack.aliases import is_shared, places_of, through_base, wrote
+from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
 from backpack.factors import Dense
 from backpack.functions import Functions, is_custom, settle
 from backpack.inputs import carriers, doubtful
 from backpack.losses import LOSSES, LossHessian
-from backpack.moves import MOVERS, aligned, spellings
+from backpack.moves import LIKE, MOVERS, spellings
 from backpack.opened import OPENED
 from backpack.placing import assigned
 from backpack.propagation import (
@@ -34,9 +35,10 @@ from backpack.propagation import (
     FACTORIES,
     POINTWISE,
     known,
+    moved,
     name_of,
-    propagate,
     settled,
+    traced,
 )
 from backpack.rules import SEVERAL_OUTPUTS, ToForm, fallback, recurrent_axis
 from backpack.taps import (
@@ -51,8 +53,11 @@ from backpack.taps import (
     LossRecord,
     Recording,
     Tap,
+    View,
+    lost_form,
     make_tap,
     notes,
+    of_sample,
     store_tap,
 )
 
@@ -140,7 +145,7 @@ class _Write(NamedTuple):
         marked: arguments that depend on the data.
         rest: arguments other than the target that require grad but do not.
         inputs: nodes of the data.
-        lone: whether the target is none of these.
+        lone: whether the target is not made from parameters itself.
     """
 
     func: Any
@@ -229,8 +234,9 @@ class _Recorder(TorchFunctionMode):
             self._look(func, args, kwargs, out)
         else:
             mover = MOVERS.get(func)
-            found = axis if mover is None else mover(axis, first, out, args, kwargs)
+            found = axis if mover is None else moved(mover, axis, first, out, args, kwargs)
             unsure = found.lost or not found.fits(out.shape) or out is first
+            unsure = unsure or (found.picked is not None and not out.requires_grad)
             if mover is None:
                 grew = func in ELEMENTWISE and out.dim() != first.dim()
                 unsure = unsure or grew or not known(func, axis, first, args)
@@ -294,17 +300,19 @@ class _Recorder(TorchFunctionMode):
                 marked, sources, faint = marked + more[0], sources + more[1], faint + more[2]
         return marked, sources, faint
 
-    def _lose(self, func: Any, out: Tensor, lost: Batch) -> None:
-        """The axis of a result is not known."""
+    def _lose(self, func: Any, out: Tensor, lost: Batch, fresh: bool = True) -> None:
+        """The axis of a result is not known; ``fresh``: that of its arguments was."""
         recording = self.recording
+        where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
         if recording.lost is None and out.requires_grad:
-            recording.lost = f"{name_of(func)}: {lost.lost}"
-        mark(out, lost)
+            recording.lost = where
+        # What counts as a constant may meet a parameter later, for whom the place is news.
+        mark(out, replace(lost, lost=where) if lost.tentative else lost)
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node, places = out.grad_fn, LAYERS.get(func)
-        if places is None or node is None or out._base is not None:
+        if places is None or node is None or out._base is not None or batch.solo is not None:
             return False
         at, *own = places
         if input is not args[at]:
@@ -332,8 +340,11 @@ class _Recorder(TorchFunctionMode):
             elif marked or faint or not sources:
                 self._note(func, args, kwargs, out, 0, marked, sources, faint)
         elif isinstance(out, (tuple, list)) and (marked or faint):
+            own = list(_tensors(args)) if func in _EACH else []
             for place, each in enumerate(out):
-                if isinstance(each, Tensor):
+                if own:
+                    marked, sources, faint = self._sorted((own[place],), {})
+                if isinstance(each, Tensor) and (marked or faint):
                     self._note(func, args, kwargs, each, place, marked, sources, faint)
 
     def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -365,19 +376,27 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             size = recording.size
             if faint:
-                self._lose(func, out, settled(func, out, faint[0], recording.batch_dim)[0])
+                axis, _ = settled(func, out, faint[0], recording.batch_dim)
+                if axis.lost:
+                    self._lose(func, out, axis, fresh=False)
+                else:
+                    mark(out, axis)
             elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
-        batch, demoted = propagate(func, args, kwargs, out, marked, place)
+        batch, demoted = traced(func, args, kwargs, out, marked, place)
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
+            fresh = not batch.lost
+        if batch.lost and batch.tentative:
+            if func not in LIKE:
+                self._lose(func, out, batch, fresh)
+            return
         if batch.lost:
             self._lose(func, out, batch)
             _note_end(recording, out, marked)
-            if batch.tentative:
-                return
         elif any(out is t for t, _ in marked):
             return  # the argument itself
         else:
@@ -389,10 +408,10 @@ class _Recorder(TorchFunctionMode):
             return
         if func in LOSSES:
             f = kwargs.get("input", args[0] if args else None)
-            axis = batch_of(f) if isinstance(f, Tensor) else None
+            at = batch_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
-            _note_loss(recording, func, axis, args, kwargs, node, module)
+            _note_loss(recording, func, at, args, kwargs, node, module)
         elif func in _BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in _BENDS and len(marked) == 1 and not batch.lost:
@@ -437,55 +456,51 @@ class _Recorder(TorchFunctionMode):
                 return out
         out = func(*args, **kwargs)
         try:
-            self._opened(func, args, kwargs, out, marked, sources, faint)
+            if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+                self._recurrent(func, args, kwargs, out, marked, sources)
+            elif marked or faint:
+                for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                    if isinstance(each, Tensor):
+                        self._note(func, args, kwargs, each, place, marked, sources, faint)
         except Exception as error:
             self._give_up(func, out, error)
         return out
 
-    def _opened(
+    def _recurrent(
         self,
         func: Any,
         args: tuple,
         kwargs: dict[str, Any],
-        out: Any,
+        out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
-        faint: list[Batch],
     ) -> None:
-        """Operations with parameters inside that stay closed."""
-        axis = next((b for t, b in marked if t is args[0]), None)
-        if func not in SEVERAL_OUTPUTS or axis is None or not isinstance(args[2], (list, tuple)):
-            for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
-                if (marked or faint) and isinstance(each, Tensor):
-                    self._note(func, args, kwargs, each, place, marked, sources, faint)
-            return
-        batch_first = bool(args[-1])
-        single = axis.size == 1
-        known = not axis.lost and axis.plain and axis.dim == (0 if batch_first else 1)
-        known = known or (single and args[0].shape[0 if batch_first else 1] == 1)
-        # States come with their samples on the second axis.
-        others = [(t, b) for t, b in marked if t is not args[0] and t.requires_grad]
-        alike = single or all(not b.lost and b.plain and b.dim == 1 for _, b in others)
-        alike = alike and not any(t is p for t, _ in others for p in args[2])
+        """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
+        states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
+        axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+        sources = sources + [t for t in demoted if t.requires_grad]
+        data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
+        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
         for place, each in enumerate(out):
-            batch, whole = recurrent_axis(axis.size, place, batch_first), False
-            if not (known and alike):
-                why = "batch_first of a recurrent layer differs" if alike else "states of other samples"
-                batch = axis if axis.lost else axis.losing(why)
-                batch, whole = settled(func, each, batch, self.recording.batch_dim)
+            here = axis.moved(1) if place else axis
+            batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
             if batch.lost:
                 self._lose(func, each, batch)
+                if batch.tentative:
+                    continue
             else:
                 mark(each, batch)
             if each.grad_fn is not None and sources:
-                inputs = tuple(
-                    t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad
-                )
+                own = batch.single()
                 if whole:
-                    found = fallback(batch, place, func, args, kwargs, sources, True)
+                    found = fallback(own, place, func, args, kwargs, sources, True)
+                elif batch.lost:
+                    found = [(s, lost_form) for s in sources]
                 else:
-                    found = SEVERAL_OUTPUTS[func](batch, place, out[0].detach(), *args)
+                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                if own is not batch:
+                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
                     *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
@@ -519,11 +534,13 @@ class _Recorder(TorchFunctionMode):
 
     def _before(self, func: Any, target: Tensor, args: tuple, kwargs: dict[str, Any]) -> _Write | None:
         """What there is to know before an operation in place; ``None`` if it is no matter of data."""
-        marked, sources, faint = self._sorted(args, kwargs)
+        assigns = func == Tensor.__setitem__
+        index = args[1] if assigns and isinstance(args[1], tuple) else ()
+        marked, sources, faint = self._sorted((*args, *index) if index else args, kwargs)
         if not marked:
             if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
                 self._adopt(target)
-                self._lose(func, target, faint[0])
+                self._lose(func, target, faint[0], fresh=False)
             return None
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = _INPLACE[func]
@@ -531,16 +548,15 @@ class _Recorder(TorchFunctionMode):
         own, shared = batch_of(target), is_shared(target)
         # What the target was before, for those who ask for its shape or, if it is tried out, values.
         op = func if twin is None or func in ELEMENTWISE else twin
-        assigns = func == Tensor.__setitem__
-        settled = assigns or op in MOVERS or known(op, marked[0][1], target, args)
-        taken = rest and twin is not None and twin not in (Tensor.add, Tensor.sub)
-        old = target.clone() if taken else target.detach() if settled else target.detach().clone()
+        follows = assigns or op in MOVERS or known(op, marked[0][1], target, args)
+        lone = len(rest) == len(sources)
+        taken = not lone or (rest and twin is not None and twin not in (Tensor.add, Tensor.sub))
+        old = target.clone() if taken else target.detach() if follows else target.detach().clone()
         if target.requires_grad and not taken:
             old.requires_grad_()
         if own is not None:
             mark(old, own)
             marked = [(old if t is target else t, axis) for t, axis in marked]
-        lone = len(rest) == len(sources)
         before = (old, *args[1:])
         return _Write(func, op, target, shared, before, kwargs, own, marked, rest, inputs, lone)
 
@@ -551,12 +567,11 @@ class _Recorder(TorchFunctionMode):
             batch = batch_of(write.args[1])
         elif func == Tensor.__setitem__:
             batch = assigned(write.args[0], write.args[2], write.args[1])
-        elif func == Tensor.copy_ and any(t is write.args[1] and not b.tentative for t, b in marked):
-            batch = aligned(batch_of(write.args[1]), write.args[1], target)  # type: ignore[arg-type]
         else:
-            batch, _ = propagate(write.op, write.args, write.kwargs, target, marked)
+            batch, _ = traced(write.op, write.args, write.kwargs, target, marked)
         if batch is None:
-            return
+            batch = marked[0][1].losing("constants written to places that depend on data")
+            batch = replace(batch, tentative=True)
         batch, whole = settled(func, target, batch, self.recording.batch_dim, marked)
         if own is None:
             self._adopt(target)
@@ -569,14 +584,32 @@ class _Recorder(TorchFunctionMode):
             mark(target, batch)
         else:
             wrote(target, own, batch, write.shared)
-        node, twin = target.grad_fn, _INPLACE[func]
-        # A parameter-made tensor that data was written into is left to the check at backward time.
-        if write.rest and write.lone and node is not None and twin is not None:
+        if (write.rest or not write.lone) and target.grad_fn is not None:
             if not (batch.lost and batch.tentative):
-                make_tap(
-                    *(self.recording, twin, write.args, write.kwargs, node, target.output_nr, 0),
-                    *(batch, write.rest, write.inputs, None, whole),  # type: ignore[arg-type]
-                )
+                self._written(write, batch, whole)
+
+    def _written(self, write: _Write, batch: Batch, whole: bool) -> None:
+        """The tap of an operation in place: where the graph goes on from what was written to."""
+        target, base = write.target, write.target._base
+        func = write.func if write.func == Tensor.__setitem__ else _INPLACE[write.func]
+        if func is None:
+            return
+        node, output_nr, view, inputs = target.grad_fn, target.output_nr, None, write.inputs
+        if base is not None and base.grad_fn is not None:
+            # Autograd notes it on what the target is a view of.
+            axis, places = self._axis(base), places_of(target, base)
+            if axis is None or places is None:
+                batch = batch.losing("a view of memory of which nothing is known was written to")
+            else:
+                node, output_nr, view = base.grad_fn, base.output_nr, View(places, axis)
+                before = node.next_functions[0][0]
+                inputs = (*inputs, before) if before is not None else inputs
+        assert node is not None
+        sources = write.rest if write.lone else [write.args[0], *write.rest]
+        make_tap(
+            *(self.recording, func, write.args, write.kwargs, node, output_nr, 0),
+            *(batch, sources, inputs, None, whole, view),  # type: ignore[arg-type]
+        )
 
     def _adopt(self, target: Tensor) -> None:
         """A tensor without an axis gets one, and may have been there before: not to be left on it."""
@@ -594,7 +627,7 @@ class _Recorder(TorchFunctionMode):
                 own = batch_of(each)
                 batch = faint[0] if faint else marked[0][1]
                 if marked:
-                    batch, _ = propagate(func, args, rest, each, marked, place)
+                    batch, _ = traced(func, args, rest, each, marked, place)
                 batch, _ = settled(func, each, batch, self.recording.batch_dim, marked)
                 if own is None:
                     self._adopt(each)
@@ -715,6 +748,8 @@ def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
 _HALVES = (torch.float16, torch.bfloat16)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
+# Each result is made from one of the arguments, the one at the same place.
+_EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
 _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_INPLACE, _Recorder._in_place),
@@ -846,6 +881,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             continue
         axis = axes[id(tensor)]
         if axis is not None:
+            # What the loss takes is data, whatever its targets look like.
+            axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
         border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)
@@ -873,7 +910,7 @@ def _last_axis(recorder: _Recorder, output: Tensor) -> Batch | None:
         if recorder.recording.size != 1 or not output.dim():
             return axis
         known = axis is not None and axis.fits(output.shape)
-        return axis if known else only_axis(output.shape)
+        return axis if known else solo_axis(0, 1, output.shape, output.device)
     except Exception as error:
         recorder._give_up("the model's output", output, error)
         return batch_of(output)

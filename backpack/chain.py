@@ -40,6 +40,8 @@ def averaged(
         NotImplementedError: if operations do not form a chain, or change where the samples are.
         ValueError: if the matrix would be too large.
     """
+    if not samples:
+        return {}
     matrix = sum(torch.einsum("vnc,vnd->cd", s, s) for s in (_rows(c, samples) for c in columns))
     arrived: dict[int, Tensor] = {}
     active = _with_taps(start.node, wanted)

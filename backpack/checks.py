@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.backprop import Graph, leaves_below
-from backpack.quantities import BackpropExtension
+from backpack.quantities import BackpropExtension, Product
 from backpack.taps import Recording, Source, Tap
 
 
@@ -85,7 +85,7 @@ def check(
         extensions: the quantities.
         rooted: whether the call of ``backward`` was seen.
     """
-    second_order = [ext for ext in extensions if ext.kind.name != "gradient"]
+    second_order = [ext for ext in extensions if ext.source.second_order]
     if any(recording.packed for recording in graph.recordings):
         raise NotImplementedError(
             "the model packs sequences (pack_padded_sequence), which leaves no axis for samples; "
@@ -131,7 +131,7 @@ def check(
         )
     if graph.mixing:
         _refuse_mixing(graph.mixing, extensions)
-    if not rooted and any(ext.kind.name == "product" for ext in second_order):
+    if not rooted and any(isinstance(ext, Product) for ext in second_order):
         raise RuntimeError(
             "products with curvature (GGNMP, HMP, PCHMP) keep the graph, for which the call must "
             "be loss.backward(), not torch.autograd.backward(loss)"

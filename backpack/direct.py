@@ -44,6 +44,9 @@ class DirectRun(Run):
         self.end()
 
     def _reach_losses(self) -> None:
+        """Losses have a part in their hooks only: their columns were carried when the pass began."""
+        if self.block.owner.extension_hook is None:
+            return
         records = {node: record for node, (record, _) in self.graph.losses.items()}
         edges = [GradientEdge(node, 0) for node in records]
         for record, edge, grad in zip(records.values(), edges, self._gradients(edges), strict=True):

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from backpack import capture, certificate
 from backpack.blocks import Block, ExtensionHook, Nested, current_block, open_blocks
+from backpack.columns import ColumnSource
 from backpack.direct import DirectRun
-from backpack.quantities import BackpropExtension, Columns
+from backpack.quantities import BackpropExtension, Product
 from backpack.run import Run
 from backpack.taps import LossRecord, Recording
 
@@ -27,9 +28,14 @@ class backpack:  # noqa: N801
     """Compute quantities during the backward passes inside the block.
 
     Example:
-        >>> with backpack(Variance(), DiagGGNExact()):  # doctest: +SKIP
+        >>> from backpack import extend
+        >>> from backpack.extensions import BatchL2Grad, DiagGGNExact
+        >>> model, lossfunc = extend(torch.nn.Linear(4, 3)), extend(torch.nn.CrossEntropyLoss())
+        >>> loss = lossfunc(model(torch.rand(5, 4)), torch.tensor([0, 1, 2, 1, 0]))
+        >>> with backpack(BatchL2Grad(), DiagGGNExact()):
         ...     loss.backward()
-        >>> parameter.variance, parameter.diag_ggn_exact  # doctest: +SKIP
+        >>> model.weight.batch_l2.shape, model.weight.diag_ggn_exact.shape
+        (torch.Size([5]), torch.Size([3, 4]))
 
     Args:
         *exts: quantities, instances of the classes in :mod:`backpack.extensions`. Of two that save
@@ -55,6 +61,10 @@ class backpack:  # noqa: N801
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
 
+    With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
+    As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
+    the model; :func:`backpack.memory_cleanup` (``memory_cleanup(model)``) lets go of it.
+
     Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
     entered it.
     """
@@ -77,8 +87,8 @@ class backpack:  # noqa: N801
                 )
             if not isinstance(ext, BackpropExtension):
                 raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
-            if ext.kind.name not in get_args(Columns):
-                raise ValueError(f"{ext!r} asks for columns of an unknown kind, {ext.kind.name!r}")
+            if not isinstance(ext.source, ColumnSource):
+                raise ValueError(f"{ext!r} names no source of columns, but {ext.source!r}")
         fields = [ext.savefield for ext in exts]
         for name in sorted({name for name in fields if fields.count(name) > 1}):
             warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)
@@ -144,7 +154,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        products = any(ext.kind.name == "product" for ext in self.block.owner.extensions)
+        products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
         if products and func in (Tensor.backward, torch.autograd.grad) and not self.block.nested:
             kwargs = {**kwargs, "retain_graph": True}
         if func is Tensor.backward:
@@ -198,6 +208,7 @@ class _Watch(TorchFunctionMode):
                 (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
                 for t, g in zip(outputs, gradients, strict=True)
             ]
+            block.hooked = any(t._backward_hooks for t in outputs)
             direct = func is Tensor.backward and not block.owner.gradient
             if direct and block.listens:
                 return self._directly(*args, **kwargs)

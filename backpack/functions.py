@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, only_axis, regular_axis
+from backpack.batch import Batch, regular_axis, solo_axis
 from backpack.probe import axis_by_backward
 from backpack.taps import TAPS, notes
 
@@ -84,7 +84,7 @@ class Functions:
         if not data:
             return noted
         if size == 1:
-            return only_axis(tensor.shape)
+            return solo_axis(0, 1, tensor.shape, tensor.device)
         tentative = all(axis.tentative for _, axis in data)
         candidates = [axis for axis in (noted, *(axis for _, axis in data)) if axis is not None]
         for d, length in enumerate(tensor.shape):

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.backprop import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.batch import Batch
-from backpack.factors import Dense, Form, Together, merge
-from backpack.taps import CURVED, TAPS, LossRecord, Source, Tap, loss_at, notes
+from backpack.columns import Columns, Leaf, Pass, Starts, gradients
+from backpack.taps import CURVED, TAPS, LossRecord, loss_at, notes
+from backpack.tracing import cut, kind_of
 
 _LINEAR = frozenset(
     """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
@@ -49,42 +49,24 @@ _BATCH_NORMS = frozenset({"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"
 _PRODUCTS = frozenset("Mul Mm Bmm Addmm Addbmm Baddbmm Addmv Mv Dot Convolution Div".split())
 
 
-class Leaf(Protocol):
-    """What this file needs to know of a parameter."""
-
-    parameter: Tensor
-    samples: int
-    uses: list[tuple[Node, Tap, Source]]
-
-
-def diagonal(
-    starts: Sequence[tuple[GradientEdge, Tensor]],
-    leaves: Sequence[Any],
-    per_sample: bool,
-    outputs: Sequence[tuple[GradientEdge, Batch]] = (),
-    chunk_size: int | None = None,
-) -> Iterator[tuple[Any, Form, Tensor | None]]:
-    """Forms whose signed squares sum to the Hessian diagonal of ``sum weight * start``.
+def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
+    """Signed columns whose squares sum to the Hessian diagonal of the function that is differentiated.
 
     Args:
-        starts: where backward starts, with the gradients there.
-        leaves: parameters and their uses.
+        given: the backward pass.
         per_sample: whether the diagonals of single samples are needed.
-        outputs: model outputs, with their sample axes.
-        chunk_size: number of columns that are carried at a time; by default as many as fit a budget.
-
-    Yields:
-        Parameter, form and sign ``[v, n]`` (``None``: all positive).
     """
-    path = Path([edge.node for edge, _ in starts], outputs)
-    clean, by_output, by_entry = [], [], []
-    for leaf in leaves:
+    path = Path([edge.node for edge, _ in given.roots], given.outputs)
+    clean: list[Leaf] = []
+    by_output: list[Leaf] = []
+    by_entry: list[Leaf] = []
+    for leaf in given.leaves:
         linear, single = path.linear_in(leaf), len(leaf.uses) == 1
         if linear and all(node not in path.curved_above for node, _, _ in leaf.uses):
             clean.append(leaf)
         elif linear and single:
             by_output.append(leaf)
-        else:
+        elif leaf.samples:
             by_entry.append(leaf)
     # Columns of curved entries serve all parameters below, but there may be very many.
     below = [leaf for leaf in clean if any(n in path.bent_above for n, _, _ in leaf.uses)]
@@ -93,22 +75,19 @@ def diagonal(
         clean = [leaf for leaf in clean if leaf not in below]
         by_output += below
         path.bends.clear()
-    yield from _columns(starts, path, clean, chunk_size)
+    if clean:
+        yield from _columns(given, path, clean)
     for leaf in by_output:
-        yield from _output_hessian(starts, leaf, chunk_size)
+        yield from _output_hessian(given, leaf)
     for leaf in by_entry:
         passing = [GradientEdge(node, tap.place) for node, tap, _ in leaf.uses]
-        entries = partial(_entries, passing=passing, chunk_size=chunk_size)
-        yield from _parameter_hessian(starts, path, leaf, per_sample, entries)
+        entries = partial(_entries, passing=passing, chunk_size=given.chunk_size)
+        yield _parameter_hessian(given, path, leaf, per_sample, entries)
 
 
 def _output_size(leaf: Leaf) -> int:
     node, tap, _ = leaf.uses[0]
     return prod(node._input_metadata[tap.place].shape) // max(tap.batch.size, 1)
-
-
-def _kind(node: Node) -> str:
-    return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
 class Path:
@@ -143,7 +122,7 @@ class Path:
                 curved, bent = node in self.curved_above or unknown_loss, node in self.bent_above
                 inputs = [c for c, _ in node.next_functions if c is not None and active.get(c)]
                 if not curved and inputs:
-                    kind = _kind(node)
+                    kind = kind_of(node)
                     if CURVED in notes(node) and len(inputs) == 1:
                         self.bends.append((node, notes(node)[CURVED]))
                         bent = True
@@ -214,34 +193,20 @@ class Path:
 # By columns
 
 
-def _columns(
-    starts: Sequence[tuple[GradientEdge, Tensor]],
-    path: Path,
-    leaves: Sequence[Any],
-    chunk_size: int | None,
-) -> Iterator[tuple[Any, Form, Tensor | None]]:
-    uses = {id(tap): (node, tap) for leaf in leaves for node, tap, _ in leaf.uses}
-    if not uses:
-        return
-    targets = [GradientEdge(node, tap.place) for node, tap in uses.values()]
-
-    def arrive(start: GradientEdge, columns: Tensor, sign: Tensor | None) -> Iterator[Any]:
-        at = dict(zip(uses, carry(start, targets, columns), strict=True))
-        for leaf in leaves:
-            forms = [s.form(g) for _, tap, s in leaf.uses if (g := at[id(tap)]) is not None]
-            if forms:
-                yield leaf, merge(forms), sign
-
+def _columns(given: Pass, path: Path, leaves: Sequence[Leaf]) -> Iterator[Columns]:
+    uses = {(node, tap.place): None for leaf in leaves for node, tap, _ in leaf.uses}
+    targets = [GradientEdge(*place) for place in uses]
+    about = {leaf.parameter for leaf in leaves}
     places = [GradientEdge(node, 0) for node, _ in path.losses]
     places += [GradientEdge(node, 0) for node, _ in path.bends]
-    grads = gradients(starts, places, create_graph=torch.is_grad_enabled())
+    grads = gradients(given.roots, places, create_graph=torch.is_grad_enabled())
     for (_, record), grad in zip(path.losses, grads, strict=False):
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
             if part is not None and bool((part > 0).any()):
-                count = columns_at_once([record.edge, *targets], part.device.type, chunk_size)
+                count = given.at_once([record.edge, *targets], part.device.type)
                 for chunk in record.hessian.columns(part.clamp(min=0), count):
                     signs = part.new_full((len(chunk), record.hessian.batch.size), sign)
-                    yield from arrive(record.edge, chunk, None if sign > 0 else signs)
+                    yield Columns([record.edge], [chunk], None if sign > 0 else signs, about)
     for (node, batch), grad in zip(path.bends, grads[len(path.losses) :], strict=True):
         if grad is None:
             continue
@@ -250,46 +215,30 @@ def _columns(
             continue
         below, residual = found
         flat = batch.split(residual).flatten(1)
-        count = columns_at_once([below, *targets], flat.device.type, chunk_size)
+        count = given.at_once([below, *targets], flat.device.type)
         for k in _chunks(flat.abs().amax(0).nonzero().flatten(), count):
             picked = torch.zeros(len(k), *flat.shape, dtype=flat.dtype, device=flat.device)
             rows = torch.arange(len(k), device=flat.device)
             picked[rows, :, k] = flat[:, k].T.abs().sqrt()
             columns = batch.join(picked.reshape(len(k), *batch.split(residual).shape), 1)
-            yield from arrive(below, columns, flat[:, k].T.sign())
+            yield Columns([below], [columns], flat[:, k].T.sign(), about)
 
 
 def _chunks(index: Tensor, count: int) -> Iterator[Tensor]:
     return (part for part in index.split(count) if len(part))
 
 
-def gradients(
-    starts: Sequence[tuple[GradientEdge, Tensor]],
-    places: Sequence[GradientEdge],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Gradients of ``sum weight * start`` at some places of the graph."""
-    if not places or not starts:
-        return [None] * len(places)
-    with differentiable_twice():
-        found = torch.autograd.grad(
-            [edge for edge, _ in starts],
-            list(places),
-            [weight for _, weight in starts],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    return list(found)
+def refuse_mixing(given: Pass) -> None:
+    """Check that the Hessian in outputs of which no rule knows does not couple samples."""
+    joint, absorbed = given.graph.joint()
+    if joint:
+        outputs = [(edge, axis) for edge, axis in given.outputs if edge.node in joint]
+        with cut(joint.keys() | given.graph.losses.keys() - absorbed):
+            _refuse_coupled(given.roots, outputs)
 
 
-def refuse_mixing(
-    starts: Sequence[tuple[GradientEdge, Tensor]], outputs: Sequence[tuple[GradientEdge, Batch]]
-) -> None:
-    """Check that the Hessian in the model outputs does not couple samples.
-
-    Samples apart contribute to their own rows only, whatever each is multiplied with.
-    """
+def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Batch]]) -> None:
+    """Samples apart contribute to their own rows only, whatever each is multiplied with."""
     edges = [edge for edge, _ in outputs]
     found = gradients(starts, edges, create_graph=True)
     if any(g is not None and g.is_complex() for g in found):
@@ -349,18 +298,16 @@ def bend(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
 # By the Hessian at the tap's output
 
 
-def _output_hessian(
-    starts: Sequence[tuple[GradientEdge, Tensor]], leaf: Leaf, chunk_size: int | None
-) -> Iterator[tuple[Any, Form, Tensor | None]]:
-    ((node, tap, source),) = leaf.uses
+def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
+    ((node, tap, _),) = leaf.uses
     edge, batch = GradientEdge(node, tap.place), tap.batch
-    (gradient,) = gradients(starts, [edge], create_graph=True)
+    (gradient,) = gradients(given.roots, [edge], create_graph=True)
     if gradient is None or not gradient.requires_grad:
         return
     shape = batch.split(gradient).shape
     size, like = prod(shape[1:]), gradient.detach()
     # Unit columns, what becomes of them, and both once more as columns of twice the number.
-    count = columns_at_once(4 * [edge], like.device.type, chunk_size)
+    count = given.at_once(4 * [edge], like.device.type)
     for k in _chunks(torch.arange(size, device=like.device), count):
         basis = like.new_zeros(len(k), shape[0], size)
         basis[torch.arange(len(k), device=like.device), :, k] = 1
@@ -369,7 +316,7 @@ def _output_hessian(
         if curved is None:
             return
         pairs, sign = _polarised([(batch, basis, curved)])
-        yield leaf, source.form(pairs[0]), sign
+        yield Columns([edge], pairs, sign, {leaf.parameter}, carried=True)
 
 
 def _polarised(
@@ -408,35 +355,25 @@ def _polarised(
 
 
 def sampled(
-    starts: Sequence[tuple[GradientEdge, Tensor]],
-    leaves: Sequence[Any],
-    per_sample: bool,
-    outputs: Sequence[tuple[GradientEdge, Batch]],
-    count: int,
-    generator: torch.Generator | None,
-) -> Iterator[tuple[Any, Form, Tensor | None]]:
-    """Forms whose signed squares sum to an unbiased estimate of the Hessian diagonal.
+    given: Pass, per_sample: bool, count: int, generator: torch.Generator | None
+) -> Iterator[Columns]:
+    """Signed columns whose squares sum to an unbiased estimate of the Hessian diagonal.
 
     ``u`` is drawn at the outputs of operations that are linear in a parameter, and at the parameter
     itself where one is not: ``E[(J^T u) (J^T H u)] = diag(J^T H J)``, with ``J^T`` linear.
 
     Args:
-        starts: where backward starts, with the gradients there.
-        leaves: parameters and their uses.
+        given: the backward pass.
         per_sample: whether the diagonals of single samples are needed.
-        outputs: model outputs, with their sample axes.
         count: number of draws.
         generator: source of randomness.
-
-    Yields:
-        Parameter, form and sign ``[v, n]``.
     """
     create = torch.is_grad_enabled()
-    path = Path([edge.node for edge, _ in starts], outputs)
-    by_output = [leaf for leaf in leaves if path.linear_in(leaf)]
+    path = Path([edge.node for edge, _ in given.roots], given.outputs)
+    by_output = [leaf for leaf in given.leaves if path.linear_in(leaf)]
     taps = {id(tap): (node, tap) for leaf in by_output for node, tap, _ in leaf.uses}
     edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
-    found = gradients(starts, edges, create_graph=True)
+    found = gradients(given.roots, edges, create_graph=True)
     known = [g for g in found if g is not None and g.requires_grad]
     for _ in range(count if known else 0):
         signs = [None if g is None else _signs(g, generator) for g in found]
@@ -451,18 +388,18 @@ def sampled(
             if u is not None
         }
         for leaf in by_output:
-            uses = [(tap, source) for _, tap, source in leaf.uses if id(tap) in at]
+            uses = [(node, tap) for node, tap, _ in leaf.uses if id(tap) in at]
             if uses:
                 products = [
-                    (tap.batch, *(each.unsqueeze(0) for each in at[id(tap)])) for tap, _ in uses
+                    (tap.batch, *(each.unsqueeze(0) for each in at[id(tap)])) for _, tap in uses
                 ]
                 columns, sign = _polarised(products)  # type: ignore[arg-type]
-                forms = [source.form(g) for (_, source), g in zip(uses, columns, strict=True)]
-                yield leaf, merge(forms), sign / count
-    for leaf in leaves:
-        if leaf not in by_output:
+                places = [GradientEdge(node, tap.place) for node, tap in uses]
+                yield Columns(places, columns, sign / count, {leaf.parameter}, carried=True)
+    for leaf in given.leaves:
+        if leaf not in by_output and leaf.samples:
             draws = partial(_drawn_entries, count=count, generator=generator)
-            yield from _parameter_hessian(starts, path, leaf, per_sample, draws)
+            yield _parameter_hessian(given, path, leaf, per_sample, draws)
 
 
 def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -475,29 +412,29 @@ def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _parameter_hessian(
-    starts: Sequence[tuple[GradientEdge, Tensor]],
+    given: Pass,
     path: Path,
     leaf: Leaf,
     per_sample: bool,
     entries: Callable[[Tensor | None, Tensor, GradientEdge, bool], Tensor],
-) -> Iterator[tuple[Any, Form, Tensor | None]]:
+) -> Columns:
     parameter, create = leaf.parameter, torch.is_grad_enabled()
     place = get_gradient_edge(parameter)
     with hooks_suspended(parameter), torch.enable_grad():
         if per_sample:
-            found = _sample_gradients(starts, path, leaf, place)
+            found = _sample_gradients(given.roots, path, leaf, place)
             diagonal = torch.stack([entries(each, parameter, place, create) for each in found])
         else:
-            (gradient,) = gradients(starts, [place], create_graph=True)
+            (gradient,) = gradients(given.roots, [place], create_graph=True)
             diagonal = entries(gradient, parameter, place, create)
     parts = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
     sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
     sign[1] = -1
-    yield leaf, Dense(parts) if per_sample else Together(parts, leaf.samples), sign
+    return Columns([place], [parts], sign, {parameter}, carried=True)
 
 
 def _sample_gradients(
-    starts: Sequence[tuple[GradientEdge, Tensor]], path: Path, leaf: Leaf, place: GradientEdge
+    starts: Starts, path: Path, leaf: Leaf, place: GradientEdge
 ) -> Iterator[Tensor | None]:
     """Gradients of single samples, by masking the gradient at the model output."""
     if not path.outputs:
@@ -538,7 +475,7 @@ def _entries(
             if rows is None:
                 return torch.zeros_like(parameter)
             # A copy: a view would hold all rows.
-            found.append(rows.flatten(1).gather(1, k.unsqueeze(1)).squeeze(1))
+            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1))
     return torch.cat(found).reshape(parameter.shape)
 
 

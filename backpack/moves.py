@@ -6,7 +6,8 @@ returns the axis of the result, lost where the operation mixes samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.batch import Batch, Rows, batch_of, regular_axis
+from backpack.batch import Batch, batch_of, picked_axis, regular_axis
 
 Mover = Callable[[Batch, Tensor, Tensor, tuple, dict], Batch]
 MOVERS: dict[Any, Mover] = {}
@@ -72,7 +73,12 @@ def _transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
     return batch.moved({first: second, second: first}.get(batch.dim, batch.dim))
 
 
-@mover("t", "T", "H", "adjoint", "mT", "mH")
+@mover("T")
+def _reversed(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return batch.moved(new.dim() - 1 - batch.dim)
+
+
+@mover("t", "H", "adjoint", "mT", "mH")
 def _matrix_transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     last = new.dim() - 1
     if last < 1:
@@ -105,6 +111,8 @@ def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
 
 def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     """Row-major order is kept: match the products of the axes before the samples."""
+    if not batch.size and 0 in new:  # no samples: any axis without entries is theirs
+        return batch.placed(list(new).index(0), 1, 1)
     if batch.picked is not None:
         return _reshape_picked(batch, old, new)
     if batch.dim == 0 and batch.outer == 1 and new and batch.size:
@@ -117,7 +125,7 @@ def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     for dim, length in enumerate(new):
         right = prod(new[dim + 1 :])
         covers = left * length * right == before * batch.size * after
-        if covers and length and before % left == 0 and after % right == 0:
+        if covers and left and length and right and before % left == 0 and after % right == 0:
             outer, inner = before // left, after // right
             if outer * batch.size * inner == length:
                 if outer == inner == 1:  # one sample fits many axes: prefer one that holds no more
@@ -150,7 +158,7 @@ def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
     if batch.picked is not None and factor != 1:
-        return batch.losing("repeating picked samples")
+        return moved.taking(torch.arange(batch.length, device=new.device).repeat(factor), new)
     return moved.placed(moved.dim, moved.outer * factor, moved.inner)
 
 
@@ -171,109 +179,103 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
 
 @mover("__getitem__")
 def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if old is not args[0]:
-        own = batch_of(args[0])
-        if own is not None and not own.lost:  # only places are taken from the index
-            return _getitem(own, args[0], new, args, kwargs)
-        # the index depends on the data: a table is looked up
-        return batch if old is args[1] else _looked_up(batch, old, args)
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    taken = sum(
-        i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
-        for i in index
-        if i is not None and i is not Ellipsis and not isinstance(i, bool)
-    )
-    before, after = 0, 0
-    advanced: list[tuple[int, int]] = []
-    for i in index:
-        if i is None or isinstance(i, bool):
-            after += 1
-        elif i is Ellipsis:
-            width = old.dim() - taken
-            if before <= batch.dim < before + width:
-                break
-            before, after = before + width, after + width
-        elif isinstance(i, (Tensor, list)) and not (isinstance(i, Tensor) and i.dim() == 0):
-            width = i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
-            if before <= batch.dim < before + width:
-                return _pick(batch, i, width, index, old, new)
-            ndim = 1 if isinstance(i, list) or i.dtype == torch.bool else i.dim()
-            advanced.append((before, ndim))
-            before += width
-        elif isinstance(i, slice):
-            if before == batch.dim:
-                if i.indices(old.shape[before]) == (0, old.shape[before], 1):
-                    break
-                return batch.moved(after).taking(i, old)
-            before, after = before + 1, after + 1
-        else:
-            if before == batch.dim:
-                return batch.losing("selecting one entry of the sample axis")
-            before += 1
-        if before > batch.dim:
-            break
-    if advanced:
-        # Broadcast index axes land where the first index stood (if contiguous) or in front.
-        candidates = [d for d in range(new.dim()) if new.shape[d] == batch.length]
-        if batch.dim == 0 and min(a for a, _ in advanced) > 0 and len(advanced) == 1:
-            return batch
-        if len(candidates) != 1:
-            return batch.losing("indexing with tensors")
-        return batch.moved(candidates[0])
-    return batch.moved(batch.dim - before + after)
-
-
-def _is_pick(i: Any) -> bool:
-    """Whether an index picks entries by a list or tensor (a scalar selects, and drops its axis)."""
-    return isinstance(i, list) or (isinstance(i, Tensor) and i.dim() > 0)
-
-
-def _pick(batch: Batch, i: Any, width: int, index: tuple, old: Tensor, new: Tensor) -> Batch:
-    """Entries of the sample axis picked by a list, a mask, or a vector of places.
-
-    Other axes may be picked from with as many places: then one entry is picked for each.
-    """
-    picks = i if isinstance(i, Tensor) else torch.as_tensor(i, device=new.device)
-    others = [torch.as_tensor(j) for j in index if _is_pick(j) and j is not i]
-    mask = picks.dtype == torch.bool or any(j.dtype == torch.bool for j in others)
-    if width != 1 or picks.dim() != 1 or any(j.dim() != 1 for j in others) or (mask and others):
-        return batch.losing("indexing along the sample axis together with other axes")
-    if others:
-        picks = picks.expand(max(len(j) for j in (picks, *others)))
-    return batch.taking(picks, new).moved(_landing(index, old.dim()))
-
-
-def _landing(index: tuple, ndim: int) -> int:
-    """Where picked axes land: where the first of them stood, or in front if they stood apart."""
-    taken = sum(j is not None and j is not Ellipsis and not isinstance(j, bool) for j in index)
-    place, out, apart = -1, 0, False
-    for j in index:
-        if _is_pick(j):
-            if place >= 0 and out > place + 1:
-                apart = True
-            elif place < 0:
-                place, out = out, out + 1
-        elif j is Ellipsis:
-            out += ndim - taken
-        elif j is None or isinstance(j, (bool, slice)):
-            out += 1
-    return 0 if apart else place
-
-
-def _looked_up(batch: Batch, old: Tensor, args: tuple) -> Batch:
-    """The axis of one of several indices, each of which has one place for each sample."""
     table, index = args
-    picks = [torch.as_tensor(j) for j in index if _is_pick(j)] if isinstance(index, tuple) else []
-    if not picks or any(j.dim() != 1 or len(j) != len(old) or j.dtype == torch.bool for j in picks):
+    if old is not table:
+        own = batch_of(table)
+        if own is not None and not own.lost:  # only places are taken from the index
+            return _getitem(own, table, new, args, kwargs)
+        # the index depends on the data: a table is looked up
+        if old is index and old.dtype not in _MASKS:
+            return batch
         return batch.losing("a lookup with several indices")
-    return batch.moved(_landing(index, table.dim()))
+    items = _items(index, old.dim())
+    if items is None:
+        return batch.losing("an index of an unusual form")
+    return _indexed(batch, old, new, items)
+
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _items(index: Any, ndim: int) -> list[Any] | None:
+    """An index as ``None``, integers, slices and tensors, without an ellipsis; ``None`` for others."""
+    found: list[Any] = []
+    ellipsis, taken = None, 0
+    for i in index if isinstance(index, tuple) else (index,):
+        if i is Ellipsis:
+            ellipsis = len(found)
+            continue
+        if isinstance(i, bool):
+            return None
+        if not (i is None or isinstance(i, (slice, Tensor))):
+            try:
+                i = operator.index(i)
+            except TypeError:
+                try:
+                    i = torch.as_tensor(list(i) if isinstance(i, (tuple, range)) else i)
+                except (TypeError, ValueError, RuntimeError):
+                    return None
+        if isinstance(i, Tensor) and (i.is_floating_point() or i.dtype == torch.uint8):
+            return None
+        if isinstance(i, Tensor) and not i.dim():
+            if i.dtype == torch.bool:
+                return None
+            i = int(i)
+        found.append(i)
+        taken += _taken(i)
+    rest = [slice(None)] * (ndim - taken)
+    at = len(found) if ellipsis is None else ellipsis
+    return found[:at] + rest + found[at:]
+
+
+def _taken(i: Any) -> int:
+    """Number of axes that an item of an index takes."""
+    if i is None:
+        return 0
+    return i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+
+
+def _indexed(batch: Batch, old: Tensor, new: Tensor, items: list[Any]) -> Batch:
+    # The result's axes before tensors are looked up: an axis of ``old``, or a tensor that picks.
+    axes: list[Any] = []
+    at, here = 0, None
+    for i in items:
+        width = _taken(i)
+        if at <= batch.dim < at + width:
+            here = i
+        if i is None:
+            axes.append(None)
+        elif not isinstance(i, int):
+            axes.append(at if isinstance(i, slice) else i)
+        at += width
+    if isinstance(here, int):
+        return batch.alone(here, new.shape, new.device)
+    picks = [d for d, axis in enumerate(axes) if isinstance(axis, Tensor)]
+    vectors = [axes[d] for d in picks]
+    if picks:
+        # Axes of the places: where the first index stands, or in front if others are in between.
+        width = max(1 if v.dtype == torch.bool else v.dim() for v in vectors)
+        landing = picks[0] if picks[-1] - picks[0] + 1 == len(picks) else 0
+        axes = [axis for axis in axes if not isinstance(axis, Tensor)]
+        axes[landing:landing] = [None] * width
+    if isinstance(here, Tensor):
+        if any(v.dim() != 1 for v in vectors):
+            return batch.losing("indexing along the sample axis together with other axes")
+        vectors = [v.nonzero()[:, 0] if v.dtype == torch.bool else v for v in vectors]
+        mine = here.nonzero()[:, 0] if here.dtype == torch.bool else here
+        mine = mine.expand(max((len(v) for v in vectors), key=lambda n: n != 1))
+        return batch.taking(mine, new).moved(landing)
+    if not isinstance(here, slice):
+        return batch.losing("an index of an unusual form")
+    moved, length = batch.moved(axes.index(batch.dim)), old.shape[batch.dim]
+    return moved if here.indices(length) == (0, length, 1) else moved.taking(here, old)
 
 
 @mover("select", "select_copy")
 def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dim = wrap(argument(args, kwargs, 1, "dim"), old.dim())
     if dim == batch.dim:
-        return batch.losing("selecting one entry of the sample axis")
+        return batch.alone(int(argument(args, kwargs, 2, "index")), new.shape, new.device)
     return batch.moved(batch.dim - (dim < batch.dim))
 
 
@@ -281,8 +283,21 @@ def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 def _unbind(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dim = wrap(argument(args, kwargs, 1, "dim", default=0), old.dim())
     if dim == batch.dim:
-        return batch.losing("unbinding the sample axis")
+        start = _start(old, new, dim)
+        if start is None:
+            return batch.losing("unbinding the sample axis")
+        return batch.alone(start, new.shape, new.device)
     return batch.moved(batch.dim - (dim < batch.dim))
+
+
+def _start(old: Tensor, new: Tensor, dim: int) -> int | None:
+    """Where along an axis a view begins: that tells which part it is; ``None`` if it cannot be told."""
+    stride = old.stride(dim)
+    if not stride or not new.numel():
+        return None
+    if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+        return None
+    return (new.storage_offset() - old.storage_offset()) // stride
 
 
 @mover("index_select")
@@ -296,23 +311,23 @@ def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: d
     return batch.taking(index.reshape(-1), old) if dim == batch.dim else batch
 
 
-@mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes")
+@mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit")
 def _parts(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    length, stride = new.shape[batch.dim], old.stride(batch.dim)
+    length, start = new.shape[batch.dim], _start(old, new, batch.dim)
     if length == old.shape[batch.dim]:
         return batch
-    if not stride or not length or old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+    if start is None:
         return batch.losing("taking parts of the sample axis")
-    # A view: where it begins tells which part it is.
-    start = (new.storage_offset() - old.storage_offset()) // stride
     return batch.taking(slice(start, start + length), old)
 
 
-@mover("unfold")
 def _unfold(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     if new.shape[batch.dim] != old.shape[batch.dim]:
         return batch.losing("taking parts of the sample axis")
     return batch
+
+
+MOVERS[Tensor.unfold] = _unfold  # the function of that name takes patches of images
 
 
 @mover("gather", "take_along_dim")
@@ -320,8 +335,13 @@ def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     dim = argument(
         args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim"
     )
-    if batch_of(argument(args, kwargs, 0, "input")) is None:
-        return batch  # a table, and an index that depends on the data
+    table = argument(args, kwargs, 0, "input")
+    own = batch_of(table)
+    if own is None:
+        # a table, and an index that depends on the data
+        return batch if dim is not None else batch.losing("entries gathered from a flattened table")
+    if old is not table and not own.lost:  # only places are taken from the index
+        return _gather(own, table, new, args, kwargs)
     if dim is None or wrap(dim, new.dim()) == batch.dim:
         return batch.losing("entries gathered along the sample axis")
     return batch
@@ -330,6 +350,11 @@ def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 @mover("stack")
 def _stack(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dim = wrap(argument(args, kwargs, 1, "dim", default=0), new.dim())
+    if batch.solo is not None:
+        axes = [batch_of(part) for part in argument(args, kwargs, 0, "tensors")]
+        ones = [axis.solo for axis in axes if axis is not None and not axis.lost]
+        if None not in ones and len(ones) == len(axes) > 1:
+            return picked_axis(torch.tensor(ones, device=new.device), batch.size, dim)
     return batch.moved(batch.dim + (dim <= batch.dim))
 
 
@@ -338,7 +363,7 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
     dim = wrap(argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
     if dim != batch.dim:
         return batch
-    parts = args[0]
+    parts = argument(args, kwargs, 0, "tensors")
     axes = [batch_of(p) for p in parts]
     if batch.picked is None and all(axis == batch for axis in axes):
         return batch.placed(batch.dim, batch.outer * len(parts), batch.inner)
@@ -349,7 +374,7 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
         samples.append(axis.sample_ids(part.device))
     if old is not parts[0]:
         return _cat(axes[0], parts[0], new, args, kwargs)  # type: ignore[arg-type]
-    return Batch(batch.size, dim, picked=Rows(torch.cat(samples), batch.size))
+    return picked_axis(torch.cat(samples), batch.size, dim)
 
 
 @mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "any", "all")
@@ -368,9 +393,11 @@ def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
 @mover("norm", "vector_norm", "quantile", "nanquantile")
 def _reduction_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     q = argument(args, kwargs, 1, "q")
-    if isinstance(q, Tensor) and q.dim():
-        return batch.losing("several quantiles")
-    return _reduced(batch, old, new, argument(args, kwargs, 2, "dim", "axis"))
+    dims = dims_of(argument(args, kwargs, 2, "dim", "axis"), old.dim())
+    if isinstance(q, Tensor) and q.dim():  # several quantiles, on an axis in front
+        moved = _reduced(batch, old, new[0], dims)
+        return moved if moved.lost else moved.moved(moved.dim + 1)
+    return _reduced(batch, old, new, dims)
 
 
 @mover("kthvalue")
@@ -407,7 +434,23 @@ def _softmax(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
 @mover("flip")
 def _flip(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     dims = argument(args, kwargs, 1, "dims")
-    return _alongdims_of(batch, old, args[1:] if isinstance(dims, int) and len(args) > 2 else dims)
+    return _turned(batch, old, args[1:] if isinstance(dims, int) and len(args) > 2 else dims)
+
+
+@mover("flipud")
+def _flipud(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _turned(batch, old, 0)
+
+
+@mover("fliplr")
+def _fliplr(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _turned(batch, old, 1)
+
+
+def _turned(batch: Batch, old: Tensor, dims: Any) -> Batch:
+    if batch.dim not in dims_of(dims, old.dim()):
+        return batch
+    return picked_axis(batch.sample_ids(old.device).flip(0), batch.size, batch.dim, batch.tentative)
 
 
 @mover("sort", "argsort")
@@ -417,14 +460,22 @@ def _sort(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> 
     return _alongdims_of(batch, old, -1 if isinstance(dim, bool) else dim)
 
 
-@mover("msort", "flipud")
+@mover("msort")
 def _first_axis(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     return _alongdims_of(batch, old, 0)
 
 
 @mover("roll")
 def _roll(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    return _alongdims_of(batch, old, argument(args, kwargs, 2, "dims") or None)
+    shifts, dims = argument(args, kwargs, 1, "shifts"), argument(args, kwargs, 2, "dims")
+    if dims is None or dims == ():
+        return batch.losing("rolling the flattened samples")
+    shifts = (shifts,) if isinstance(shifts, int) else shifts
+    along = [s for s, d in zip(shifts, dims_of(dims, old.dim()), strict=True) if d == batch.dim]
+    if not along:
+        return batch
+    rolled = batch.sample_ids(old.device).roll(sum(along))
+    return picked_axis(rolled, batch.size, batch.dim, batch.tentative)
 
 
 @mover("topk")
@@ -439,7 +490,7 @@ def _normalize(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
 
 @mover("renorm")
 def _renorm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if wrap(argument(args, kwargs, 2, "dim"), old.dim()) == batch.dim and batch.plain:
+    if wrap(argument(args, kwargs, 2, "dim"), old.dim()) == batch.dim:
         return batch
     return batch.losing("norms over the sample axis mix samples")
 
@@ -456,7 +507,11 @@ def _layer_norm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dic
 
 @mover("scaled_dot_product_attention")
 def _attention(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if batch.dim >= old.dim() - 2:
+    queries = all(
+        old is not argument(args, kwargs, at, name) for at, name in ((1, "key"), (2, "value"))
+    )
+    # Queries do not see each other.
+    if batch.dim >= old.dim() - (1 if queries and old is argument(args, kwargs, 0, "query") else 2):
         return batch.losing("attention along the sample axis mixes samples")
     return aligned(batch, old, new)
 
@@ -468,10 +523,17 @@ def _embedding(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
     return batch
 
 
-@mover("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-@mover("randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
+_LIKE = "zeros ones full empty rand randn randint".split()
+_LIKE = [f"{name}_like" for name in _LIKE] + [f"new_{name}" for name in _LIKE]
+# Operations that take no more than the shape or kind of a tensor.
+LIKE = frozenset(spellings(*_LIKE))
+
+
+@mover(*_LIKE)
 def _like(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     """Nobody's rows as yet: the size matches, and no more is known."""
+    if batch.solo is not None:
+        return replace(batch, tentative=True, lost="made like one sample")
     if batch.picked is not None and batch.length == batch.size:
         return regular_axis(batch.size, batch.dim, tentative=True)
     return replace(batch, tentative=True)
@@ -485,7 +547,7 @@ def _alongdims_of(batch: Batch, old: Tensor, dims: Any) -> Batch:
 
 @mover("linear")
 def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    if old is not argument(args, kwargs, 0, "input"):
+    if old is not argument(args, kwargs, 0, "input") or old is argument(args, kwargs, 1, "weight"):
         return batch.losing("a weight that depends on the data")
     if batch.dim == old.dim() - 1:
         return batch.losing("a product over the sample axis mixes samples")
@@ -496,40 +558,66 @@ def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 _FACTORS = ("input", "mat1", "batch1", "mat", "mat2", "batch2", "vec", "vec2", "other", "tensor")
 
 
-@mover("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
+@mover("__rmatmul__")
+def _reflected(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _matmul(batch, old, new, args[::-1], kwargs)
+
+
+@mover("matmul", "__matmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
 def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
     named = (kwargs[name] for name in _FACTORS if name in kwargs)
     tensors = [a for a in (*args, *named) if isinstance(a, Tensor)]
-    if len(tensors) == 3 and old is tensors[0]:
-        return aligned(batch, old, new)
     left, right = tensors[-2:]
-    here, other = (right, left) if old is right else (left, right)
+    # The same tensor may be several of them.
+    found = [aligned(batch, old, new)] if len(tensors) == 3 and old is tensors[0] else []
+    if old is left:
+        found.append(_factor(batch, old, right, new, first=True))
+    if old is right:
+        found.append(_factor(batch, old, left, new, first=False))
+    agree = all(axis.agrees(found[0]) for axis in found)
+    return found[0] if agree else batch.losing("a product of samples with samples")
+
+
+def _factor(batch: Batch, here: Tensor, other: Tensor, new: Tensor, first: bool) -> Batch:
+    """The axis of a product, from that of one of its two factors."""
     last = here.dim() - 1
-    contracted = last if here is left or last == 0 else last - 1
-    if batch.dim == contracted or (left is right and batch.dim >= last - 1):
+    if batch.dim == (last if first or last == 0 else last - 1):
         return batch.losing("a product over the sample axis mixes samples")
     if batch.dim < last - 1:  # one of the axes that number matrices
         return batch.moved(batch.dim + (new.dim() - here.dim() if other.dim() > 1 else 0))
-    if here is left:
+    if first:
         return batch.moved(new.dim() - (1 if other.dim() == 1 else 2))
     return batch.moved(new.dim() - 1)
 
 
 @mover("einsum")
 def _einsum(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
-    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-    if not isinstance(args[0], str) or "." in args[0]:
-        return batch.losing("einsum with '...' or sublists") if not batch.fits(new.shape) else batch
-    equation = args[0].replace(" ", "")
-    terms, _, result = equation.partition("->")
-    letters = {
-        term[batch.dim]
-        for term, operand in zip(terms.split(","), operands, strict=True)
-        if operand is old
-    }
-    if len(letters) == 1 and (letter := letters.pop()) in result:
-        return batch.moved(result.index(letter))
-    return batch.losing(f"einsum {args[0]!r} sums over the sample axis")
+    equation = args[0]
+    operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+    terms, result = _labels(equation, [x.dim() for x in operands])
+    mine = {term[batch.dim] for term, x in zip(terms, operands, strict=True) if x is old}
+    if len(mine) == 1 and (label := mine.pop()) in result:
+        return batch.moved(result.index(label))
+    return batch.losing(f"einsum {equation!r} sums over the sample axis")
+
+
+def _labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[Any]]:
+    """A label for every axis of the operands and of the result: a letter, or a place in an ellipsis."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+
+    def spelled(term: str, width: int) -> list[Any]:
+        before, dots, after = term.partition("...")
+        # Axes under an ellipsis are aligned from the right.
+        return [*before, *(range(-width, 0) if dots else ()), *after]
+
+    texts = left.split(",")
+    widths = [n - len(t.replace("...", "")) for t, n in zip(texts, ndims, strict=True)]
+    terms = [spelled(term, width) for term, width in zip(texts, widths, strict=True)]
+    widest = max((w for w, t in zip(widths, texts, strict=True) if "..." in t), default=0)
+    if not arrow:
+        letters = left.replace("...", "").replace(",", "")
+        right = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return terms, spelled(right, widest)
 
 
 def aligned(batch: Batch, old: Tensor, new: Tensor) -> Batch:

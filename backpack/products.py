@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack.backprop import differentiable_twice, hooks_suspended
-from backpack.hessian import Path, bend, gradients
+from backpack.columns import gradients
+from backpack.hessian import Path, bend
 from backpack.tangents import jacobian_products
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from backpack.batch import Batch, only_axis, regular_axis
-from backpack.moves import MOVERS, aligned, spellings
-from backpack.probe import keeps_apart
+from backpack.batch import Batch, regular_axis, solo_axis
+from backpack.entries import ENTRIES, entry_axis
+from backpack.moves import LIKE, MOVERS, Mover, aligned, spellings
+from backpack.probe import keeps_apart, remembers
 
 # Several arguments, broadcast, entry by entry.
 ELEMENTWISE: set[Any] = set(
     spellings(
         *"add sub mul div true_divide divide multiply subtract rsub pow maximum minimum fmod".split(),
-        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_ copy_".split(),
+        *"add_ sub_ mul_ div_ pow_ lerp addcmul addcdiv masked_fill masked_fill_".split(),
         *"eq ne lt le gt ge where __radd__ __rmul__ __rsub__ __rdiv__ __rtruediv__ __rpow__".split(),
         *"__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __floordiv__ __rfloordiv__ floor_divide".split(),
         *"remainder __mod__ __rmod__ atan2 arctan2 hypot xlogy xlog1py logaddexp logaddexp2".split(),
@@ -68,6 +69,14 @@ def known(func: Any, batch: Batch, old: Tensor, args: tuple) -> bool:
     return last is not None and batch.dim < old.dim() - last
 
 
+def moved(move: Mover, batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    """The axis of a result by a mover; a call that the mover cannot read must not stop the user's."""
+    try:
+        return move(batch, old, new, args, kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return batch.losing(f"a call that cannot be followed ({error})")
+
+
 FACTORIES = frozenset(
     spellings(*"zeros ones empty full rand randn randint arange eye linspace tensor".split())
 )
@@ -97,20 +106,78 @@ def propagate(
         tentative axis disagrees with a certain one, or gets lost. An axis that is tentative and lost
         is that of a constant.
     """
+    batch, demoted = traced(func, args, kwargs, new, marked, place)
+    if batch.lost and (sample := _single(func, marked)) is not None:
+        batch = solo_axis(sample, batch.size, new.shape, new.device, batch.tentative)
+    return batch, demoted
+
+
+def traced(
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    new: Tensor,
+    marked: list[tuple[Tensor, Batch]],
+    place: int = 0,
+) -> tuple[Batch, list[Tensor]]:
+    """The same, as far as an axis of the arguments can be followed to one of the result."""
     if len(marked) == 1 and func not in MOVERS:  # nearly all calls
         old, batch = marked[0]
         same = func not in ELEMENTWISE or new.dim() == old.dim()
         if same and batch.lost is None and batch.fits(new.shape) and known(func, batch, old, args):
             return batch, []
     batch, demoted = _propagate(func, args, kwargs, new, marked)
-    if batch.lost is None and func not in MOVERS:
+    single = None
+    if marked[0][1].picked is not None and (batch.lost or func not in MOVERS):
+        single = _single(func, marked)
+    if batch.lost is None and func not in MOVERS and single is None:
         data = [(old, axis) for old, axis in marked if not any(old is each for each in demoted)]
         if not (func in ELEMENTWISE or all(known(func, axis, old, args) for old, axis in data)):
-            if not keeps_apart(func, args, kwargs, place, data, batch):
+            # What cannot be differentiated is not tried out, but entries can be followed.
+            follows = func in ENTRIES and not (new.is_floating_point() or new.is_complex())
+            if follows or not keeps_apart(func, args, kwargs, place, data, batch):
                 batch = batch.losing(f"{name_of(func)} mixes samples")
-    if batch.lost and batch.tentative:
+    if batch.lost and single is None and not any(axis.lost for _, axis in marked):
+        if func in ENTRIES:
+            certain = [(old, axis) for old, axis in marked if not axis.tentative]
+            for those in (marked, certain) if 0 < len(certain) < len(marked) else (marked,):
+                axis = entry_axis(func, args, kwargs, new, those, place)
+                if axis is not None:
+                    return axis, [old for old, _ in marked if not any(old is x for x, _ in those)]
+        elif func not in MOVERS and func not in ELEMENTWISE:
+            axis = _axis_tried_out(func, args, kwargs, new, marked, place)
+            if axis is not None:
+                return axis, []
+    if batch.lost and batch.tentative and single is None and batch.size > 1:
         return batch, [tensor for tensor, _ in marked]
     return batch, demoted
+
+
+def _single(func: Any, marked: Sequence[tuple[Tensor, Batch]]) -> int | None:
+    """The one sample that all arguments belong to, if they do; the result then does too."""
+    samples = {axis.solo if axis.lost is None else None for _, axis in marked}
+    return next(iter(samples)) if len(samples) == 1 and func not in LIKE else None
+
+
+def _axis_tried_out(
+    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]], place: int
+) -> Batch | None:
+    """An axis of the result on which samples are apart, where they are not on the argument's."""
+    axes = [axis for _, axis in marked]
+    size = axes[0].size
+    if any(axis.size != size or axis.tentative for axis in axes) or not remembers(func, args, kwargs):
+        return None
+    candidates = [
+        regular_axis(size, dim, outer, length // (outer * size))
+        for dim, length in enumerate(new.shape)
+        for outer in range(1, length // size + 1)
+        if length and length % (outer * size) == 0
+    ]
+    candidates += [axes[0].moved(dim) for dim in range(new.dim()) if axes[0].picked is not None]
+    for axis in sorted(candidates, key=lambda axis: axis.width):
+        if axis.fits(new.shape) and keeps_apart(func, args, kwargs, place, marked, axis):
+            return axis
+    return None
 
 
 def _propagate(
@@ -128,7 +195,7 @@ def _propagate(
         here = batch
         if batch.lost is None:
             if move is not None:
-                here = move(batch, old, new, args, kwargs)
+                here = moved(move, batch, old, new, args, kwargs)
             elif func in ELEMENTWISE:
                 here = aligned(batch, old, new)
             if not here.lost and not here.fits(new.shape):
@@ -162,8 +229,8 @@ def settled(
 ) -> tuple[Batch, bool]:
     """What the axis of a result is after all, where an operation has lost it.
 
-    One sample cannot be mixed with others. Where no gradient flows nothing is mixed either: a row
-    counts as the sample of its number if there is one row for each.
+    What belongs to one sample cannot be mixed with others. Where no gradient flows nothing is mixed
+    either: a row counts as the sample of its number if there is one row for each.
 
     Args:
         func: the operation.
@@ -174,18 +241,29 @@ def settled(
 
     Returns:
         The axis (one that is tentative and lost is that of a constant), and whether it is that of a
-        whole batch of one.
+        whole sample.
     """
     if axis.lost is None:
+        # A sample that all may look at is no sample of its own as long as no parameter depends on it.
+        common = axis.size > 1 and axis.solo is not None and not new.requires_grad
+        axis = replace(axis, tentative=True) if common else axis
+        certain = [each for _, each in marked if not each.tentative and not each.lost]
+        if axis.tentative and certain and not common and func not in LIKE:
+            # Constants are written to places that depend on the data.
+            fits = certain[0].fits(new.shape)
+            axis = certain[0] if fits else axis.losing("constants written to places of the data's")
         return axis, False
-    if axis.size == 1:
-        return only_axis(new.shape, axis.tentative), True
+    only = 0 if axis.size == 1 else _single(func, marked)
+    if only is not None:
+        return solo_axis(only, axis.size, new.shape, new.device, axis.tentative), True
     return axis if new.requires_grad else _counted(func, new, axis, dim, marked), False
 
 
 def _counted(
     func: Any, new: Tensor, lost: Batch, dim: int, marked: Sequence[tuple[Tensor, Batch]]
 ) -> Batch:
+    if not marked and func not in EXPANSIONS:
+        return replace(lost, tentative=True)
     places: list[int] = []
     tentative = all(axis.tentative for _, axis in marked)
     if func in ELEMENTWISE:
@@ -196,9 +274,10 @@ def _counted(
     for place in places:
         if 0 <= place < new.dim() and new.shape[place] == lost.size:
             return regular_axis(lost.size, place, tentative=tentative)
-    fitting = [d for d, length in enumerate(new.shape) if length == lost.size]
-    if dim in fitting or len(fitting) == 1:
-        return regular_axis(lost.size, dim if dim in fitting else fitting[0], tentative=True)
+    # Statistics have no rows, whatever their length, until they are given some.
+    rows = func in EXPANSIONS or (func not in LIKE and new.dim() >= max(x.dim() for x, _ in marked))
+    if rows and dim < new.dim() and new.shape[dim] == lost.size:
+        return regular_axis(lost.size, dim, tentative=True)
     return replace(lost, tentative=True)
 
 

@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from backpack.columns import ColumnSource
 from backpack.combining import Added, Blocks, Functions, Joined, Moments, Never, Rule
-from backpack.factors import Form, Lookup, Outer, Sharing, spectrum
+from backpack.factors import Form, Lookup, Outer, Sharing, Single, positions_of, spectrum
 from backpack.kronecker import KroneckerEigen, KroneckerFactored
-
-Columns = Literal["gradient", "exact", "sampled", "averaged", "hessian", "sampled_hessian", "product"]
-
-
-class Kind(NamedTuple):
-    """Which columns a quantity needs; equal kinds share one propagation."""
-
-    name: Columns
-    mc_samples: int = 0
-    generator: torch.Generator | None = None
+from backpack.sources import (
+    AveragedRoot,
+    ExactRoot,
+    HessianRoot,
+    LossGradient,
+    NoColumns,
+    RandomSigns,
+    SampledRoot,
+)
 
 
 class Context(NamedTuple):
@@ -52,13 +52,13 @@ class Context(NamedTuple):
 class BackpropExtension:
     """A quantity, saved to ``parameter.<savefield>``.
 
-    Subclass it to add one: give ``savefield`` and ``kind``, and :meth:`reduce`; the rest has
+    Subclass it to add one: give ``savefield`` and ``source``, and :meth:`reduce`; the rest has
     defaults. What it needs is said by attributes of the class, and by nothing else: neither the name of
     the field nor which methods it has. The defaults are right for any quantity; other values save work.
 
     Attributes:
         savefield: the attribute of a parameter that holds the value.
-        kind: the columns it is computed from.
+        source: the columns it is computed from (:mod:`backpack.sources`).
         per_sample: whether single samples of a form are looked at. With ``False``, a form of Hessian
             columns may be :class:`~backpack.factors.Together`, whose samples cannot be told apart.
         needs_gradient: whether :meth:`finish` may ask for the gradient. With ``False``, the value is
@@ -78,14 +78,21 @@ class BackpropExtension:
             :func:`backpack.accumulate`; ``None``: not said, an error there.
 
     Example:
+        >>> from backpack import backpack, extend
         >>> class GradientMax(BackpropExtension):
         ...     savefield = "grad_max"
+        ...
         ...     def reduce(self, form, sign=None):
         ...         return form.dense()[0].flatten(1).abs().amax(1)
+        >>> model = extend(torch.nn.Linear(4, 3))
+        >>> with backpack(GradientMax()):
+        ...     model(torch.rand(5, 4)).sum().backward()
+        >>> model.weight.grad_max.shape, model.bias.grad_max
+        (torch.Size([5]), tensor([1., 1., 1., 1., 1.]))
     """
 
     savefield: str
-    kind: Kind = Kind("gradient")
+    source: ColumnSource = LossGradient()
     per_sample: bool = True
     needs_gradient: bool = True
     written_out: bool = False
@@ -105,6 +112,18 @@ class BackpropExtension:
                 "kind of module here. A quantity of your own is one subclass of BackpropExtension "
                 "with `savefield` and `reduce(form)`, for all modules at once"
             )
+
+    def set_module_extension(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, and say what to do instead: there is one rule for all quantities.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "quantities are not written once per kind of module here: any module works as it is. To "
+            "make an operation of yours faster, write one rule for all quantities "
+            "(backpack.own.op_rule); to compute something else, subclass backpack.own.BackpropExtension"
+        )
 
     def get_subsampling(self) -> Sequence[int] | None:
         """The samples that are kept; ``None``: all."""
@@ -275,19 +294,19 @@ class Variance(BackpropExtension):
 class _Sampled(BackpropExtension):
     """Monte-Carlo columns."""
 
-    columns: Literal["sampled", "sampled_hessian"] = "sampled"
+    _drawn: ClassVar[type[SampledRoot] | type[RandomSigns]] = SampledRoot
 
     def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
-        self.kind = Kind(self.columns, mc_samples, generator)
+        self.source: SampledRoot | RandomSigns = self._drawn(mc_samples, generator)
 
     def get_num_mc_samples(self) -> int:
         """Number of Monte-Carlo samples per data point."""
-        return self.kind.mc_samples
+        return self.source.draws
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(mc_samples={self.kind.mc_samples})"
+        return f"{type(self).__name__}(mc_samples={self.source.draws})"
 
 
 class _Diagonal(BackpropExtension):
@@ -321,7 +340,7 @@ class DiagGGNExact(_Diagonal):
     """
 
     savefield = "diag_ggn_exact"
-    kind = Kind("exact")
+    source = ExactRoot()
 
 
 class DiagGGNMC(_Sampled, _Diagonal):
@@ -345,7 +364,7 @@ class BatchDiagGGNExact(_BatchDiagonal):
     """
 
     savefield = "diag_ggn_exact_batch"
-    kind = Kind("exact")
+    source = ExactRoot()
 
 
 class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
@@ -390,7 +409,7 @@ class SqrtGGNExact(_SquareRoot):
     """
 
     savefield = "sqrt_ggn_exact"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         self.subsampling = subsampling
@@ -444,6 +463,7 @@ class _Kronecker(BackpropExtension):
 
 def _layout(form: Form) -> str:
     """Where in a parameter the matrix is that its Kronecker factors fit."""
+    form = form.form if isinstance(form, Single) else form
     if isinstance(form, Lookup):
         return "columns"
     return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
@@ -451,12 +471,10 @@ def _layout(form: Form) -> str:
 
 def _averaged_over(form: Form, sharing: Sharing) -> int:
     """The number of rows that the factor of the inputs is an average over."""
-    rows = form.samples
-    if isinstance(form, Outer):
-        rows *= form.inputs.shape[1] * (form.positions if sharing == "expand" else 1)
-    elif isinstance(form, Lookup) and sharing == "expand":
-        rows *= form.index.shape[1]
-    return max(rows, 1)
+    groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
+    shared = sharing == "expand" and isinstance(form, (Outer, Lookup))
+    rows = positions_of(form) if shared else form.samples  # type: ignore[arg-type]
+    return max(rows * groups, 1)
 
 
 class KFLR(_Kronecker):
@@ -488,7 +506,7 @@ class KFLR(_Kronecker):
     """
 
     savefield = "kflr"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def __init__(self, kfac_approx: Sharing = None) -> None:
         self._choose(kfac_approx)
@@ -534,7 +552,7 @@ class KFRA(_Kronecker):
     """
 
     savefield = "kfra"
-    kind = Kind("averaged")
+    source = AveragedRoot()
     combine = Never(
         "kfra averages a matrix over the batch after every operation, which values of batches do not "
         "tell; use KFLR or KFAC"
@@ -674,14 +692,14 @@ class DiagHessian(_Diagonal):
     """
 
     savefield = "diag_h"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
 
 class BatchDiagHessian(_BatchDiagonal):
     """``diag_h_batch[n]``, the Hessian diagonal of ``l_n``, shape ``[N, *p]``."""
 
     savefield = "diag_h_batch"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
 
 class DiagHessianMC(_Sampled, _Diagonal):
@@ -696,7 +714,7 @@ class DiagHessianMC(_Sampled, _Diagonal):
     """
 
     savefield = "diag_h_mc"
-    columns = "sampled_hessian"
+    _drawn = RandomSigns
 
 
 class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
@@ -708,7 +726,7 @@ class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
     """
 
     savefield = "diag_h_mc_batch"
-    columns = "sampled_hessian"
+    _drawn = RandomSigns
 
 
 # --------------------------------------------------------------------------------------
@@ -718,7 +736,7 @@ class BatchDiagHessianMC(_Sampled, _BatchDiagonal):
 class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
-    kind = Kind("product")
+    source = NoColumns()
     needs_gradient = False
     combine = Functions(1)
     curvature: Literal["ggn", "hessian", "positive"]

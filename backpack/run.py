@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,34 +19,34 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack import certificate, chain, hessian, products
+from backpack import certificate, products
 from backpack.backprop import (
     Graph,
     carry,
-    columns_at_once,
     leaves_below,
     pull_back,
     survey,
 )
 from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
+from backpack.columns import Columns, ColumnSource, Pass, Wanted, cotangent_places
 from backpack.exposed import Exposed, passes_its_input_on
-from backpack.factors import Dense, Form, Pullback, merge, products_kept
+from backpack.factors import Dense, Form, Pullback, Together, merge, of_one, products_kept
 from backpack.kronecker import KroneckerBlock
-from backpack.losses import differentiate_twice, signed_columns
-from backpack.quantities import BackpropExtension, Context, Kind, Product
+from backpack.quantities import BackpropExtension, Context, Product
 from backpack.rules import patches_kept
+from backpack.sources import LossGradient
 from backpack.taps import LossRecord, Source, Tap
-from backpack.tracing import cut
 
 # Gradients at a node's outputs, by their numbers.
 Arrived = Sequence[Tensor | None] | Mapping[int, Tensor | None]
+# A node and the number of one of its outputs.
+Place = tuple[Node, int]
 
-_BY_COLUMNS = ("exact", "sampled", "averaged")
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-class _Leaf:
+class Leaf:
     """What is collected for one parameter."""
 
     def __init__(self, parameter: Tensor, samples: int) -> None:
@@ -72,9 +73,8 @@ class Run:
         self.task = task
         self.keeps = keeps
         self.graph = Graph()
-        self.absorbed: set[Node] = set()
-        self.leaves: dict[Tensor, _Leaf] = {}
-        self.uses: dict[Tap, list[tuple[_Leaf, Source]]] = {}
+        self.leaves: dict[Tensor, Leaf] = {}
+        self.uses: dict[Tap, list[tuple[Leaf, Source]]] = {}
         self.modules: list[tuple[nn.Module, set[Tensor]]] = []
         self.handles: list[Any] = []
         self.saved: list[tuple[Tensor, str]] = []
@@ -84,11 +84,12 @@ class Run:
         self.here: list[Tap] = []
         self.done = False
         exts = block.owner.extensions
-        self.first_order = [ext for ext in exts if ext.kind.name == "gradient"]
-        self.second_order: dict[Kind, list[BackpropExtension]] = {}
+        self.first_order = [ext for ext in exts if isinstance(ext.source, LossGradient)]
+        self.products = [ext for ext in exts if isinstance(ext, Product)]
+        self.by_source: dict[ColumnSource, list[BackpropExtension]] = {}
         for ext in exts:
-            if ext.kind.name != "gradient":
-                self.second_order.setdefault(ext.kind, []).append(ext)
+            if ext not in self.first_order and ext not in self.products:
+                self.by_source.setdefault(ext.source, []).append(ext)
         self.whole = any(ext.writes_out for ext in self.first_order)
         self.large = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
@@ -113,20 +114,15 @@ class Run:
                 "compute (extend(model) before its forward pass, which must not run in disable())",
                 stacklevel=2,
             )
-        if graph.outputs and any(kind.name in _BY_COLUMNS for kind in self.second_order):
-            self._differentiate(roots, graph)
-        self._hessian(roots)
-        if Kind("product") in self.second_order:
+        self.columns(roots, graph)
+        if self.products:
             self._products(roots, graph)
 
     def _products(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
         """Functions that go through the graph again; ``_Watch`` made backward keep it."""
-        joint, absorbed = graph.joint()
-        outputs = [record.edge for node, (record, _) in graph.losses.items() if node not in absorbed]
-        outputs += [GradientEdge(node, b.place) for node, bs in joint.items() for b in bs]
+        outputs = [edge for edge, _ in cotangent_places(graph)]
         for leaf in self.leaves.values():
-            for ext in self.second_order[Kind("product")]:
-                assert isinstance(ext, Product)
+            for ext in self.products:
                 p = leaf.parameter
                 if ext.curvature == "hessian":
                     function = products.hessian_product(roots, p)
@@ -135,33 +131,6 @@ class Run:
                 else:
                     function = products.positive_curvature_product(roots, outputs, p, ext.modify)
                 leaf.states[ext.savefield] = _quietly(function)
-
-    def _differentiate(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
-        """What has no rule: its Hessian, in all model outputs together, by differentiating twice.
-
-        Known losses of other outputs are left out, and are carried down when backward reaches them.
-        """
-        outputs, self.absorbed = graph.joint()
-        known = graph.losses.keys() - self.absorbed
-        places = [(GradientEdge(n, b.place), b.batch) for n, bs in outputs.items() for b in bs]
-        create = torch.is_grad_enabled()
-        with self._nested(), torch.enable_grad(), cut(outputs.keys() | known):
-            gradients = torch.autograd.grad(
-                [edge for edge, _ in roots],
-                [edge for edge, _ in places],
-                [weight for _, weight in roots],
-                create_graph=True,
-                allow_unused=True,
-            )
-            found = [
-                (g, edge, batch)
-                for g, (edge, batch) in zip(gradients, places, strict=True)
-                if g is not None and batch is not None
-            ]
-            if not found:
-                return
-            loss = differentiate_twice(found, create)
-        self.columns([edge for _, edge, _ in found], loss, found[0][0].new_ones(()).detach())
 
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
@@ -172,8 +141,9 @@ class Run:
 
     def _certify(self, graph: Graph) -> None:
         """Try out that samples are apart, if that is due and any quantity asks for samples."""
-        exts = [ext for ext in self.block.owner.extensions if ext.kind.name != "product"]
-        if graph.mixing or not (exts and certificate.due(graph, self.block.owner.certify)):
+        if graph.mixing or not (self.first_order or self.by_source):
+            return
+        if not certificate.due(graph, self.block.owner.certify):
             return
         names = Names(graph.recordings)
         with self._nested(), self._timed("certificate that samples are apart"):
@@ -181,7 +151,7 @@ class Run:
 
     def _survey(self, roots: list[Node]) -> Graph:
         with self._nested():
-            return survey(roots, bool(self.second_order))
+            return survey(roots, any(ext.source.second_order for ext in self.block.owner.extensions))
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
@@ -227,7 +197,7 @@ class Run:
                 "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
             )
         if leaf is None:
-            leaf = self.leaves[parameter] = _Leaf(parameter, tap.batch.size)
+            leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size)
             if not self.early or not parameter.numel():
                 self._await(leaf)
             for field in self.large:
@@ -262,7 +232,7 @@ class Run:
         if here:
             self.tap(here, grads)
 
-    def _await(self, leaf: _Leaf) -> None:
+    def _await(self, leaf: Leaf) -> None:
         """Save a parameter's quantities when its gradient is complete."""
         self.handles.append(leaf.parameter.register_hook(partial(self.complete, leaf)))
 
@@ -306,182 +276,105 @@ class Run:
     # Second order
 
     def loss(self, record: LossRecord, edge: GradientEdge, grad: Tensor) -> None:
-        """Backward has reached a loss: carry its columns to all taps."""
-        node = edge.node
+        """Backward has reached a loss."""
         # A loss inside the model, or within another loss, is an operation like any other.
-        wanted = any(kind.name in _BY_COLUMNS for kind in self.second_order)
-        if wanted and node in self.graph.losses and node not in self.absorbed:
-            self.columns([record.edge], record.hessian, grad)
-        if self.block.roots is None:
-            self._hessian([(edge, grad)])
+        if self.block.roots is None and edge.node in self.graph.losses:
+            losses = {edge.node: self.graph.losses[edge.node]}
+            self.columns([(edge, grad)], replace(self.graph, losses=losses))
         hook = self.block.owner.extension_hook
         if hook is not None and record.module is not None:
             hook(record.module)
 
-    def _hessian(self, starts: list[tuple[GradientEdge, Tensor]]) -> None:
-        leaves = list(self.leaves.values())
-        joint, absorbed = self.graph.joint()
-        outputs = [
-            (GradientEdge(node, border.place), border.batch)
-            for node, borders in joint.items()
-            for border in borders
-            if border.batch is not None
-        ]
-        outputs += [
-            (record.edge, record.hessian.batch)
-            for node, (record, _) in self.graph.losses.items()
-            if node not in absorbed and self.second_order
-        ]
-        wanted = any(kind.name in ("hessian", "sampled_hessian") for kind in self.second_order)
-        if wanted and joint:
-            places = [(GradientEdge(n, b.place), b.batch) for n, bs in joint.items() for b in bs]
-            with self._nested(), cut(joint.keys() | self.graph.losses.keys() - absorbed):
-                hessian.refuse_mixing(starts, [(e, b) for e, b in places if b is not None])
-        for kind, exts in self.second_order.items():
-            per_sample = any(ext.per_sample for ext in exts)
-            with self._nested():
-                if kind.name == "hessian":
-                    size = self.block.owner.chunk_size
-                    found = hessian.diagonal(starts, leaves, per_sample, outputs, size)
-                elif kind.name == "sampled_hessian":
-                    found = hessian.sampled(starts, leaves, per_sample, outputs, *kind[1:])
-                else:
-                    continue
-                for leaf, form, sign in found:
-                    self._reduce(leaf, exts, form, sign)
-
-    def columns(self, starts: list[GradientEdge], loss: Any, grad: Tensor) -> None:
-        """Carry the columns of one loss to all taps and reduce them there."""
-        uses = (use for leaf in self.leaves.values() for use in leaf.uses)
-        taps = list({id(tap): (node, tap) for node, tap, _ in uses}.values())
-        if not taps:
+    def columns(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
+        """Carry the columns of all sources to the taps, and reduce them there."""
+        leaves = [leaf for leaf in self.leaves.values() if leaf.uses]
+        if not leaves or not self.by_source:
             return
-        with patches_kept():
-            for kind, exts in self.second_order.items():
-                if kind.name in _BY_COLUMNS:
-                    self._carry(kind, exts, starts, loss, grad, taps)
+        names = Names(self.graph.recordings)
+        given = Pass(roots, graph, leaves, names, self.block.owner.chunk_size, self.block.hooked)
+        with patches_kept(), self._nested():
+            for source, exts in self.by_source.items():
+                self._refuse_refining(exts)
+                wanted = Wanted(
+                    any(ext.per_sample for ext in exts),
+                    all(ext.signed for ext in exts),
+                    any(ext.every_column for ext in exts),
+                )
+                refined = [ext for ext in exts if ext.refines]
+                chunks = source.chunks(given, wanted)
+                kept = list(chunks) if refined and source.random else None
+                self._take_all(kept or chunks, exts, given, False)
+                if refined:
+                    self._take_all(kept or source.chunks(given, wanted), refined, given, True)
 
-    def _carry(
-        self,
-        kind: Kind,
-        exts: list[BackpropExtension],
-        starts: list[GradientEdge],
-        loss: Any,
-        grad: Tensor,
-        taps: list[tuple[Node, Tap]],
-    ) -> None:
-        if kind.name == "averaged":
-            self._averaged(starts, loss, grad, [tap for _, tap in taps], exts)
-            return
+    def _refuse_refining(self, exts: list[BackpropExtension]) -> None:
         for ext in exts:
             if ext.refines and any(ext.savefield in leaf.states for leaf in self.leaves.values()):
                 raise NotImplementedError(
                     f"{ext.savefield} has eigenvectors of one loss's factors, but backward has reached "
-                    "another loss; use KFLR or KFAC, or call backward on each loss"
+                    "another loss; call loss.backward() on their sum, or use KFLR or KFAC"
                 )
-        targets = [GradientEdge(node, tap.place) for node, tap in taps]
-        drawn = loss.sampled(grad, *kind[1:]) if kind.name == "sampled" else None
-        exact = loss if any(ext.every_column for ext in exts) else loss.fewest()
-        signed, chunk = all(ext.signed for ext in exts), self._chunk(loss, targets)
-        for refining in (False, True):
-            some = [ext for ext in exts if ext.refines] if refining else exts
-            chunks = signed_columns(exact, grad, chunk, signed)
-            if drawn is not None:
-                chunks = iter([([drawn] if isinstance(drawn, Tensor) else drawn, None)])
-            for parts, sign in chunks if some else ():
-                with self._nested():
-                    with self._timed("columns carried to all taps"):
-                        arrived = carry(starts, targets, parts)
-                    at = {id(tap): g for (_, tap), g in zip(taps, arrived, strict=True)}
-                    del arrived
-                    self._arrived(at, len(parts[0]), some, refining, sign)
-                    del at  # before the next columns are carried
 
-    def _arrived(
+    def _take_all(
+        self, chunks: Iterable[Columns], exts: list[BackpropExtension], given: Pass, refining: bool
+    ) -> None:
+        for columns in chunks:
+            with self._timed("columns carried to all taps"):
+                at = self._carry(columns, given)
+            with products_kept():
+                for leaf in self.leaves.values():
+                    if leaf.uses and (columns.about is None or leaf.parameter in columns.about):
+                        with self._timed(leaf.parameter):
+                            self._take(leaf, columns, at, exts, refining)
+            del at  # before the next columns are carried
+
+    def _carry(self, columns: Columns, given: Pass) -> dict[Place, Tensor | None]:
+        """Columns at taps, by places of the graph."""
+        if columns.carried:
+            places = [(edge.node, edge.output_nr) for edge in columns.starts]
+            return dict(zip(places, columns.values, strict=True))
+        targets = given.taps if columns.about is None else given.taps_of(columns.about)
+        found = carry(columns.starts, targets, columns.values)
+        return dict(zip(((edge.node, edge.output_nr) for edge in targets), found, strict=True))
+
+    def _take(
         self,
-        at: dict[int, Tensor | None],
-        columns: int,
+        leaf: Leaf,
+        columns: Columns,
+        at: dict[Place, Tensor | None],
         exts: list[BackpropExtension],
         refining: bool,
-        sign: Tensor | None = None,
     ) -> None:
-        """Reduce columns that have arrived at all taps."""
-        with products_kept():
-            for leaf in self.leaves.values():
-                with self._timed(leaf.parameter):
-                    self._arrived_at(leaf, at, columns, exts, refining, sign)
-
-    def _arrived_at(
-        self,
-        leaf: _Leaf,
-        at: dict[int, Tensor | None],
-        columns: int,
-        exts: list[BackpropExtension],
-        refining: bool,
-        sign: Tensor | None,
-    ) -> None:
+        """Reduce columns that have arrived at the taps of a parameter, or at the parameter itself."""
+        count = len(columns.values[0])
         # Factors of inputs are those of all uses, also where these columns reach some of them only.
-        form = self._form(leaf, at, columns if any(ext.every_use for ext in exts) else 0)
+        absent = count if any(ext.every_use for ext in exts) else 0
+        form = self._own_form(leaf, at) if columns.carried else None
+        form = self._form(leaf, at, absent) if form is None else form
         if form is None:
-            shape = (columns, leaf.samples, *leaf.parameter.shape)
+            shape = (count, leaf.samples, *leaf.parameter.shape)
             zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
             self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
         elif refining:
             for ext in exts:
                 leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
         else:
-            self._reduce(leaf, exts, form, sign)
+            self._reduce(leaf, exts, form, columns.sign)
 
-    def _averaged(
-        self,
-        starts: list[GradientEdge],
-        loss: Any,
-        grad: Tensor,
-        taps: list[Tap],
-        exts: list[BackpropExtension],
-    ) -> None:
-        if len(starts) > 1:
-            raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
-        names = Names(self.graph.recordings)
-        for leaf in self.leaves.values():
-            if len(leaf.uses) > 1:
-                raise NotImplementedError(
-                    f"kfra: its recursion is defined for chains of operations only, but parameter "
-                    f"{names(leaf.parameter)} is used several times; use KFLR or KFAC"
-                )
-        with self._nested():
-            chunks = loss.fewest().columns(grad, self._chunk(loss, starts))
-            columns: Iterable[Tensor] = (c if isinstance(c, Tensor) else c[0] for c in chunks)
-            samples = next(iter(self.leaves.values())).samples
-            start = self._model_output(starts[0])
-            if start != starts[0]:  # the average is one over the rows of the model's output
-                columns = (g for c in columns if (g := carry(starts, [start], c)[0]) is not None)
-            at = chain.averaged(start, samples, columns, taps)
-            self._arrived({id(tap): at.get(id(tap)) for tap in taps}, 0, exts, False)
+    def _own_form(self, leaf: Leaf, at: dict[Place, Tensor | None]) -> Form | None:
+        """The form of columns at the parameter itself, if there are any."""
+        own = at.get((get_gradient_edge(leaf.parameter).node, 0))
+        if own is None:
+            return None
+        return Together(own, leaf.samples) if own.dim() == 1 + leaf.parameter.dim() else Dense(own)
 
-    def _model_output(self, place: GradientEdge) -> GradientEdge:
-        """The model output that the input of a loss is computed from."""
-        found = [
-            (GradientEdge(node, border.place), border.batch)
-            for record, below in self.graph.losses.values()
-            for node, borders in below.items()
-            for border in borders
-            if record.edge == place
-        ]
-        if len(found) > 1:
-            raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
-        return found[0][0] if found else place
-
-    def _chunk(self, loss: Any, targets: list[GradientEdge]) -> int:
-        return columns_at_once(targets, loss.f.device.type, self.block.owner.chunk_size)
-
-    def _form(self, leaf: _Leaf, at: dict[int, Tensor | None], absent: int) -> Form | None:
+    def _form(self, leaf: Leaf, at: dict[Place, Tensor | None], absent: int) -> Form | None:
         """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
-        if all(at[id(tap)] is None for _, tap, _ in leaf.uses):
+        arrived = [at.get((node, tap.place)) for node, tap, _ in leaf.uses]
+        if all(g is None for g in arrived):
             return None
         forms = []
-        for node, tap, source in leaf.uses:
-            g = at[id(tap)]
+        for (node, tap, source), g in zip(leaf.uses, arrived, strict=True):
             if g is None and absent:
                 about = node._input_metadata[tap.place]
                 g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
@@ -489,7 +382,7 @@ class Run:
                 forms.append(self._source_form(leaf, source, g))
         return merge(forms)
 
-    def _zeros(self, leaf: _Leaf) -> Form:
+    def _zeros(self, leaf: Leaf) -> Form:
         """A column of zeros, in the form in which columns would reach a parameter."""
         zero, forms = leaf.parameter.detach().new_zeros(()), []
         with self._nested():
@@ -501,12 +394,12 @@ class Run:
                     forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
         return merge(forms)
 
-    def _source_form(self, leaf: _Leaf, source: Source, g: Tensor) -> Form:
+    def _source_form(self, leaf: Leaf, source: Source, g: Tensor) -> Form:
         form = source.form(g)
         if source.edge is None:
             return form
         vjp = partial(self._pull_back, source.edge, leaf.parameter)
-        return Pullback(form, vjp, leaf.parameter.shape)
+        return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
 
     def _pull_back(self, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
         with self._nested():
@@ -514,7 +407,7 @@ class Run:
 
     def _reduce(
         self,
-        leaf: _Leaf,
+        leaf: Leaf,
         exts: Iterable[BackpropExtension],
         form: Form,
         sign: Tensor | None = None,
@@ -539,7 +432,7 @@ class Run:
 
     def arrive(self, taps: list[Tap], grads: Arrived) -> None:
         """Take the gradients at a node's outputs to the parameters that its taps are about."""
-        ready: dict[_Leaf, None] = {}
+        ready: dict[Leaf, None] = {}
         for tap in taps if self.block.owner.extension_hook is not None else ():
             for leaf, _ in self.uses.get(tap, ()):
                 if tap.first is not None:
@@ -554,7 +447,7 @@ class Run:
                         form = self._source_form(leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
-                        form = Dense(form.dense())
+                        form = form.written()
                     leaf.forms.append(form)
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
@@ -569,7 +462,7 @@ class Run:
         for tap in taps if not self.keeps else ():
             tap.release()
 
-    def _contract(self, leaf: _Leaf) -> None:
+    def _contract(self, leaf: Leaf) -> None:
         """All uses of a parameter are there: reduce its first-order form."""
         leaf.contracted = True
         forms, leaf.forms = leaf.forms, []
@@ -585,21 +478,21 @@ class Run:
             if self.totals and self._needs_total(leaf):
                 leaf.total = form.total()
 
-    def _needs_total(self, leaf: _Leaf) -> bool:
+    def _needs_total(self, leaf: Leaf) -> bool:
         """Whether the gradient that arrives at the parameter may be another than that of its uses."""
         return self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside
 
     # ----------------------------------------------------------------------------------
     # Saving
 
-    def complete(self, leaf: _Leaf, gradient: Tensor) -> None:
+    def complete(self, leaf: Leaf, gradient: Tensor) -> None:
         """A parameter's gradient is complete: save its quantities."""
         if self.block.nested or torch._C._current_graph_task_id() != self.task:
             return
 
         self.save(leaf, gradient)
 
-    def save(self, leaf: _Leaf, gradient: Tensor | None = None) -> None:
+    def save(self, leaf: Leaf, gradient: Tensor | None = None) -> None:
         """Save a parameter's quantities, and call the extension hook."""
 
         def total() -> Tensor:
@@ -623,7 +516,7 @@ class Run:
             self.saved.append((leaf.parameter, ext.savefield))
         self._call_hook(leaf)
 
-    def _call_hook(self, leaf: _Leaf) -> None:
+    def _call_hook(self, leaf: Leaf) -> None:
         """Call the extension hook with modules all of whose parameters have their quantities."""
         hook = self.block.owner.extension_hook
         if hook is None:
@@ -663,7 +556,7 @@ class Run:
         self.uses.clear()
         self.modules.clear()
         self.inputs.clear()
-        self.graph, self.absorbed = Graph(), set()
+        self.graph = Graph()
 
 
 def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -151,9 +151,7 @@ def _product(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """
     total, squares = 0.0, 0.0
     for a, b in pairs:
-        a, b = (t.detach().to_dense() for t in (a, b))
-        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-        terms = a.to(wide).conj() * b.to(wide)
+        terms = _wide(a).conj() * _wide(b)
         total += float(terms.real.sum())
         squares += float(terms.abs().square().sum())
     return total, squares**0.5 + abs(total)
@@ -272,7 +270,15 @@ def _through(
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return sum(float(t.detach().abs().double().square().sum()) for t in tensors) ** 0.5
+    return sum(float(_wide(t).abs().square().sum()) for t in tensors) ** 0.5
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In double precision, where the device has it."""
+    tensor = tensor.detach().to_dense()
+    if tensor.device.type == "mps":
+        return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _pulled(

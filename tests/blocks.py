@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.oracle import Oracle, Report
+from backpack.sources import ExactRoot
 
 
 def hessian_block(loss: Tensor, p: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class Blocks:
             if name in values and callable(values[name]):
                 pairs = self._product(name, values[name], field)
             elif name in values:
-                pairs = self._factors(name, p, values, exact=ext.kind.name == "exact")
+                pairs = self._factors(name, p, values, exact=isinstance(ext.source, ExactRoot))
             else:
                 pairs = [(torch.zeros(()), self.blocks(field)[name].abs().max())]
             scale = max(float(block.abs().max()) for block in self.blocks(field).values()) or 1.0

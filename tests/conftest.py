@@ -1,7 +1,33 @@
-"""Every backward pass of the tests is certified."""
+"""Every backward pass of the tests is certified, and a worker of the tests stays small."""
 
 from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+
+import pytest
 
 from backpack import certificate
 
 certificate.default = "always"
+
+LARGEST = 1.5 * 2**30
+
+
+def peak() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
+
+
+@pytest.fixture(autouse=True)
+def _memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test that takes the worker over the limit fails: it needs that much, or something is kept."""
+    before = peak()
+    yield
+    after = peak()
+    if before <= LARGEST < after:
+        pytest.fail(
+            f"memory of this worker has grown from {before / 2**20:.0f} to {after / 2**20:.0f} MB"
+        )

@@ -25,7 +25,7 @@ from backpack.combining import Added, Joined, Moments
 from backpack.factors import Form
 from backpack.kronecker import KroneckerEigen, KroneckerFactored
 from backpack.oracle import Oracle, _exactly
-from backpack.quantities import Kind
+from backpack.own import ExactRoot
 from tests.cases import Apply, P
 
 N = 7
@@ -728,7 +728,7 @@ def test_rules_of_ones_own() -> None:
 
     class Trace(E.BackpropExtension):
         savefield = "trace"
-        kind = Kind("exact")
+        source = ExactRoot()
         combine = Added(degree=1)
 
         def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:

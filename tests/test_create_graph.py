@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backpack import backpack, extend
+from backpack import backpack, extend, memory_cleanup
 from backpack import extensions as E
 from tests.cases import CASES, Case
 
@@ -33,6 +33,7 @@ def values(case: Case, create_graph: bool) -> dict[str, list[Tensor]]:
         found[ext.savefield] = [
             t for v in each if v is not None for t in (v if isinstance(v, list) else [v])
         ]
+    memory_cleanup(model)  # without it neither graph nor model are ever freed
     return found
 
 

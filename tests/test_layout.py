@@ -14,10 +14,10 @@ from backpack import extensions, optim
 
 ROOT = Path(backpack.__file__).parent
 RIVER = [
-    *"batch aliases probe moves placing propagation memory kernels factors recurrent rules".split(),
-    *"losses opened taps functions inputs tangents tracing capture backprop certificate".split(),
-    *"hessian products chain kronecker combining quantities blocks checks exposed run".split(),
-    *"direct engine extend accumulation dataset oracle".split(),
+    *"batch aliases probe moves entries placing propagation memory kernels factors recurrent".split(),
+    *"rules losses opened taps functions inputs tangents tracing capture backprop".split(),
+    *"certificate columns hessian products chain sources kronecker combining quantities".split(),
+    *"blocks checks exposed run direct engine extend accumulation dataset oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")

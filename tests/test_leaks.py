@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend
+from backpack import backpack, extend, memory_cleanup
 from backpack import extensions as E
 
 STEPS, WARM = 200, 20
@@ -314,3 +314,41 @@ def test_models_are_freed(no_collection) -> None:
     del net
     gc.collect()  # torch's modules hold themselves
     assert parameter() is None
+
+
+@pytest.mark.parametrize(
+    "exts",
+    [(*FIRST, *SECOND), (E.KFLR(), E.EKFLR(), E.SqrtGGNExact()), (E.GGNMP(), E.HMP())],
+    ids=["both", "lists", "products"],
+)
+def test_models_with_differentiable_quantities_are_freed(no_collection, exts) -> None:
+    """By one line: quantities keep their values, and let go of the graph that holds the parameters."""
+    net, lossfunc, X, y = problem()
+    extend(net), extend(lossfunc)
+    with backpack(*exts):
+        loss = lossfunc(net(X), y)
+        loss.backward(create_graph=True)
+    weight = net.conv.weight
+    fields = [ext.savefield for ext in exts if not callable(getattr(weight, ext.savefield))]
+    before = {field: getattr(weight, field) for field in fields}
+    memory_cleanup(net)
+    assert not weight.grad.requires_grad
+    for field, value in before.items():
+        found = getattr(weight, field)
+        assert type(found) is type(value)
+        torch.testing.assert_close(list(_tensors(found)), [t.detach() for t in _tensors(value)])
+        assert not any(t.requires_grad for t in _tensors(found))
+        assert any(t.requires_grad for t in _tensors(value))  # who holds it may still differentiate it
+    assert not any(hasattr(weight, ext.savefield) for ext in exts if ext.savefield not in fields)
+    parameter, value, found = weakref.ref(weight), None, None
+    del net, lossfunc, loss, weight, before, value, found
+    gc.collect()  # torch's modules hold themselves
+    assert parameter() is None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for each in value:
+            yield from _tensors(each)

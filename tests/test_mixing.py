@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, probe
 from backpack.extensions import (
+    KFLR,
     BatchDiagGGNExact,
     BatchGrad,
     BatchL2Grad,
@@ -19,7 +20,7 @@ from backpack.extensions import (
     DiagHessian,
     Variance,
 )
-from backpack.oracle import check
+from backpack.oracle import Oracle, check
 from tests.cases import Apply, P
 
 FIRST = (BatchGrad(), BatchL2Grad(), Variance())
@@ -58,7 +59,7 @@ def _zeros() -> Tensor:
     return torch.zeros(4, 3, dtype=torch.float64)
 
 
-# Functions [4, 3] -> [4, 3] that mix samples or change their order.
+# Functions [4, 3] -> [4, 3] that mix samples.
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     # attention, graphs
     "attention": lambda h: F.scaled_dot_product_attention(h, h, h),
@@ -77,9 +78,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "add_-flip": lambda h: h.clone().add_(h.flip(0)),
     "cumsum_": lambda h: h.cumsum_(0),
     "renorm_": lambda h: h.renorm_(2, 1, 0.1),
-    "copy_": lambda h: h.clone().copy_(h.flip(0)),
     "assign-shifted": lambda h: _assign(h, slice(1, None), slice(-1)),
-    "assign-permuted": lambda h: _assign(h, PERM),
     # two arguments, one of them mixed
     "logaddexp": lambda h: torch.logaddexp(h, h.flip(0)),
     "hypot": lambda h: torch.hypot(h, h.mean(0)),
@@ -89,16 +88,10 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "float_power": lambda h: torch.float_power(h**2 + 1, h.mean(0)),
     "cosine-to-mean": lambda h: h * F.cosine_similarity(h, h.mean(0, keepdim=True))[:, None],
     # along the samples
-    "flip": lambda h: h.flip(1, 0),
     "roll": lambda h: torch.roll(h, 1),
-    "flipud": torch.flipud,
-    "rot90": lambda h: h.rot90(2),
     "msort": torch.msort,
     "sort": lambda h: h.T.sort()[0].T,
     "topk": lambda h: h.T.topk(4)[0].T,
-    "gather": lambda h: h.gather(0, PERM[:, None].expand(4, 3)),
-    "take_along_dim": lambda h: torch.take_along_dim(h, PERM[:, None], 0),
-    "take": lambda h: h.take(torch.arange(12).flip(0).view(4, 3)),
     "cummax": lambda h: h.cummax(0)[0],
     "cummin": lambda h: h.cummin(0)[0],
     "renorm": lambda h: h.renorm(2, 1, 1.0),
@@ -123,6 +116,36 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Functions [4, 3] -> [4, 3] that change the samples' order, and that pick some more than once.
+PERMUTING: dict[str, Callable[[Tensor], Tensor]] = {
+    "assign-permuted": lambda h: _assign(h, PERM),
+    "flip": lambda h: h.flip(1, 0),
+    "flipud": torch.flipud,
+    "rot90": lambda h: h.rot90(2),
+    "gather": lambda h: h.gather(0, PERM[:, None].expand(4, 3)),
+    "take_along_dim": lambda h: torch.take_along_dim(h, PERM[:, None], 0),
+    "take": lambda h: h.take(torch.arange(12).flip(0).view(4, 3)),
+    "list": lambda h: h[[2, 0, 3, 1]],
+    "array": lambda h: h[PERM.numpy()],
+    "tuple": lambda h: h[(2, 0, 3, 1), :],
+    "range": lambda h: h[range(3, -1, -1)],
+    "roll-rows": lambda h: h.roll(1, 0),
+    "index_select": lambda h: h.index_select(0, PERM),
+    "index-both": lambda h: h[PERM[:, None], torch.arange(3)],
+    "split": lambda h: torch.cat(h.split([1, 2, 1])[::-1]),
+    "unbind": lambda h: torch.stack(h.unbind()[::-1]),
+    "iterate": lambda h: torch.stack([row * (n + 1) for n, row in enumerate(h)][::-1]),
+    "copy_": lambda h: h.clone().copy_(h.flip(0)),
+    "masks": lambda h: torch.cat([h[h[:, 0] > 0], h[h[:, 0] <= 0]]),
+    "index_copy": lambda h: _zeros().index_copy(0, PERM, h),
+    "scatter": lambda h: h.scatter(0, PERM[:, None].expand(4, 3), h * 2),
+    "repeats": lambda h: h[[0, 2, 2, 0]],
+    "repeats-apart": lambda h: torch.stack([h[3], h[1], h[3] * 2, h[0]]),
+    "put": lambda h: _zeros().put(torch.arange(12).flip(0), h),
+    "vstack": lambda h: torch.vstack([h[2:], h[:2]]),
+}
+
+
 def _between(f: Callable[[Tensor], Tensor]) -> nn.Module:
     return Apply(lambda m, a: m.o(f(m.l(a).tanh() * 1).tanh()), l=nn.Linear(3, 3), o=nn.Linear(3, 2))
 
@@ -139,6 +162,38 @@ def test_mixing_is_refused(name: str) -> None:
     ):
         loss.backward()
     assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", PERMUTING)
+def test_rows_that_change_places_follow_their_sample(name: str, last: bool) -> None:
+    """Fields are those of the input's sample, wherever its rows are in the output."""
+    torch.manual_seed(0)
+    f = PERMUTING[name]
+    model = _between(f) if last else Apply(lambda m, a: f(m.l(a).tanh()), l=nn.Linear(3, 3))
+    model, X = model.double(), torch.randn(4, 3).double()
+    output = model(X)
+    target = torch.randn_like(output)
+    jacobian: Any = torch.autograd.functional.jacobian(model, X)
+    owner = jacobian.abs().sum((1, 3)).argmax(1)
+    losses = (output - target).square().sum(1)
+    lossfunc = extend(nn.MSELoss(reduction="sum"))
+    with backpack(BatchGrad(), Variance(), BatchDiagGGNExact(), DiagGGNExact(), DiagHessian()):
+        lossfunc(extend(model)(X), target).backward()
+    rows = [
+        torch.autograd.grad(losses[owner == n].sum(), list(model.parameters()), retain_graph=True)
+        for n in range(4)
+    ]
+    curvature = Oracle(model, nn.MSELoss(reduction="sum"), X, target)
+    for (name, p), *expected in zip(model.named_parameters(), *rows, strict=True):
+        gradients = torch.stack(expected)
+        torch.testing.assert_close(p.grad_batch, gradients)
+        torch.testing.assert_close(p.variance, gradients.var(0, unbiased=False))
+        diagonals = curvature.diag_ggn_batch[name]
+        follows = torch.zeros_like(diagonals).index_add(0, owner, diagonals)
+        torch.testing.assert_close(p.diag_ggn_exact_batch, follows)
+        torch.testing.assert_close(p.diag_ggn_exact, diagonals.sum(0))
+        torch.testing.assert_close(p.diag_h, curvature.diag_h_batch[name].sum(0))
 
 
 # Models with samples as positions: their own parameters are behind what mixes.
@@ -170,7 +225,7 @@ def test_samples_as_positions_are_refused(name: str) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["attention", "flip", "assign-permuted", "fft"])
+@pytest.mark.parametrize("name", ["attention", "sparse-mm", "assign-shifted", "fft"])
 def test_mixed_outputs_are_refused(name: str) -> None:
     """No parameter comes after what mixes."""
     model = extend(Apply(lambda m, a: MIXING[name](m.l(a)), l=nn.Linear(3, 3))).double()
@@ -250,11 +305,142 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+def _written(write: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """Parameters are written in place into part of what a layer has made."""
+
+    def forward(m: Any, a: Tensor) -> Tensor:
+        h = m.l(a).clone()
+        return m.k((h if (found := write(m, h)) is None else found).tanh())
+
+    return forward
+
+
+def _iadd(h: Tensor, index: Any, value: Tensor) -> None:
+    h[index] += value
+
+
+def _imul(h: Tensor, index: Any, value: Tensor) -> None:
+    h[index] *= value
+
+
+def _set(h: Tensor, index: Any, value: Any) -> None:
+    h[index] = value
+
+
+def _added(out: Tensor, h: Tensor) -> Tensor:
+    out += h
+    return out
+
+
+def _both(m: Any, h: Tensor) -> Tensor:
+    v = h[:, 1:]
+    v.mul_(m.b[:2])
+    h[:, 0] = m.b[2]
+    v.add_(m.b[0])
+    return h + v.sum(1, keepdim=True)
+
+
+def _buffer(m: Any, a: Tensor) -> Tensor:
+    out = torch.zeros(4, 3, dtype=a.dtype)
+    out[:] = m.b
+    return m.k(out * m.l(a))
+
+
+def _steps_of_buffer(m: Any, a: Tensor) -> Tensor:
+    """The first step is a parameter's, the others are the data's."""
+    out = torch.zeros(3, 4, 3, dtype=a.dtype)
+    out[0] = m.b
+    for t in (1, 2):
+        out[t] = m.l(a * t).tanh()
+    return m.k(out).tanh().sum(0)
+
+
+def _made_set(m: Any, a: Tensor) -> Tensor:
+    """Data is written into what parameters have made."""
+    out = (m.b * m.bb).view(4, 3, 1).repeat(1, 1, 2)
+    out[..., 1] = m.l(a)
+    return m.k(out.sum(2))
+
+
+def _square(h: Tensor) -> Tensor:
+    return h[:, :1, None, None].expand(4, 4, 2, 2)
+
+
+MASK = torch.tensor([True, False, True, True])
+GRID = torch.arange(12).reshape(4, 3) % 3 > 0
+APART |= {
+    "iadd-column": _written(lambda m, h: _iadd(h, (slice(None), 0), m.b[0])),
+    "iadd-row": _written(lambda m, h: _iadd(h, 2, m.b)),
+    "iadd-rows": _written(lambda m, h: _iadd(h, slice(1, 3), m.bb[:2])),
+    "iadd-mask": _written(lambda m, h: _iadd(h, MASK, m.b)),
+    "imul-columns": _written(lambda m, h: _imul(h, (slice(None), slice(1, 3)), m.b[:2])),
+    "set-column": _written(lambda m, h: _set(h, (slice(None), 1), m.bb[:, 0])),
+    "set-row": _written(lambda m, h: _set(h, 1, m.b)),
+    "set-mask": _written(lambda m, h: _set(h, MASK, m.b)),
+    "set-mask-rows": _written(lambda m, h: _set(h, MASK, m.bb[1:])),
+    "set-grid": _written(lambda m, h: _set(h, GRID, m.bb.reshape(-1)[:8])),
+    "set-grid-number": _written(lambda m, h: _set(h, GRID, m.b[1])),
+    "set-list": _written(lambda m, h: _set(h, [0, 3], m.b[None])),
+    "set-entry": _written(lambda m, h: _set(h, (1, 2), m.b[0] * 2)),
+    "set-view": _written(lambda m, h: _set(h.view(4, 1, 3), (slice(2), 0, 1), m.b[:2])),
+    "view-add_": _written(lambda m, h: h[:, 0].add_(m.b[0]) is None or None),
+    "view-t": _written(lambda m, h: h.t().mul_(m.bb.t()) is None or None),
+    "view-diagonal": _written(lambda m, h: h.diagonal().add_(m.b) is None or None),
+    "view-flat": _written(lambda m, h: h.view(-1)[2:5].mul_(m.b) is None or None),
+    "view-returned": _written(lambda m, h: F.pad(h[:, 1:].mul_(m.b[0]), (1, 0)) + h),
+    "view-both": _written(_both),
+    "buffer": _buffer,
+    "buffer-steps": _steps_of_buffer,
+    # forms of indices
+    "index-grid": lambda m, a: m.k(m.l(a)[GRID].view(4, 2).sum(1, keepdim=True) * m.b),
+    "index-all": lambda m, a: m.k(m.l(a)[torch.arange(4)[:, None], torch.tensor([[0, 2, 1]])].tanh()),
+    "index-table": lambda m, a: m.k(m.bb[torch.arange(4), None] + m.l(a)[:, None])[:, 0],
+    "index-between": lambda m, a: m.k(m.l(a)[:, None, :, None].expand(4, 2, 3, 2)[:, 1, :, 0].tanh()),
+    "masked_select": lambda m, a: m.k(m.l(a).masked_select(GRID).view(4, 2).sum(1, keepdim=True) * m.b),
+    "cat-reshape": lambda m, a: m.k(torch.cat(m.l(a).split([1, 3])).view(4, 3, 1).squeeze(2)),
+    "take": lambda m, a: m.k(m.l(a).take(torch.arange(12).view(4, 3).flip(1))),
+    "flips": lambda m, a: m.k(m.l(a).flip(0, 1).tanh()).flip(0),
+    "rot90": lambda m, a: m.k(m.l(a).rot90(1).rot90(-1)),
+    "kron": lambda m, a: torch.kron(m.l(a), m.b[None, :2]).tanh(),
+    "kron-rows": lambda m, a: m.k(torch.kron(m.b[:2, None], m.l(a)).view(2, 4, 3).sum(0)),
+    "vstack": lambda m, a: m.k(torch.vstack([m.l(a[:1]), m.l(a[1:])])),
+    "hstack": lambda m, a: torch.hstack([m.l(a), m.k(a).tanh()]),
+    "pixel_shuffle": lambda m, a: F.pixel_shuffle(_square(m.l(a)) * m.b[0], 2),
+    "made": lambda m, a: m.k(_added(m.b.exp().expand(4, 3).clone(), m.l(a))),
+    "made-set": _made_set,
+    "made-mul": lambda m, a: m.k((m.bb * 2).mul_(m.l(a))),
+    "broadcast": lambda m, a: m.k(torch.mul(*torch.broadcast_tensors(m.l(a), m.b))),
+    "broadcast-axis": lambda m, a: m.k(torch.broadcast_tensors(m.l(a), _zeros().to(a)[None])[0][0]),
+    "diagonal": lambda m, a: m.k(m.l(a).diag_embed().diagonal(dim1=1, dim2=2)),
+    "unfold": lambda m, a: F.unfold(m.l(a)[:, None, None], (1, 2)).flatten(1) @ m.bb,
+    "einsum": lambda m, a: m.k(torch.einsum("...d,de", m.l(a), m.k.weight)),
+    "einsum-implicit": lambda m, a: m.k(torch.einsum("zd,ed", m.l(a), m.k.weight).T),
+    "einsum-sublists": lambda m, a: m.k(torch.einsum(m.l(a), [0, 1], m.k.weight, [1, 2], [0, 2])),
+    "einsum-rows": lambda m, a: m.k(torch.einsum("ab,ax->xa", m.l(a), m.bb).T),
+    "einsum-square": lambda m, a: torch.einsum("ab,ax->xa", m.l(a), m.bb.repeat(1, 2)[:, :4]).T,
+    "loop": lambda m, a: torch.stack([m.k(m.l(x).tanh()) for x in a]),
+    "loop-places": lambda m, a: torch.stack([m.k(m.l(a[n]).tanh()) * m.b for n in range(4)]),
+    "loop-rows": lambda m, a: torch.cat([m.k(m.l(a[n : n + 1]).tanh()) for n in range(4)]),
+    "loop-numbers": lambda m, a: torch.stack([m.l(x).sin().sum() * m.b[0] for x in a])[:, None] * m.b,
+    "loop-pairs": lambda m, a: torch.stack([m.k(x * y) for x, y in zip(m.l(a), a, strict=True)]),
+    "loop-splits": lambda m, a: torch.cat([m.k(m.l(x)).tanh() for x in a.split([1, 2, 1])]),
+    "loop-buffer": lambda m, a: _filled(m, a),
+}  # fmt: skip
+
+
+def _filled(m: Any, a: Tensor) -> Tensor:
+    out = torch.zeros(4, 3, dtype=a.dtype)
+    for n in range(4):
+        out[n] = m.k(m.l(a[n]).tanh())
+    return out * m.b
+
+
 @pytest.mark.parametrize("name", APART)
 def test_samples_kept_apart_agree(name: str) -> None:
     torch.manual_seed(0)
     report = check(
-        _layers(APART[name])(), nn.MSELoss(), torch.randn(4, 3), torch.zeros(4, 3).double(), ALL
+        *(model := _layers(APART[name])(), nn.MSELoss(), X := torch.randn(4, 3)),
+        *(torch.zeros_like(model(X.clone())).double(), ALL),
     )
     assert report.ok, f"\n{report}"
 
@@ -328,4 +514,137 @@ def test_probe_of_columns_that_are_orthogonal_already() -> None:
     model, X = _probed(lambda h: torch.linalg.qr(h * 0 + torch.eye(4)[:, :3])[0])
     loss = model(X).sum()
     with pytest.raises(RuntimeError, match="linalg_qr mixes samples"), backpack(BatchGrad()):
+        loss.backward()
+
+
+# --------------------------------------------------------------------------------------
+# Recurrent layers on rows that were picked, flattened or taken one by one
+
+
+def _last_steps(m: Any, a: Tensor) -> Tensor:
+    """Sort, run, undo: what packing sequences by length does."""
+    order = a[:, 0, 0].argsort()
+    return m.o(m.r(a[order])[0][order.argsort()][:, -1])
+
+
+def _final(m: Any, a: Tensor, start: Any = None) -> Tensor:
+    """The last hidden state of the last layer, ``[N, h]``."""
+    found = m.r(a) if start is None else m.r(a, start)
+    return (found[1][0] if isinstance(found[1], tuple) else found[1])[-1]
+
+
+def _start(m: Any, h: Tensor) -> Any:
+    return (h, h.tanh()) if isinstance(m.r, nn.LSTM) else h
+
+
+def _made(m: Any, rows: Tensor) -> Any:
+    """First states made from the first steps of rows."""
+    return _start(m, m.l(rows[:, 0]).expand(m.h.shape[0], -1, -1))
+
+
+def _ragged(m: Any, a: Tensor) -> Tensor:
+    """Some samples are read more often than others."""
+    found = torch.zeros(4, 2).to(a).index_add(0, PLACES, _final(m, a[PLACES]))
+    return m.o(found) + m.o(_final(m, a))
+
+
+def _characters(m: Any, a: Tensor) -> Tensor:
+    """Words are flattened into the samples' axis, and each is read by itself."""
+    words = a.unflatten(2, (3, 1)).flatten(0, 1)
+    return m.o(_final(m, words).unflatten(0, a.shape[:2]).sum(1))
+
+
+RECURRENT: dict[str, tuple[int, Callable[[Any, Tensor], Tensor]]] = {
+    "sorted": (3, _last_steps),
+    "sorted-states": (3, lambda m, a: m.o(_final(m, a[PERM])[PERM.argsort()])),
+    "flipped": (3, lambda m, a: m.o(_final(m, a.flip(0)).flip(0))),
+    "twice": (3, lambda m, a: m.o(_final(m, a.repeat_interleave(2, 0)).view(4, -1)[:, :2])),
+    "ragged": (3, _ragged),
+    "characters": (1, _characters),
+    "outer": (1, lambda m, a: m.o(_final(m, torch.cat(a.split(1, 2))).view(3, 4, 2).sum(0))),
+    "one-by-one": (3, lambda m, a: m.o(torch.stack([_final(m, x) for x in a]))),
+    "slices": (3, lambda m, a: m.o(torch.cat([_final(m, x) for x in a.split([1, 3])]))),
+    "start": (3, lambda m, a: m.o(_final(m, a, _start(m, m.h.expand(-1, 4, -1))))),
+    "start-data": (3, lambda m, a: m.o(_final(m, a, _made(m, a)))),
+    "start-picked": (3, lambda m, a: m.o(_final(m, (b := a[PERM]), _made(m, b)))[PERM.argsort()]),
+    "start-rows": (3, lambda m, a: m.o(_final(m, a[PERM], _start(m, m.hh)))[PERM.argsort()]),
+    "input": (3, lambda m, a: m.o(_final(m, m.x, _made(m, a)))),
+    "input-picked": (3, lambda m, a: m.o(_final(m, m.x, _made(m, a[PERM])))[PERM.argsort()]),
+}  # fmt: skip
+
+
+def _recurrent(
+    kind: Any, features: int, f: Callable[[Any, Tensor], Tensor], **options: Any
+) -> nn.Module:
+    options = {"batch_first": True, **options}
+    layer = kind(features, 2, **options)
+    if not options["batch_first"]:
+        layer.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1), *args[1:]))
+        layer.register_forward_hook(lambda _, args, out: (out[0].transpose(0, 1), *out[1:]))
+    states = layer.num_layers * (2 if layer.bidirectional else 1)
+    size = layer.proj_size or 2
+    return Apply(
+        f,
+        **{
+            "r": layer,
+            "o": nn.Linear(size * (2 if layer.bidirectional else 1), 3),
+            "l": nn.Linear(3, 2),
+        },
+        **{"h": P(states, 1, 2), "hh": P(states, 4, 2), "x": P(4, 2, features)},
+    )
+
+
+RECURRENT_TRIALS = [(name, kind, {}) for name in RECURRENT for kind in (nn.LSTM, nn.GRU, nn.RNN)]
+RECURRENT_TRIALS += [
+    (name, kind, options)
+    for name, kind in (("sorted", nn.LSTM), ("characters", nn.GRU), ("start-rows", nn.RNN))
+    for options in ({"num_layers": 2}, {"batch_first": False}, {"num_layers": 2, "batch_first": False})
+]
+RECURRENT_TRIALS += [("sorted", nn.LSTM, {"proj_size": 1}), ("sorted", nn.GRU, {"bidirectional": True})]
+
+
+@pytest.mark.parametrize("name, kind, options", RECURRENT_TRIALS, ids=str)
+def test_recurrent_layers_keep_the_axis(name: str, kind: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    features, f = RECURRENT[name]
+    model = _recurrent(kind, features, f, **options)
+    quantities = (
+        (BatchGrad(), BatchDiagGGNExact())
+        if options
+        else (BatchGrad(), BatchDiagGGNExact(), DiagHessian())
+    )
+    X, y = torch.randn(4, 2, 3), torch.tensor([0, 2, 1, 2])
+    report = check(model, nn.CrossEntropyLoss(), X, y, quantities)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+def test_kronecker_factors_of_sorted_rows(kind: Any) -> None:
+    """The order of samples is nothing to them."""
+    torch.manual_seed(0)
+    model, X = _recurrent(kind, 3, _last_steps), torch.randn(4, 2, 3)
+    found = []
+    for function in (_last_steps, lambda m, a: m.o(m.r(a)[0][:, -1])):
+        model.function = function
+        with backpack(KFLR()):
+            extend(nn.CrossEntropyLoss())(extend(model)(X), torch.tensor([0, 2, 1, 2])).backward()
+        found.append([f for p in (*model.r.parameters(), *model.o.parameters()) for f in p.kflr])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=lambda kind: kind.__name__)
+def test_states_of_other_samples_are_refused(kind: Any) -> None:
+    model = extend(
+        _recurrent(kind, 3, lambda m, a: m.o(_final(m, a, _start(m, m.l(a.flip(0)[:, 0])[None]))))
+    )
+    loss = model(torch.randn(4, 2, 3)).sum()
+    with pytest.raises(RuntimeError, match="states belong to other samples"), backpack(BatchGrad()):
+        loss.backward()
+
+
+def test_samples_as_steps_are_refused() -> None:
+    model = extend(_recurrent(nn.GRU, 3, lambda m, a: m.o(_final(m, a.transpose(0, 1)))))
+    loss = model(torch.randn(4, 2, 3)).sum()
+    with pytest.raises(RuntimeError, match="along the sample axis"), backpack(BatchGrad()):
         loss.backward()

@@ -22,7 +22,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "own.md"
 def page() -> Iterator[dict[str, Any]]:
     """Names that the page defines; its rules are forgotten afterwards."""
     torch.manual_seed(0)
-    space: dict[str, Any] = {"__name__": "own"}
+    space: dict[str, Any] = {"__name__": __name__}
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
     exec(compile(code, str(PAGE), "exec"), space)
     yield space
@@ -59,6 +59,21 @@ def test_page(page: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
         torch.testing.assert_close(p.grad_max, p.grad_batch.flatten(1).abs().amax(1))
         torch.testing.assert_close(p.trace_ggn_batch, p.diag_ggn_exact_batch.flatten(1).sum(1))
         torch.testing.assert_close(p.trace_h, p.diag_h_batch.flatten(1).sum(1))
+    _low_rank(page, model, X)
+
+
+def _low_rank(page: dict[str, Any], model: torch.nn.Module, X: torch.Tensor) -> None:
+    """The page's own source of columns, against Jacobians."""
+    parameters, expected = list(model.parameters()), [0.0] * 6
+    for n, output in enumerate(model(X)):
+        rows = [torch.autograd.grad(f, parameters, retain_graph=True) for f in output]
+        for j in range(len(parameters)):
+            columns = torch.einsum(
+                "rc,c...->r...", page["root"][:, n], torch.stack([r[j] for r in rows])
+            )
+            expected[j] = expected[j] + columns.square().sum(0)
+    for p, diagonal in zip(parameters, expected, strict=False):
+        torch.testing.assert_close(p.low_rank_diagonal, diagonal)
 
 
 def test_custom_function(page: dict[str, Any]) -> None:

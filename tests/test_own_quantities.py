@@ -12,7 +12,7 @@ from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.factors import Form
 from backpack.oracle import Oracle
-from backpack.quantities import BackpropExtension, Context, Kind
+from backpack.own import BackpropExtension, Context, HessianRoot, RandomSigns
 from tests.cases import CASES, Case
 
 # A parameter used nonlinearly, twice, through another tensor, or in none of these ways.
@@ -25,7 +25,7 @@ class DiagonalBySample(BackpropExtension):
     """As a user may write it; the field's name says nothing."""
 
     savefield = "curvature"
-    kind = Kind("hessian")
+    source = HessianRoot()
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)
@@ -64,7 +64,7 @@ def test_single_samples_of_the_hessian(case: Case) -> None:
 @pytest.mark.parametrize("case", MODELS, ids=lambda c: c.name)
 def test_single_samples_of_the_sampled_hessian(case: Case) -> None:
     class Estimate(DiagonalBySample):
-        kind = Kind("sampled_hessian", 2, torch.Generator().manual_seed(0))
+        source = RandomSigns(2, torch.Generator().manual_seed(0))
 
     mc = E.BatchDiagHessianMC(2, torch.Generator().manual_seed(0))
     found, expected = run(case, Estimate())[0], run(case, mc)[0]
@@ -127,9 +127,9 @@ def test_forms_do_not_depend_on_other_quantities() -> None:
 def test_unknown_columns() -> None:
     class Own(BackpropExtension):
         savefield = "own"
-        kind = Kind("Hessian")  # type: ignore[arg-type]
+        source = "Hessian"  # type: ignore[assignment]
 
-    with pytest.raises(ValueError, match="unknown kind, 'Hessian'"):
+    with pytest.raises(ValueError, match="no source of columns, but 'Hessian'"):
         backpack(Own())
 
 

@@ -13,7 +13,7 @@ from backpack import backpack, extend, optim
 from backpack import extensions as E
 from backpack.factors import Form, Layout, Lookup, Outer, Patches
 from backpack.oracle import Oracle
-from backpack.quantities import BackpropExtension, Kind
+from backpack.own import BackpropExtension, ExactRoot
 from tests.cases import CASES, Apply, Case, P, ids, seq, x
 
 EXTS: tuple[Callable[[], Any], ...] = (
@@ -126,7 +126,7 @@ class OfSamples(BackpropExtension):
     """A user's quantity of another shape than the parameter's, without a method `zero`."""
 
     savefield = "of_samples"
-    kind = Kind("exact")
+    source = ExactRoot()
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.squared_norms()

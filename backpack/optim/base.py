@@ -238,12 +238,16 @@ class CurvatureOptimizer(BackpackOptimizer):
     The update rule of Dangel, Kunstner, Hennig (ICLR 2020, arXiv:1912.10985, section 4). ``C`` is one
     block per parameter, which a quantity of this library gives in the backward pass:
 
-        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)  # doctest: +SKIP
-        >>> optimizer.zero_grad()  # doctest: +SKIP
-        >>> loss = lossfunc(model(X), y)  # doctest: +SKIP
-        >>> with optimizer.backpack():  # doctest: +SKIP
+        >>> from backpack import extend
+        >>> from backpack.optim import KFAC
+        >>> model, lossfunc = torch.nn.Linear(4, 3), extend(torch.nn.CrossEntropyLoss())
+        >>> X, y = torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> optimizer = KFAC(model, lr=0.1, damping=1e-2)
+        >>> optimizer.zero_grad()
+        >>> loss = lossfunc(model(X), y)
+        >>> with optimizer.backpack():
         ...     loss.backward()
-        >>> optimizer.step()  # doctest: +SKIP
+        >>> optimizer.step()
 
     Parameters without a gradient and frozen ones (``requires_grad=False``) stay as they are.
 
@@ -343,7 +347,10 @@ class CurvatureOptimizer(BackpackOptimizer):
                 yield block
             self._passes = passes if passes.totals.batches else None
             self._gradients = {p: _mark(p.grad) for p in passes.totals.entries}
-        self._scale = scale
+        self._scale, self._entered = scale, True
+
+    # Whether there was a block since the last step.
+    _entered = False
 
     def _check_earlier(self, scale: float | None) -> None:
         """See whether earlier passes are of the same step, and can have another one added to them."""
@@ -387,7 +394,7 @@ class CurvatureOptimizer(BackpackOptimizer):
 
     def _discard(self) -> None:
         self._scale = self._passes = None
-        self._gradients = {}
+        self._gradients, self._entered = {}, False
         for group in self.param_groups:
             for p in group["params"]:
                 p.__dict__.pop(self._extension.savefield, None)
@@ -436,9 +443,15 @@ class CurvatureOptimizer(BackpackOptimizer):
                 continue
             quantity = getattr(p, field, None) if self._due(p, group) else None
             if quantity is None and self._due(p, group):
+                remedy = (
+                    "in the block no extended model was seen that has it; call extend(model) before "
+                    "the forward pass, or give the model to the optimizer instead of its parameters"
+                    if self._entered
+                    else "call loss.backward() within `with optimizer.backpack():` before every step"
+                )
                 raise RuntimeError(
                     f"parameter {self._name(p)} has a gradient, but no {field} that belongs to it; "
-                    "call loss.backward() within `with optimizer.backpack():` before every step"
+                    + remedy
                 )
             gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
             gradient = gradient / in_gradient if in_gradient != 1 else gradient

@@ -32,12 +32,13 @@ class DPSGD(BackpackOptimizer):
     ``expected_batch_size``. No individual gradient is written out: norms come with one backward pass,
     and a second one of the weighted losses gives the clipped sum (Li et al., 2022, arXiv:2110.05679).
 
-        >>> optimizer = DPSGD(  # doctest: +SKIP
+        >>> model, X, y = torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> optimizer = DPSGD(
         ...     model, lr=0.1, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=64
         ... )
-        >>> losses = F.cross_entropy(model(X), y, reduction="none")  # doctest: +SKIP
-        >>> optimizer.backward(losses)  # doctest: +SKIP
-        >>> optimizer.step()  # doctest: +SKIP
+        >>> losses = torch.nn.functional.cross_entropy(model(X), y, reduction="none")
+        >>> norms = optimizer.backward(losses)
+        >>> optimizer.step()
 
     :meth:`backward` may be called several times before :meth:`step`, for parts of a batch, and must be
     called once for an empty batch (``losses`` of no entries), whose step is noise alone. ``p.grad`` is
@@ -49,13 +50,13 @@ class DPSGD(BackpackOptimizer):
     cryptographic source. Clipped gradients have norms up to ``max_grad_norm``, but for rounding in the
     precision that the model computes in: 0.5 % in bfloat16.
 
-    Every loss must depend on its own sample only, and nothing else may: what cannot be seen to do so is
-    refused. That the n-th loss depends on the n-th sample's model output and on no other (as in losses
-    that centre, contrast or rank outputs) is tried out in each :meth:`backward`, with gradients of some
-    samples' losses that must vanish at all other samples. Refused are too: batch normalization in
-    training mode, layers that keep statistics of the data, also below frozen layers, embeddings with
-    ``scale_grad_by_freq`` or ``max_norm``, and whatever else of a model's parameters and buffers its
-    forward pass has changed.
+    Every loss must depend on its own sample only. That the n-th loss depends on the n-th sample's model
+    output and on no other (unlike losses that centre, contrast or rank outputs) is tried out in each
+    :meth:`backward`, at the values that it is given: gradients of some samples' losses must vanish at
+    all other samples. Refused are too: batch normalization in training mode, layers that keep
+    statistics of the data, also below frozen layers, embeddings with ``scale_grad_by_freq`` or
+    ``max_norm``, and whatever else of a model's parameters and buffers its forward pass has changed
+    (from the second pass on, if parameters are given instead of the model).
 
     What leaves no trace on the autograd graph is not seen, and is the caller's to leave out: a value
     that depends on other samples but is no differentiable function of the model's output (``f -

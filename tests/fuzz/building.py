@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,7 @@ class Built:
         apart: whether every entry of the output depends on one sample.
         by_sample: the input's sample of every entry (if apart).
         by_row: the number of its row of every entry, if there is one row for each sample.
+        reordered: whether rows of the input are mixed or moved before any parameter.
     """
 
     program: Program
@@ -41,20 +41,23 @@ class Built:
     apart: bool = False
     by_sample: Tensor | None = None
     by_row: Tensor | None = None
-    raw_mixing: bool = False
+    reordered: bool = False
 
     def __str__(self) -> str:
         shapes = [tuple(each.shape) for each in self.inputs]
         return f"inputs {shapes}, batch_dim {self.batch_dim} | {self.program}"
+
+    def data(self) -> list[int]:
+        """Places of the inputs that hold samples."""
+        return _data(self.program, self.inputs)
 
     def changed(self, n: int, shift: float, seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs with another n-th sample."""
         return _changed(self.program, self.inputs, self.samples, self.batch_dim, n, shift, seed)
 
 
-def _data(program: Program, inputs: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Inputs that hold samples."""
-    return ((i, x) for i, x in enumerate(inputs) if not (program.table_first and i == 0))
+def _data(program: Program, inputs: tuple[Tensor, ...]) -> list[int]:
+    return list(range(int(program.table_first), len(inputs)))
 
 
 def _changed(
@@ -68,8 +71,8 @@ def _changed(
 ) -> tuple[Tensor, ...]:
     found = list(inputs)
     generator = torch.Generator().manual_seed(seed)
-    for i, x in _data(program, inputs):
-        x = x.clone()
+    for i in _data(program, inputs):
+        x = found[i].clone()
         row = x.select(batch_dim, n)
         row += shift * (1 + torch.rand(row.shape, generator=generator, dtype=row.dtype))
         found[i] = x
@@ -181,6 +184,16 @@ def _rows(own: Tensor, axis: int) -> list[int] | None:
     return [int(row.nonzero()[0]) if bool(row.any()) else -1 for row in each]
 
 
+def _in_order(own: Tensor) -> bool:
+    """Whether rows along some axis belong to the samples one after the other, or all to none."""
+    samples = len(own)
+    for axis in range(own.dim() - 1):
+        rows = _rows(own, axis)
+        if rows is not None and len(rows) == samples and all(r in (-1, n) for n, r in enumerate(rows)):
+            return True
+    return not bool(own.any())
+
+
 def _finish(
     rng: random.Random, built: Built, value: Tensor, place: int, axis: int, rows: list[int]
 ) -> bool:
@@ -271,12 +284,13 @@ def _settle(built: Built, place: int) -> None:
         raise NoSuchProgram
     found = owners(program, built.inputs, built.samples, built.batch_dim)
     own, rows = found[-1], rows_of(output, built.axis).flatten()
+    if not bool(own.any()):
+        raise NoSuchProgram
     if output.shape[built.axis] == built.samples:
         built.by_row = rows
     pool = program.pool(built.inputs)
-    built.raw_mixing = any(
-        int(o.sum(0).max()) > 1 for o, v in zip(found, pool, strict=False) if not v.requires_grad
-    )
+    raw = [o for o, v in zip(found, pool, strict=False) if not v.requires_grad]
+    built.reordered = not all(map(_in_order, raw))
     built.apart = int(own.sum(0).max()) <= 1
     if built.apart:
         flat = own.flatten(1)

@@ -48,7 +48,7 @@ class Comparison:
         ends_linear: whether the model's last operation is its last layer.
         tolerance: largest error that counts as agreement, relative to a parameter's largest entry.
         floor: errors that are rounding, in absolute terms.
-        columns: how many columns a square root has; ``None``: any number.
+        columns: how many columns a square root has at most; ``None``: any number.
     """
 
     def __init__(
@@ -126,8 +126,9 @@ class Comparison:
         at = self.truth.at
         shape = at.parameters[name].shape
         # A loss that takes a part of the outputs, or their means, has as many columns as it has inputs.
-        fits = (0 if self.truth.flat else 1) <= len(root) <= self.columns
-        if root.shape[1:] != (at.samples, *shape) or (self.columns and not fits):
+        most = len(root) if self.columns is None else self.columns
+        fits = (0 if self.truth.flat else 1) <= len(root) <= most
+        if root.shape[1:] != (at.samples, *shape) or not fits:
             raise WrongError(
                 f"shape {list(root.shape)} for {self.columns} outputs of {at.samples} samples"
             )
@@ -186,5 +187,5 @@ def relative(found: Tensor, expected: Tensor, largest: float, floor: float = 0.0
 
 def _product(function: Any, block: Tensor, p: Tensor, largest: float, floor: float) -> float:
     vectors = torch.randn(2, len(block), generator=torch.Generator().manual_seed(1), dtype=block.dtype)
-    found = function(vectors.reshape(2, *p.shape)).flatten(1)
+    found = function(vectors.reshape(2, *p.shape)).reshape(2, -1)
     return relative(found, vectors @ block, largest, floor)

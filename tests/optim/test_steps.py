@@ -232,7 +232,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def generator_of(optimizer: Any) -> torch.Generator | None:
-    return optimizer._extension.kind.generator
+    return getattr(optimizer._extension.source, "generator", None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -443,6 +443,23 @@ def test_errors_change_nothing(name: str, error: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(problem.values(), values, strict=True))
     assert same(optimizer.state_dict(), state)
     problem.step(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:no extended model")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_model_that_is_not_extended(name: str) -> None:
+    """The block was there, and is not what is missing."""
+    problem = Problem()
+    model = problem.model
+    optimizer = STEPS[name][0](model.named_parameters(), 0.1, 0.5)
+    with optimizer.backpack():
+        problem.lossfunc(model(problem.X), problem.y).backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight' has a gradient.*call extend\(model\) before"):
+        optimizer.step()
+    optimizer.zero_grad()
+    problem.lossfunc(model(problem.X), problem.y).backward()
+    with pytest.raises(RuntimeError, match=r"call loss.backward\(\) within"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", AVERAGED)

@@ -16,6 +16,7 @@ from torch import nn
 
 from backpack import extensions as E
 from backpack.oracle import check
+from backpack.sources import ExactRoot, HessianRoot, LossGradient, SampledRoot
 from tests.blocks import Blocks
 from tests.cases import CASES, LOSSES, Case
 from tests.test_losses import ROWS, With, setting
@@ -58,9 +59,9 @@ def quantities() -> dict[str, E.BackpropExtension]:
         for name, kind in classes.items()
         if issubclass(kind, E.BackpropExtension) and kind is not E.BackpropExtension
     }
-    order = ["gradient", "exact", "sampled", "hessian"]  # others follow
-    place = {kind: number for number, kind in enumerate(order)}
-    return dict(sorted(found.items(), key=lambda item: place.get(item[1].kind.name, len(order))))
+    order = [LossGradient, ExactRoot, SampledRoot, HessianRoot]  # others follow
+    place = {source: number for number, source in enumerate(order)}
+    return dict(sorted(found.items(), key=lambda item: place.get(type(item[1].source), len(order))))
 
 
 @dataclass
