@@ -364,7 +364,7 @@ def test_copies(name: str) -> None:
     with optimizer.backpack():
         each.loss().backward()
     again = copy.deepcopy(optimizer)
-    assert again._passes is None and repr(again._extension) == repr(optimizer._extension)
+    assert again._passes is None and type(again._extension) is type(optimizer._extension)
     if not name.startswith("CG"):
         assert pickle.loads(pickle.dumps(optimizer))._passes is None
     optimizer.step()
