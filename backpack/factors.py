@@ -1154,8 +1154,12 @@ class Single(Form):
     def squared_norms(self) -> Tensor:
         return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
 
+    def together(self) -> Form:
+        """The form of all samples, zero for the others."""
+        return _together([self])
+
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
-        return _together([self]).kronecker(sharing)
+        return self.together().kronecker(sharing)
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         return self.form.rotated_square_sum(bases)

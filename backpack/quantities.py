@@ -471,6 +471,7 @@ def _layout(form: Form) -> str:
 
 def _averaged_over(form: Form, sharing: Sharing) -> int:
     """The number of rows that the factor of the inputs is an average over."""
+    form = form.together() if isinstance(form, Single) else form
     groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
     shared = sharing == "expand" and isinstance(form, (Outer, Lookup))
     rows = positions_of(form) if shared else form.samples  # type: ignore[arg-type]

@@ -100,10 +100,26 @@ def words() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def padded_words() -> nn.Module:
+    layers = nn.Embedding(6, 4, padding_idx=0), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    return nn.Sequential(*layers)
+
+
+def one_by_one() -> nn.Module:
+    """Layers on single samples."""
+
+    def forward(module: Any, x: Tensor) -> Tensor:
+        return torch.stack([module.o(module.i(sample).tanh().mean(0)) for sample in x])
+
+    return Apply(forward, i=nn.Linear(2, 3), o=nn.Linear(3, 3))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (mlp, lambda: torch.randn(N, 4).double()),
     "convolutions": (convolutions, lambda: torch.randn(N, 2, 3, 3).double()),
     "words": (words, lambda: torch.randint(6, (N, 3))),
+    "padded words": (padded_words, lambda: torch.randint(3, (N, 3))),
+    "one by one": (one_by_one, lambda: torch.randn(N, 4, 2).double()),
 }
 
 

@@ -5,6 +5,7 @@ Letters: ``B``, ``A`` the factors of a weight, ``[o, o]`` and ``[i, i]``; ``gamm
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -204,9 +205,9 @@ class _HoldingEKFAC(_Holding, extensions.EKFAC):
 def _held(form: Form) -> Form:
     """A form that needs neither graph nor inputs, which may be written over."""
     if isinstance(form, Outer):
-        return Outer(form.a.clone(), form.g, form.layout)
+        return replace(form, inputs=form.a.clone())
     if isinstance(form, Lookup):
-        return Lookup(form.index.clone(), form.g, form.shape)
+        return replace(form, index=form.index.clone())
     if isinstance(form, Sum):
         return Sum(tuple(map(_held, form.forms)))
     return Dense(form.dense())

@@ -122,6 +122,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: head(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Tanh(), width=6),
         lambda: torch.randint(5, (N, 2)),
     ),
+    "padded table": (
+        lambda: head(nn.Embedding(5, 3, padding_idx=1), nn.Tanh(), width=6),
+        lambda: torch.randint(3, (N, 2)),
+    ),
+    "one by one": (
+        lambda: Apply(
+            lambda m, a: torch.stack([m.o(m.i(x).tanh().mean(0)) for x in a]),
+            i=nn.Linear(2, 3),
+            o=nn.Linear(3, 3),
+        ),
+        lambda: torch.randn(N, 4, 2).double(),
+    ),
     "transposed": (
         lambda: head(nn.ConvTranspose2d(2, 2, 2, groups=2), nn.Tanh(), width=18),
         lambda: torch.randn(N, 2, 2, 2).double(),
