@@ -457,7 +457,7 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         try:
             if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
-                self._recurrent(func, args, kwargs, out, marked, sources)
+                self._recurrent(func, args, kwargs, out, marked, sources, faint)
             elif marked or faint:
                 for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
                     if isinstance(each, Tensor):
@@ -474,6 +474,7 @@ class _Recorder(TorchFunctionMode):
         out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
+        faint: list[Batch],
     ) -> None:
         """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
         states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
@@ -484,6 +485,8 @@ class _Recorder(TorchFunctionMode):
         for place, each in enumerate(out):
             here = axis.moved(1) if place else axis
             batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
+            if batch.tentative and faint and not batch.lost and each.requires_grad:
+                batch = self._doubted(func, batch, each, args, faint)
             if batch.lost:
                 self._lose(func, each, batch)
                 if batch.tentative:
