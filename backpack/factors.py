@@ -766,7 +766,7 @@ class Outer(Form):
         groups = self.inputs.shape[1]
         g, count = self.g, max(self.samples * groups, 1)
         if sharing == "expand":
-            count = groups * positions_of(self)
+            count = max(groups * positions_of(self), 1)
             g = g.transpose(2, 3).flatten(1, 2)
         else:
             g = g[:, :, :, 0] if self.positions == 1 else g.sum(3)
