@@ -8,26 +8,52 @@ Extend a model and a loss, and compute quantities during ``loss.backward()``:
         loss.backward()
 """
 
-from backpack import extensions
+from importlib import import_module, metadata
+from typing import Any
+
+from backpack import context, extensions
 from backpack.batch import Batch
 from backpack.capture import disable
 from backpack.compat import convert_module_to_backpack, memory_cleanup
+from backpack.context import CTX
 from backpack.engine import backpack
 from backpack.extend import extend, unextend
 from backpack.losses import loss_rule
 from backpack.oracle import check
 from backpack.rules import op_rule
 
+try:
+    __version__ = metadata.version("backpack-anew")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 __all__ = [
+    "CTX",
     "Batch",
     "backpack",
     "check",
+    "context",
     "convert_module_to_backpack",
     "disable",
     "extend",
     "extensions",
     "loss_rule",
+    "hessianfree",
     "memory_cleanup",
     "op_rule",
+    "optim",
+    "own",
     "unextend",
 ]
+
+# Packages that stand on the core: imported when they are asked for.
+_LATER = ("hessianfree", "optim", "own")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return import_module(f"backpack.{name}")
+    raise AttributeError(f"module 'backpack' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

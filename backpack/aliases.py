@@ -66,7 +66,10 @@ class Written:
         if key not in self.known:
             self.known[key] = self._find(self.seen(tensor))
         found = self.known[key]
-        return noted(tensor) if found is None else found
+        if found is None:  # nobody's: what it was made like may still be known
+            found = noted(tensor)
+            return None if found is not None and found.lost else found
+        return found
 
     def _find(self, owners: Tensor) -> Batch | None:
         if not owners.numel() or bool((owners == NOBODY).all()):

@@ -365,10 +365,8 @@ def differentiable_twice() -> Iterator[None]:
     """Say in our words where torch has no second derivative of an operation."""
     try:
         yield
-    except NotImplementedError:
-        raise
     except RuntimeError as error:
-        if "is not implemented" not in str(error):
+        if "is not implemented" not in str(error) or "cannot be differentiated twice" in str(error):
             raise
         raise NotImplementedError(
             f"an operation of the model or the loss cannot be differentiated twice ({error}); for "

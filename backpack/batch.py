@@ -114,6 +114,21 @@ class Batch:
             return regular_axis(self.size, dim, outer, inner, self.tentative)
         return Batch(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
 
+    def single(self) -> Batch:
+        """The axis of a tensor that belongs to one sample, in a batch of that sample alone."""
+        if self.solo is None or self.size == 1:
+            return self
+        if self.bare:
+            return solo_axis(0, 1, (), self.picked.samples.device)  # type: ignore[union-attr]
+        return regular_axis(1, self.dim, 1, self.length)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """The number of entries of each sample, where they differ."""
+        if self.picked is None or self.width * self.size == self.length:
+            return None
+        return torch.bincount(self.picked.samples, minlength=self.size)
+
     def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
         """The axis after some of its entries were picked."""
         return picked_axis(
@@ -152,15 +167,16 @@ class Batch:
         """The axis after an operation that leaves its place unknown."""
         return _lost_axis(self, why) if self.picked is None else replace(self, lost=why)
 
-    def split(self, tensor: Tensor, lead: int = 0) -> Tensor:
+    def split(self, tensor: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
         """Bring samples to the front: ``[*lead, *shape] -> [*lead, N, k, *rest]``.
 
-        Samples with fewer than ``k`` entries are filled up with zeros.
+        Samples with fewer than ``k`` entries are filled up with zeros, or with ``copies`` of an entry.
         """
         axis = lead + self.dim
         if self.picked is not None:
             tensor = (tensor.unsqueeze(lead) if self.bare else tensor).movedim(axis, 0)
             full = tensor.new_zeros(self.size, self.width, *tensor.shape[1:])
+            full = tensor[:1].expand_as(full) if copies and len(tensor) else full
             full = full.index_put((self.picked.samples, self.picked.slots), tensor)
             return full.movedim((0, 1), (lead, lead + 1))
         if self.plain:
@@ -215,13 +231,18 @@ def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: bool = Fals
 
 
 def solo_axis(
-    sample: int, size: int, shape: Sequence[int], device: torch.device, tentative: bool = False
+    sample: int,
+    size: int,
+    shape: Sequence[int],
+    device: torch.device,
+    tentative: bool = False,
+    dim: int = 0,
 ) -> Batch:
     """The axis of a tensor of that shape that belongs to one sample."""
     if size == 1 and shape:
-        return regular_axis(1, 0, 1, shape[0], tentative)
-    rows = _one_sample(sample, shape[0] if shape else 1, size, device)
-    return Batch(size, tentative=tentative, picked=rows, bare=not shape)
+        return regular_axis(1, dim, 1, shape[dim], tentative)
+    rows = _one_sample(sample, shape[dim] if shape else 1, size, device)
+    return Batch(size, dim, tentative=tentative, picked=rows, bare=not shape)
 
 
 @lru_cache(4096)

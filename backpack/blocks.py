@@ -39,6 +39,7 @@ class Block:
         thread: the thread that entered it.
         runs: the backward passes under way, by their numbers.
         roots: where a backward call starts, with the gradients there, while one is seen.
+        hooked: whether hooks may change the gradients there.
         wanted: what it differentiates with respect to, as far as that is known.
         complete: whether it computes the gradients of all leaves.
         nested: how many times the library itself is differentiating.
@@ -49,6 +50,7 @@ class Block:
         self.thread = threading.get_ident()
         self.runs: dict[int, Any] = {}
         self.roots: list[tuple[GradientEdge, Tensor]] | None = None
+        self.hooked = True
         self.wanted: set[Tensor] | None = None
         self.complete = False
         self.nested = 0

@@ -26,7 +26,7 @@ from backpack.factors import Dense
 from backpack.functions import Functions, is_custom, settle
 from backpack.inputs import carriers, doubtful
 from backpack.losses import LOSSES, LossHessian
-from backpack.moves import MOVERS, spellings
+from backpack.moves import LIKE, MOVERS, spellings
 from backpack.opened import OPENED
 from backpack.placing import assigned
 from backpack.propagation import (
@@ -53,8 +53,10 @@ from backpack.taps import (
     LossRecord,
     Recording,
     Tap,
+    lost_form,
     make_tap,
     notes,
+    of_sample,
     store_tap,
 )
 
@@ -307,7 +309,7 @@ class _Recorder(TorchFunctionMode):
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node, places = out.grad_fn, LAYERS.get(func)
-        if places is None or node is None or out._base is not None:
+        if places is None or node is None or out._base is not None or batch.solo is not None:
             return False
         at, *own = places
         if input is not args[at]:
@@ -335,8 +337,11 @@ class _Recorder(TorchFunctionMode):
             elif marked or faint or not sources:
                 self._note(func, args, kwargs, out, 0, marked, sources, faint)
         elif isinstance(out, (tuple, list)) and (marked or faint):
+            own = list(_tensors(args)) if func in _EACH else []
             for place, each in enumerate(out):
-                if isinstance(each, Tensor):
+                if own:
+                    marked, sources, faint = self._sorted((own[place],), {})
+                if isinstance(each, Tensor) and (marked or faint):
                     self._note(func, args, kwargs, each, place, marked, sources, faint)
 
     def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -376,11 +381,13 @@ class _Recorder(TorchFunctionMode):
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
+        if batch.lost and batch.tentative:
+            if func not in LIKE:
+                self._lose(func, out, batch)
+            return
         if batch.lost:
             self._lose(func, out, batch)
             _note_end(recording, out, marked)
-            if batch.tentative:
-                return
         elif any(out is t for t, _ in marked):
             return  # the argument itself
         else:
@@ -440,55 +447,51 @@ class _Recorder(TorchFunctionMode):
                 return out
         out = func(*args, **kwargs)
         try:
-            self._opened(func, args, kwargs, out, marked, sources, faint)
+            if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+                self._recurrent(func, args, kwargs, out, marked, sources)
+            elif marked or faint:
+                for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                    if isinstance(each, Tensor):
+                        self._note(func, args, kwargs, each, place, marked, sources, faint)
         except Exception as error:
             self._give_up(func, out, error)
         return out
 
-    def _opened(
+    def _recurrent(
         self,
         func: Any,
         args: tuple,
         kwargs: dict[str, Any],
-        out: Any,
+        out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
-        faint: list[Batch],
     ) -> None:
-        """Operations with parameters inside that stay closed."""
-        axis = next((b for t, b in marked if t is args[0]), None)
-        if func not in SEVERAL_OUTPUTS or axis is None or not isinstance(args[2], (list, tuple)):
-            for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
-                if (marked or faint) and isinstance(each, Tensor):
-                    self._note(func, args, kwargs, each, place, marked, sources, faint)
-            return
-        batch_first = bool(args[-1])
-        single = axis.size == 1
-        known = not axis.lost and axis.plain and axis.dim == (0 if batch_first else 1)
-        known = known or (single and args[0].shape[0 if batch_first else 1] == 1)
-        # States come with their samples on the second axis.
-        others = [(t, b) for t, b in marked if t is not args[0] and t.requires_grad]
-        alike = single or all(not b.lost and b.plain and b.dim == 1 for _, b in others)
-        alike = alike and not any(t is p for t, _ in others for p in args[2])
+        """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
+        states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
+        axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+        sources = sources + [t for t in demoted if t.requires_grad]
+        data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
+        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
         for place, each in enumerate(out):
-            batch, whole = recurrent_axis(axis.size, place, batch_first), False
-            if not (known and alike):
-                why = "batch_first of a recurrent layer differs" if alike else "states of other samples"
-                batch = axis if axis.lost else axis.losing(why)
-                batch, whole = settled(func, each, batch, self.recording.batch_dim)
+            here = axis.moved(1) if place else axis
+            batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
             if batch.lost:
                 self._lose(func, each, batch)
+                if batch.tentative:
+                    continue
             else:
                 mark(each, batch)
             if each.grad_fn is not None and sources:
-                inputs = tuple(
-                    t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad
-                )
+                own = batch.single()
                 if whole:
-                    found = fallback(batch, place, func, args, kwargs, sources, True)
+                    found = fallback(own, place, func, args, kwargs, sources, True)
+                elif batch.lost:
+                    found = [(s, lost_form) for s in sources]
                 else:
-                    found = SEVERAL_OUTPUTS[func](batch, place, out[0].detach(), *args)
+                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                if own is not batch:
+                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
                     *(self.recording, func, each.grad_fn, each.output_nr, batch),
                     *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
@@ -718,6 +721,8 @@ def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
 _HALVES = (torch.float16, torch.bfloat16)
 # Functions whose results need a second look, and types of results that need none.
 _WATCHED = _BATCH_NORMS | _BENDS | EXPANSIONS
+# Each result is made from one of the arguments, the one at the same place.
+_EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
 _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_INPLACE, _Recorder._in_place),

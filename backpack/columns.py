@@ -100,6 +100,7 @@ class Pass:
         leaves: the parameters whose quantities are computed.
         names: names of parameters, for errors.
         chunk_size: number of columns at a time that the user asked for.
+        hooked: whether hooks may change the gradients at the roots.
     """
 
     roots: Starts
@@ -107,6 +108,7 @@ class Pass:
     leaves: Sequence[Leaf]
     names: Callable[[Tensor], str]
     chunk_size: int | None = None
+    hooked: bool = True
 
     def at_once(self, places: Sequence[GradientEdge], device: str) -> int:
         """How many columns are held at these places at a time."""
@@ -146,12 +148,18 @@ class Pass:
         found = self._differentiated(_placed(joint), absorbed) if joint else []
         records = {n: pair for n, pair in self.graph.losses.items() if n not in absorbed}
         edges = [GradientEdge(node, 0) for node in records]
-        arriving = gradients(self.roots, edges, torch.is_grad_enabled())
+        arriving = self._arriving(edges)
         for (record, below), gradient in zip(records.values(), arriving, strict=True):
             if gradient is not None:
                 outputs = [edge for edge, _ in _placed(below)]
                 found.append(LossPiece([record.edge], record.hessian, gradient, outputs))
         return found
+
+    def _arriving(self, edges: list[GradientEdge]) -> list[Tensor | None]:
+        """The gradients at losses."""
+        if len(edges) == len(self.roots) == 1 and edges[0] == self.roots[0][0] and not self.hooked:
+            return [self.roots[0][1]]  # the root is the loss
+        return gradients(self.roots, edges, torch.is_grad_enabled())
 
     def _differentiated(
         self, outputs: list[tuple[GradientEdge, Batch]], absorbed: set[Node]

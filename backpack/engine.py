@@ -208,6 +208,7 @@ class _Watch(TorchFunctionMode):
                 (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
                 for t, g in zip(outputs, gradients, strict=True)
             ]
+            block.hooked = any(t._backward_hooks for t in outputs)
             direct = func is Tensor.backward and not block.owner.gradient
             if direct and block.listens:
                 return self._directly(*args, **kwargs)

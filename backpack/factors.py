@@ -83,6 +83,10 @@ class Form(ABC):
     def dense(self) -> Tensor:
         """``G [v, n, *p]``, written out."""
 
+    def written(self) -> Form:
+        """The form that holds ``G`` itself."""
+        return Dense(self.dense())
+
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Pieces of ``G`` of one column and some samples each, small enough for the cache, or all."""
         like = self.like
@@ -467,11 +471,13 @@ class Outer(Form):
         inputs: ``[n, q, s, i]``, written out or not.
         g: columns at the outputs, ``[v, n, q, s, o]``.
         layout: where the matrix entries are stored in the parameter.
+        counts: how many positions each sample has, ``[n]``, where they differ; the rest is zero.
     """
 
     inputs: Tensor | Patches
     g: Tensor
     layout: Layout
+    counts: Tensor | None = None
     projects = True
 
     @property
@@ -502,7 +508,8 @@ class Outer(Form):
         return self.g.shape[3]
 
     def take(self, columns: slice, samples: slice | Tensor) -> Outer:
-        return Outer(self.inputs[samples], self.g[columns][:, samples], self.layout)
+        counts = None if self.counts is None else self.counts[samples]
+        return Outer(self.inputs[samples], self.g[columns][:, samples], self.layout, counts)
 
     def dense(self) -> Tensor:
         if torch.is_grad_enabled():
@@ -776,9 +783,11 @@ class Outer(Form):
         """
         if len(self.shape) == 1:
             return super().kronecker(sharing)
-        g, count = self.g, max(self.samples * self.inputs.shape[1], 1)
+        groups = self.inputs.shape[1]
+        g, count = self.g, max(self.samples * groups, 1)
         if sharing == "expand":
-            g, count = g.transpose(2, 3).flatten(1, 2), count * max(self.positions, 1)
+            count = groups * positions_of(self)
+            g = g.transpose(2, 3).flatten(1, 2)
         else:
             g = g[:, :, :, 0] if self.positions == 1 else g.sum(3)
         g = g.flatten(2).flatten(0, 1)
@@ -786,9 +795,7 @@ class Outer(Form):
         def second_moment() -> Tensor:
             if isinstance(self.inputs, Patches) and sharing != "reduce":
                 return self.inputs.gram().to(g.dtype) / count
-            a = self.a
-            if sharing == "reduce":
-                a = a.sum(2, keepdim=True) / max(self.positions, 1)
+            a = _mean(self.a, self.counts, 2) if sharing == "reduce" else self.a
             return _gram(a.flatten(0, 2), count)
 
         output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
@@ -824,6 +831,21 @@ def _similar(left: Outer, right: Outer) -> Tensor:
     inputs = (a @ b.mT).unflatten(2, (1, right.samples, right.positions))
     inputs = inputs.unflatten(1, (1, left.samples, left.positions))
     return (columns * inputs).sum((0, 3, 6))
+
+
+def positions_of(form: Outer | Lookup) -> int:
+    """Number of positions of all samples together."""
+    if form.counts is not None:
+        return int(form.counts.sum())
+    return form.samples * form.g.shape[3 if isinstance(form, Outer) else 2]
+
+
+def _mean(x: Tensor, counts: Tensor | None, dim: int) -> Tensor:
+    """Mean over positions, ``[n, ...]``, of which samples may have different numbers."""
+    if counts is None:
+        return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)
+    shape = [-1] + [1] * (x.dim() - 1)
+    return x.sum(dim, keepdim=True) / counts.clamp(min=1).to(x.dtype).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -920,11 +942,16 @@ class Lookup(Form):
         index: row of the table, ``[n, s]``.
         g: columns at the rows read, ``[v, n, s, d]``.
         shape: the table's shape ``[rows, d]``.
+        reads: which positions read the table, ``[n, s]``, if not all do: a padding row is a constant,
+            and a sample may have fewer positions than others.
+        counts: how many positions each sample has, ``[n]``, where they differ.
     """
 
     index: Tensor
     g: Tensor
     shape: torch.Size = field()
+    reads: Tensor | None = None
+    counts: Tensor | None = None
     projects = True
 
     @property
@@ -939,18 +966,24 @@ class Lookup(Form):
     def like(self) -> Tensor:
         return self.g
 
+    @property
+    def read(self) -> Tensor:
+        """``g`` at the positions that read the table, zero at others."""
+        return self.g if self.reads is None else self.g * self.reads.unsqueeze(-1)
+
     def take(self, columns: slice, samples: slice | Tensor) -> Lookup:
-        return Lookup(self.index[samples], self.g[columns][:, samples], self.shape)
+        reads, counts = (x if x is None else x[samples] for x in (self.reads, self.counts))
+        return Lookup(self.index[samples], self.g[columns][:, samples], self.shape, reads, counts)
 
     def dense(self) -> Tensor:
         v, n, s, d = self.g.shape
         rows = torch.arange(n, device=self.index.device).unsqueeze(1) * self.shape[0] + self.index
         if torch.is_grad_enabled():
             table = self.g.new_zeros(v, n * self.shape[0], d)
-            table = table.index_add(1, rows.flatten(), self.g.flatten(1, 2))
+            table = table.index_add(1, rows.flatten(), self.read.flatten(1, 2))
         else:
             table = fresh_zeros(self.g, (v, n * self.shape[0], d))
-            table.index_add_(1, rows.flatten(), self.g.flatten(1, 2))
+            table.index_add_(1, rows.flatten(), self.read.flatten(1, 2))
         return table.reshape(v, n, *self.shape)
 
     def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -959,7 +992,7 @@ class Lookup(Form):
         keys = samples * self.shape[0] + self.index
         unique, inverse = torch.unique(keys.flatten(), return_inverse=True)
         g = self.g.new_zeros(self.columns, len(unique), self.shape[1])
-        g = g.index_add(1, inverse, self.g.flatten(1, 2))
+        g = g.index_add(1, inverse, self.read.flatten(1, 2))
         return unique // self.shape[0], unique % self.shape[0], g
 
     def _parts(self, vectors: int) -> Iterator[tuple[slice, slice, Lookup]]:
@@ -977,14 +1010,14 @@ class Lookup(Form):
         u = vectors.to(self.g.dtype)
         result = u.new_zeros(len(u), self.columns, self.samples)
         for k, n, piece in self._parts(len(u)):
-            result[k, :, n] = torch.einsum("knsd,vnsd->kvn", u[k][:, piece.index], piece.g)
+            result[k, :, n] = torch.einsum("knsd,vnsd->kvn", u[k][:, piece.index], piece.read)
         return result
 
     def combine(self, weights: Tensor) -> Tensor:
         w = weights.to(self.g.dtype)
         result = w.new_zeros(len(w), *self.shape)
         for k, n, piece in self._parts(len(w)):
-            g = torch.einsum("kvn,vnsd->knsd", w[k, :, n], piece.g)
+            g = torch.einsum("kvn,vnsd->knsd", w[k, :, n], piece.read)
             result[k] = result[k].index_add(1, piece.index.flatten(), g.flatten(1, 2))
         return result
 
@@ -1010,7 +1043,7 @@ class Lookup(Form):
         return _counts(g, edges) + zeros * _counts(g.new_zeros(1), edges)
 
     def total(self) -> Tensor:
-        g = self.g.sum(0).flatten(0, 1)
+        g = self.read.sum(0).flatten(0, 1)
         return g.new_zeros(self.shape).index_add(0, self.index.flatten(), g)
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
@@ -1023,24 +1056,31 @@ class Lookup(Form):
         return g.new_zeros(self.samples).index_add(0, samples, (g * g).sum((0, 2)))
 
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
-        """As for a matrix that multiplies one-hot vectors: ``[A, B]``, ``A`` the row frequencies."""
+        """As for a matrix that multiplies one-hot vectors, which are zero where the table is not read.
+
+        ``[A, B]``, ``A`` the row frequencies.
+        """
         if self.shape[0] > LARGEST_FACTOR:
             return super().kronecker()
-        positions, count = self.index.shape[1], max(self.samples, 1)
         g = (self.g.flatten(1, 2) if sharing == "expand" else self.g.sum(2)).flatten(0, 1)
+        ones = self.g.new_ones(self.index.shape) if self.reads is None else self.reads.to(g.dtype)
         if sharing == "reduce":
-            ones = g.new_full(self.index.shape, 1 / max(positions, 1))
             a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
-            return [Factor(lambda: a.mT @ a / count, False), Factor(lambda: gram(g), True)]
-        counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
-        count *= max(positions, 1) if sharing == "expand" else 1
+            sizes = self.index.shape[1] if self.counts is None else self.counts.unsqueeze(1)
+            a = a / torch.as_tensor(sizes, device=g.device).clamp(min=1)
+            return [
+                Factor(lambda: a.mT @ a / max(self.samples, 1), False),
+                Factor(lambda: gram(g), True),
+            ]
+        counts = g.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), ones.flatten())
+        count = max(positions_of(self), 1) if sharing == "expand" else max(self.samples, 1)
         return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
 
 
 def _same_rows(left: Lookup, right: Lookup) -> Tensor:
     """``sum_{s,t} [index_s = index_t] (g_s . g_t)``, shape ``[v, n, w, m]``."""
     same = left.index[:, :, None, None, None] == right.index
-    products = left.g.flatten(0, 2) @ right.g.flatten(0, 2).mT
+    products = left.read.flatten(0, 2) @ right.read.flatten(0, 2).mT
     products = products.unflatten(1, right.g.shape[:3]).unflatten(0, left.g.shape[:3])
     return (products * same.to(products.dtype)).sum((2, 5))
 
@@ -1084,6 +1124,117 @@ class Pullback(Form):
 
     def combine(self, weights: Tensor) -> Tensor:
         return self.vjp(self.form.combine(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Single(Form):
+    """The form of an operation on one sample only; for all others it is zero.
+
+    Attributes:
+        form: that sample's, ``[v, 1, *p]``.
+        sample: which it is.
+        samples: number of samples.
+    """
+
+    form: Form
+    sample: int
+    samples: int = field()  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.form.shape
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.form.columns
+
+    @property
+    def like(self) -> Tensor:
+        return self.form.like
+
+    def written(self) -> Single:
+        return Single(Dense(self.form.dense()), self.sample, self.samples)
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Form:
+        return _together([self]).take(columns, samples)
+
+    def dense(self) -> Tensor:
+        found = self.like.new_zeros(self.columns, self.samples, *self.shape)
+        return found.index_copy(1, self._at(), self.form.dense())
+
+    def _at(self) -> Tensor:
+        return torch.tensor([self.sample], device=self.like.device)
+
+    def total(self) -> Tensor:
+        return self.form.total()
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        return self.form.square_sum(None if sign is None else sign[:, self.sample : self.sample + 1])
+
+    def squared_norms(self) -> Tensor:
+        return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
+
+    def kronecker(self, sharing: Sharing = None) -> list[Factor]:
+        return _together([self]).kronecker(sharing)
+
+    def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
+        return self.form.rotated_square_sum(bases)
+
+
+def of_one(form: Form, function: Callable[[Form], Form]) -> Form:
+    """``function(form)``; where the form is of one sample, of that sample's."""
+    if isinstance(form, Single):
+        return Single(function(form.form), form.sample, form.samples)
+    return function(form)
+
+
+def _together(singles: Sequence[Single]) -> Form:
+    """One form of all samples, from forms of one sample each; those of one sample are summed."""
+    size, like = singles[0].samples, singles[0].like
+    of: dict[int, list[Form]] = {}
+    for single in singles:
+        of.setdefault(single.sample, []).append(single.form)
+    forms = {sample: merge(each) for sample, each in of.items()}
+    at = torch.tensor(list(forms), device=like.device)
+    found = list(forms.values())
+
+    def placed(parts: list[Tensor], dim: int) -> Tensor:
+        """Put samples at their places, and fill up with zeros."""
+        shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+        shape[dim] = 1
+        parts = [_filled(part, shape) for part in parts]
+        shape[dim] = size
+        return parts[0].new_zeros(shape).index_copy(dim, at, torch.cat(parts, dim))
+
+    def counted(numbers: list[int]) -> Tensor:
+        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(
+            0, at, at.new_tensor(numbers)
+        )
+
+    if all(isinstance(form, Outer) for form in found):
+        outers: list[Outer] = found  # type: ignore[assignment]
+        if len({(form.layout, form.inputs.shape[1]) for form in outers}) == 1:
+            a, g = placed([form.a for form in outers], 0), placed([form.g for form in outers], 1)
+            return Outer(a, g, outers[0].layout, counted([positions_of(form) for form in outers]))
+    if all(isinstance(form, Lookup) for form in found):
+        lookups: list[Lookup] = found  # type: ignore[assignment]
+        whole = [
+            torch.ones_like(f.index, dtype=torch.bool) if f.reads is None else f.reads for f in lookups
+        ]
+        index, reads = placed([form.index for form in lookups], 0), placed(whole, 0)
+        g, counts = placed([form.g for form in lookups], 1), [positions_of(form) for form in lookups]
+        return Lookup(index, g, lookups[0].shape, reads, counted(counts))
+    return Dense(placed([form.dense() for form in found], 1))
+
+
+def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Filled up with zeros, at the end of each axis."""
+    if list(x.shape) == list(shape):
+        return x
+    margins = [
+        m for size, old in zip(reversed(shape), reversed(x.shape), strict=True) for m in (0, size - old)
+    ]
+    return torch.nn.functional.pad(x, margins)
 
 
 @dataclass(frozen=True, eq=False)
@@ -1148,6 +1299,10 @@ def merge(forms: Sequence[Form]) -> Form:
     """
     if len(forms) == 1:
         return forms[0]
+    singles = [form for form in forms if isinstance(form, Single)]
+    if singles:
+        forms = [_together(singles), *(form for form in forms if not isinstance(form, Single))]
+        return merge(forms)
     merged: list[Form] = []
     outers: dict[tuple[Layout, int], list[Outer]] = {}
     lookups = [form for form in forms if isinstance(form, Lookup)]
@@ -1161,18 +1316,32 @@ def merge(forms: Sequence[Form]) -> Form:
         merged.append(group[0] if len(group) == 1 else _joined(group, layout))
     if lookups:
         index, g = torch.cat([f.index for f in lookups], 1), torch.cat([f.g for f in lookups], 2)
-        merged.append(Lookup(index, g, lookups[0].shape))
+        reads = None
+        if any(f.reads is not None for f in lookups):
+            every = [torch.ones_like(f.index) > 0 if f.reads is None else f.reads for f in lookups]
+            reads = torch.cat(every, 1)
+        merged.append(Lookup(index, g, lookups[0].shape, reads, _position_counts(lookups)))
     if dense:
         first, *rest = (f.values for f in dense)
         merged.append(Dense(sum(rest, first)))
     return merged[0] if len(merged) == 1 else Sum(tuple(merged))
 
 
+def _position_counts(forms: Sequence[Outer] | Sequence[Lookup]) -> Tensor | None:
+    """Positions of each sample in all forms together; ``None`` if they have as many in each."""
+    if all(form.counts is None for form in forms):
+        return None
+    found = torch.zeros(forms[0].samples, dtype=torch.long, device=forms[0].like.device)
+    for form in forms:
+        found = found + (positions_of(form) // form.samples if form.counts is None else form.counts)
+    return found
+
+
 def _joined(group: Sequence[Outer], layout: Layout) -> Outer:
     """One form with the positions of all; patches are written once, to their place in the result."""
-    g = torch.cat([form.g for form in group], 3)
+    g, counts = torch.cat([form.g for form in group], 3), _position_counts(group)
     if torch.is_grad_enabled():
-        return Outer(torch.cat([form.a for form in group], 2), g, layout)
+        return Outer(torch.cat([form.a for form in group], 2), g, layout, counts)
     n, q, _, i = group[0].inputs.shape
     a, first = fresh(g, (n, q, g.shape[3], i)), 0
     for form in group:
@@ -1182,4 +1351,4 @@ def _joined(group: Sequence[Outer], layout: Layout) -> Outer:
             form.inputs.write(place)
         else:
             place.copy_(form.inputs)
-    return Outer(a, g, layout)
+    return Outer(a, g, layout, counts)

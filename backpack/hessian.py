@@ -475,7 +475,7 @@ def _entries(
             if rows is None:
                 return torch.zeros_like(parameter)
             # A copy: a view would hold all rows.
-            found.append(rows.flatten(1).gather(1, k.unsqueeze(1)).squeeze(1))
+            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1))
     return torch.cat(found).reshape(parameter.shape)
 
 

@@ -53,9 +53,11 @@ def _explains(larger: Tensor, x: Tensor, dim: int) -> bool:
     """
     if larger.dim() <= dim or (larger.is_floating_point() and not x.is_floating_point()):
         return False
-    if larger.dim() < max(len(_core(x)), 2):
+    if larger.dim() < max(len(_core(x)), 2) or (_square(x) and _square(larger)):
         return False
-    if _square(x) and larger.dim() == 2 and (_square(larger) or not x.is_floating_point()):
+    # Of as many axes are the ids of tokens beside a mask, or beside their positions.
+    ids = not larger.is_floating_point() and (x.is_floating_point() or not _square(x))
+    if larger.dim() <= (len(_core(x)) if _square(x) else x.dim()) and not ids:
         return False
     rest = (*larger.shape[:dim], *larger.shape[dim + 1 :])
     return not _core(x) or _core(x)[0] in rest

@@ -698,13 +698,15 @@ class Differentiated:
 
     def _parts(self, columns: Tensor) -> list[Tensor]:
         """``[v, N, outputs of a sample]`` -> ``[v, *output.shape]`` each."""
-        sizes = [shape.numel() // max(batch.size, 1) for shape, batch in self.outputs]
-        parts = []
-        for part, (shape, batch) in zip(columns.split(sizes, 2), self.outputs, strict=True):
-            rest = [size for d, size in enumerate(shape) if d != batch.dim]
-            split = part.reshape(len(part), batch.size, batch.outer * batch.inner, *rest)
-            parts.append(batch.join(split, 1))
-        return parts
+        shapes = [
+            (batch.width, *(size for d, size in enumerate(shape) if d != batch.dim))
+            for shape, batch in self.outputs
+        ]
+        parts = columns.split([prod(shape) for shape in shapes], 2)
+        return [
+            batch.join(part.reshape(len(part), batch.size, *shape), 1)
+            for part, shape, (_, batch) in zip(parts, shapes, self.outputs, strict=True)
+        ]
 
     def columns(self, grad: Tensor, chunk: int) -> Iterator[list[Tensor]]:
         """Exact columns, ``[<= chunk, *output.shape]`` at a time for every output."""

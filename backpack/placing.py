@@ -43,6 +43,8 @@ def assigned(
     A target that has no axis yet, or a tentative one, gets the axis that fits the values.
     """
     own = batch_of(target)
+    if own is not None and own.lost and own.tentative:  # a constant
+        own = None
     source = batch_of(values) if isinstance(values, Tensor) else None
     if source is None or (source.lost and not values.requires_grad):
         return own

@@ -260,10 +260,21 @@ def axis_by_backward(
         key = ("backward", key, shapes, *here, *axes, *candidates)
         if (known := _verdicts.get(key)) is not None:
             return known
-    cotangent = generic(output.shape, output)
+    cotangent, node = generic(output.shape, output), output.grad_fn
+    assert node is not None
+    children = [(child, nr) for child, nr in node.next_functions]
+    places = [children.index((edge.node, edge.output_nr)) for edge in edges]
 
-    def pulled(columns: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(output, edges, columns, retain_graph=True, allow_unused=True)
+    def pulled(columns: Tensor) -> list[Tensor | None]:
+        """What the Function's backward gives, and no other: the user's hooks below are not called."""
+        handle = node.register_hook(_stop)
+        try:
+            torch.autograd.grad(output, edges, columns, retain_graph=True, allow_unused=True)
+        except _FarEnoughError as stopped:
+            return [stopped.gradients[place] for place in places]
+        finally:
+            handle.remove()
+        raise RuntimeError("its backward was not reached")
 
     verdict: Batch | str = "mixes samples"
     with (
@@ -283,6 +294,18 @@ def axis_by_backward(
     if key is not None:
         _remember(key, verdict)
     return verdict
+
+
+class _FarEnoughError(Exception):
+    """A backward pass has come as far as it was meant to."""
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.gradients = gradients
+
+
+def _stop(gradients: Sequence[Tensor | None], _: Any) -> None:
+    raise _FarEnoughError(gradients)
 
 
 def _agree(

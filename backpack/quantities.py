@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from backpack.columns import ColumnSource
-from backpack.factors import Form, Sharing, spectrum
+from backpack.factors import Form, Lookup, Outer, Sharing, Single, positions_of, spectrum
+from backpack.kronecker import KroneckerEigen, KroneckerFactored
 from backpack.sources import (
     AveragedRoot,
     ExactRoot,
@@ -106,6 +107,18 @@ class BackpropExtension:
                 "kind of module here. A quantity of your own is one subclass of BackpropExtension "
                 "with `savefield` and `reduce(form)`, for all modules at once"
             )
+
+    def set_module_extension(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, and say what to do instead: there is one rule for all quantities.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "quantities are not written once per kind of module here: any module works as it is. To "
+            "make an operation of yours faster, write one rule for all quantities "
+            "(backpack.own.op_rule); to compute something else, subclass backpack.own.BackpropExtension"
+        )
 
     def get_subsampling(self) -> Sequence[int] | None:
         """The samples that are kept; ``None``: all."""
@@ -391,20 +404,40 @@ class _Kronecker(BackpropExtension):
             raise ValueError(f"kfac_approx must be 'expand', 'reduce' or None, got {kfac_approx!r}")
         self.kfac_approx = kfac_approx
 
-    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
-        return [factor.matrix() for factor in form.kronecker(self.kfac_approx)]
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
+        factors = [factor.matrix() for factor in form.kronecker(self.kfac_approx)]
+        rows = _averaged_over(form, self.kfac_approx)
+        return KroneckerFactored(factors, form.shape, _layout(form), rows)
 
-    def update(self, state: list[Tensor], form: Form, sign: Tensor | None = None) -> list[Tensor]:
+    def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
         factors = form.kronecker(self.kfac_approx)
-        return [
+        grown = [
             old + factor.matrix() if factor.grows else old
             for old, factor in zip(state, factors, strict=True)
         ]
+        return KroneckerFactored(grown, state.shape, state.layout, state.averaged_over)
+
+
+def _layout(form: Form) -> str:
+    """Where in a parameter the matrix is that its Kronecker factors fit."""
+    form = form.form if isinstance(form, Single) else form
+    if isinstance(form, Lookup):
+        return "columns"
+    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
+
+
+def _averaged_over(form: Form, sharing: Sharing) -> int:
+    """The number of rows that the factor of the inputs is an average over."""
+    groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
+    shared = sharing == "expand" and isinstance(form, (Outer, Lookup))
+    rows = positions_of(form) if shared else form.samples  # type: ignore[arg-type]
+    return max(rows * groups, 1)
 
 
 class KFLR(_Kronecker):
     """Kronecker factors from exact columns (Botev, Ritter, Barber, 2017): a list of matrices.
 
+    The list is a :class:`~backpack.kronecker.KroneckerFactored`, with products, inverses and samples.
     Weight ``[B, A]`` with GGN block ``~ kron(B, A)`` over the row-major weight; other parameters
     ``[B]``, their exact block. With output-gradient columns ``g [v, n, s, o]`` and inputs
     ``a [n, s, i]``: ``B = sum_{v,n} (sum_s g)(sum_s g)^T``, which carries the loss's reduction and is
@@ -486,38 +519,26 @@ class EmpiricalKFAC(_Kronecker):
         self._choose(kfac_approx)
 
 
-class Eigen(NamedTuple):
-    """A symmetric matrix ``Q diag(eigenvalues) Q^T``, ``Q = kron(*eigenvectors)``.
-
-    Attributes:
-        eigenvectors: for a weight ``[Q_B, Q_A]``; for other parameters one matrix.
-        eigenvalues: ``[len(Q_B), len(Q_A)]``, or a vector.
-    """
-
-    eigenvectors: list[Tensor]
-    eigenvalues: Tensor
-
-
 class _EigenvalueCorrected(_Kronecker):
     refines = True
 
-    def refine(self, state: list[Tensor] | Eigen, form: Form) -> Eigen:
-        if not isinstance(state, Eigen):
-            bases = [spectrum(factor)[1] for factor in state]
-            return Eigen(bases, form.rotated_square_sum(bases))
-        more = form.rotated_square_sum(state.eigenvectors)
-        return Eigen(state.eigenvectors, state.eigenvalues + more)
-
-    def finish(self, state: Eigen, context: Context) -> Eigen:  # type: ignore[override]
-        return state
+    def refine(self, state: Any, form: Form) -> KroneckerEigen:
+        if isinstance(state, KroneckerEigen):
+            more = form.rotated_square_sum(state.eigenvectors)
+            return KroneckerEigen(
+                state.eigenvectors, state.eigenvalues + more, state.shape, state.layout
+            )
+        bases = [spectrum(factor)[1] for factor in state]
+        return KroneckerEigen(bases, form.rotated_square_sum(bases), state.shape, state.layout)
 
 
 class EKFLR(_EigenvalueCorrected, KFLR):
     """:class:`KFLR` with corrected eigenvalues (George et al., 2018, arXiv:1806.03884).
 
-    ``p.ekflr`` has ``eigenvectors [Q_B, Q_A]`` of the Kronecker factors and ``eigenvalues``, the
-    diagonal of the GGN block in that basis: ``sum_{v,n} (Q_B^T G_{vn} Q_A)^2``. Of all matrices with
-    these eigenvectors it is the nearest to the block in Frobenius norm.
+    ``p.ekflr``, a :class:`~backpack.kronecker.KroneckerEigen`, has ``eigenvectors [Q_B, Q_A]`` of the
+    Kronecker factors and ``eigenvalues``, the diagonal of the GGN block in that basis:
+    ``sum_{v,n} (Q_B^T G_{vn} Q_A)^2``. Of all matrices with these eigenvectors it is the nearest to the
+    block in Frobenius norm.
 
     Args:
         kfac_approx: see :class:`KFLR`.

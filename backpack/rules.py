@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack import recurrent
-from backpack.batch import Batch, batch_of
+from backpack.batch import Batch, batch_of, solo_axis
 from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches
 
 ToForm = Callable[[Tensor], Form]
@@ -64,9 +64,16 @@ def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
 # Linear maps
 
 
-def _outer(a: Tensor, g: Tensor, layout: Layout) -> Outer:
-    """Ungrouped: ``a [n, s, i]``, ``g [v, n, s, o]``."""
-    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout)
+def _outer(batch: Batch, a: Tensor, g: Tensor, layout: Layout) -> Outer:
+    """Ungrouped, from rows ``a`` and columns ``g`` at the rows of the result."""
+    a, g = batch.rows(a), batch.rows(g, 1)
+    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout, positions(batch, g.shape[2]))
+
+
+def positions(batch: Batch, longest: int) -> Tensor | None:
+    """How many positions each sample has, where they differ, if the one that has most has so many."""
+    counts = batch.counts
+    return None if counts is None else counts * (longest // max(batch.width, 1))
 
 
 def _position_sum(g: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = No
             (bias, Dense),
         ]
     return [
-        (weight, lambda g: _outer(batch.rows(input), batch.rows(g, 1), layout)),
+        (weight, lambda g: _outer(batch, input, g, layout)),
         (bias, lambda g: Dense(_position_sum(batch.rows(g, 1)))),
     ]
 
@@ -108,7 +115,7 @@ def _times_matrix(batch: Batch, x: Tensor, w: Tensor, scale: float = 1.0) -> Pai
 
     def form(g: Tensor) -> Form:
         g = g if w.dim() == 2 else g.unsqueeze(-1)
-        return _outer(batch.rows(x), batch.rows(g if scale == 1 else scale * g, 1), layout)
+        return _outer(batch, x, g if scale == 1 else scale * g, layout)
 
     return [(w, form)]
 
@@ -121,7 +128,7 @@ def _matrix_times(batch: Batch, w: Tensor, x: Tensor, scale: float = 1.0) -> Pai
     swapped = batch.moved({last: last - 1, last - 1: last}.get(batch.dim, batch.dim))
 
     def form(g: Tensor) -> Form:
-        return _outer(swapped.rows(x.mT), swapped.rows(scale * g.mT, 1), layout)
+        return _outer(swapped, x.mT, scale * g.mT, layout)
 
     return [(w, form)]
 
@@ -250,7 +257,8 @@ def _conv(ndim: int) -> Rule:
                 return _patches(batch, unfold(input, kernel, step, margins, spread), ndim, groups)
 
             a = kept((id(input), id(weight), step, *margins, spread), patches)
-            return Outer(a, _channels(batch, g, groups), layout)
+            columns = _channels(batch, g, groups)
+            return Outer(a, columns, layout, positions(batch, columns.shape[3]))
 
         return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
 
@@ -287,7 +295,9 @@ def _conv_transpose(ndim: int) -> Rule:
             ]
             patches = unfold(spread_out, kernel, (1,) * ndim, margins, spread)
             patches = patches.flip(tuple(range(2, 2 + ndim)))
-            return Outer(_patches(batch, patches, ndim, groups), _channels(batch, g, groups), layout)
+            columns = _channels(batch, g, groups)
+            counts = positions(batch, columns.shape[3])
+            return Outer(_patches(batch, patches, ndim, groups), columns, layout, counts)
 
         return [(weight, weight_form), (bias, lambda g: _channel_sum(batch, g))]
 
@@ -321,15 +331,19 @@ def embedding(
     at = batch_of(input)
     if at is None or at.lost:
         return None
+    at = at.single() if batch.size == 1 else at
 
     def form(g: Tensor) -> Form:
         index, g = at.split(input).flatten(1), batch.rows(g, 1)
-        keep = g.new_ones(index.shape)
-        if padding_idx is not None:
-            keep = keep * (index != padding_idx % weight.shape[0])
         if scale_grad_by_freq:
-            keep = keep / torch.bincount(input.flatten(), minlength=weight.shape[0])[index]
-        return Lookup(index, g * keep.unsqueeze(-1), weight.shape)
+            counts = torch.bincount(input.flatten(), minlength=weight.shape[0])[index]
+            g = g / counts.clamp(min=1).unsqueeze(-1)
+        # Rows that fill up are read by nobody; a padding row is a constant.
+        there = None if at.counts is None else at.split(torch.ones_like(input)).flatten(1) > 0
+        if padding_idx is not None:
+            others = index != padding_idx % weight.shape[0]
+            there = others if there is None else others & there
+        return Lookup(index, g, weight.shape, there, positions(at, index.shape[1]))
 
     return [(weight, form)]
 
@@ -346,6 +360,8 @@ def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
         g: columns times elementwise derivative, ``[v, *output.shape]``.
         shape: the tensor's shape; aligned with the output's from the right.
     """
+    if batch.bare:
+        return Dense(batch.split(g, 1).sum(2).reshape(*g.shape[:1], batch.size, *shape))
     ndim = g.dim() - 1
     padded = (1,) * (ndim - len(shape)) + tuple(shape)
     if padded[batch.dim] != 1 and batch.length != 1:
@@ -549,7 +565,9 @@ def fallback(
         def values(g: Tensor, own: bool) -> Tensor:
             """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
             data = [
-                _samples_apart(axis, alike(x)) for axis, x in zip(axes, leaves, strict=True) if axis
+                _samples_apart(axis, alike(x), copies=True)
+                for axis, x in zip(axes, leaves, strict=True)
+                if axis
             ]
             cotangent = _samples_apart(batch, g, 1).movedim(1, 0)
 
@@ -616,7 +634,7 @@ def fallback(
                 total = torch.stack([vjp(c)[0] for c in g])
                 error, largest = (found.sum(1) - total).abs(), found.abs().sum(1)
                 agree = error <= torch.finfo(error.dtype).eps ** 0.5 * largest.amax()
-            return found if bool((agree | error.isnan()).all()) else whole(g)
+            return found if bool((agree | total.isnan()).all()) else whole(g)
 
         def form(g: Tensor) -> Form:
             for x, axis, version in zip(leaves, axes, versions, strict=True):
@@ -627,34 +645,43 @@ def fallback(
                     )
             if at_once:
                 return Dense(whole(g))
-            try:
-                return Dense(checked(values(g, own=False), g))
-            except IndexError:  # it names places along the sample axis, of which one sample has few
-                return Dense(whole(g))
-            except (RuntimeError, ValueError) as error:
-                if not batch.fits(source.shape):
+            for apart in (same_for_all, own_rows) if batch.fits(source.shape) else (same_for_all,):
+                try:
+                    return Dense(checked(apart(g), g))
+                except IndexError:  # it names places along the sample axis, of which a sample has few
+                    break
+                except (RuntimeError, ValueError) as error:
                     if "random" in str(error):
                         raise
-                    # The source may have rows for each sample on an axis that is not known.
-                    return Dense(whole(g))
-            # The source has rows of its own for each sample: [v, n, N, k, ...], zero but for N = n.
+            # The source may have rows for each sample on an axis that is not known.
+            return Dense(whole(g))
+
+        def same_for_all(g: Tensor) -> Tensor:
+            return values(g, own=False)
+
+        def own_rows(g: Tensor) -> Tensor:
+            """The source has rows for each sample: ``[v, n, N, k, ...]``, zero but for ``N = n``."""
             rows = values(g, own=True).movedim(2 + batch.dim, 2)
             diagonal = torch.zeros(
                 (*rows.shape[:2], *rows.shape[1:]), dtype=rows.dtype, device=rows.device
             )
             n = torch.arange(batch.size, device=rows.device)
             diagonal[:, n, n] = rows
-            return Dense(checked(batch.join(diagonal, 2), g))
+            return batch.join(diagonal, 2)
 
         return form
 
     return [(source, make(source)) for source in sources]
 
 
-def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
-    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``."""
-    split = axis.split(x, lead)
-    return split.movedim(lead + 1, lead + 1 + axis.dim)
+def _samples_apart(axis: Batch, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
+    """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``.
+
+    Samples with fewer rows are filled up with zeros or, for arguments, with
+    ``copies`` of a row that is there.
+    """
+    split = axis.split(x, lead, copies)
+    return split.squeeze(lead + 1) if axis.bare else split.movedim(lead + 1, lead + 1 + axis.dim)
 
 
 # --------------------------------------------------------------------------------------
@@ -663,9 +690,46 @@ def _samples_apart(axis: Batch, x: Tensor, lead: int = 0) -> Tensor:
 SEVERAL_OUTPUTS: dict[Any, Callable[..., Pairs]] = {}
 
 
-def recurrent_axis(size: int, place: int, batch_first: bool) -> Batch:
-    """The sample axis of a recurrent layer's outputs: hidden states, then final states."""
-    return Batch(size, 0 if place == 0 and batch_first else 1)
+def recurrent_axis(
+    input: Tensor, states: Sequence[Tensor], marked: Sequence[tuple[Tensor, Batch]], batch_first: bool
+) -> tuple[Batch, list[Tensor]]:
+    """The sample axis of a recurrent layer's hidden states, from its input's and its first states'.
+
+    Args:
+        input: the input.
+        states: the states it begins with, which have samples on their second axis.
+        marked: the arguments that have a sample axis.
+        batch_first: whether samples come first in the input and the hidden states.
+
+    Returns:
+        The axis, and the arguments that are taken for constants after all: those whose tentative axis
+        disagrees with a certain one.
+    """
+    dim = 0 if batch_first else 1
+    chosen: Batch | None = None
+    demoted: list[Tensor] = []
+    for tensor, axis in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+        place = dim if tensor is input else 1
+        if axis.lost:
+            here = axis
+        elif tensor is not input and not any(tensor is state for state in states):
+            here = axis.losing("a weight that depends on the data")
+        elif axis.solo is not None or axis.size == 1:
+            shape = (tensor.shape[place],) * 2
+            here = solo_axis(axis.solo or 0, axis.size, shape, tensor.device, axis.tentative, dim)
+        elif axis.dim == place:
+            here = axis.moved(dim)
+        else:
+            here = axis.losing("a recurrent layer along the sample axis (see its batch_first)")
+        if chosen is None:
+            chosen = here
+        elif not chosen.lost and not chosen.agrees(here):
+            if axis.tentative:
+                demoted.append(tensor)
+            else:
+                chosen = chosen.losing("a recurrent layer whose states belong to other samples")
+    assert chosen is not None
+    return chosen, demoted
 
 
 def _recurrent(name: str) -> Callable[..., Pairs]:
@@ -683,11 +747,14 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Pairs:
-        """``output`` is detached: it is the hidden states, and holding on to it must not be a cycle."""
+        """``batch`` is the hidden states' axis, whichever the place.
+
+        ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.
+        """
         weights = recurrent.Layer.of(params, has_biases)
         h0: Tensor = hx[0] if name == "lstm" else hx
         c0: Tensor | None = hx[1] if name == "lstm" else None
-        state_axis = recurrent_axis(batch.size, 1, batch_first)
+        first, state_axis = batch.moved(0), batch.moved(1)
 
         def backward(g: Tensor) -> tuple[Tensor, recurrent.Backward]:
             x, hidden = input.to(g.dtype), output.to(g.dtype)
@@ -710,16 +777,24 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
 
         def input_weight(g: Tensor) -> Form:
             x, back = shared(g)
-            return _outer(x, back.d_ih, Layout(weights.w_ih.shape))
+            return _outer(first, x, back.d_ih, Layout(weights.w_ih.shape))
 
         def hidden_weight(g: Tensor) -> Form:
             back = shared(g)[1]
-            return _outer(back.previous, back.d_hh, Layout(weights.w_hh.shape))
+            return _outer(first, back.previous, back.d_hh, Layout(weights.w_hh.shape))
 
         def projection(g: Tensor) -> Form:
             back = shared(g)[1]
-            assert weights.w_hr is not None
-            return _outer(back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
+            assert weights.w_hr is not None and back.unprojected is not None and back.d_hr is not None
+            return _outer(first, back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
+
+        def bias(which: str) -> ToForm:
+            return lambda g: Dense(first.rows(getattr(shared(g)[1], which), 1).sum(2))
+
+        def data(g: Tensor) -> Form:
+            """The input, where it is made from parameters and only the first states are data."""
+            found = shared(g)[1].d_ih @ weights.w_ih
+            return reduce_to(batch, found if batch_first else found.transpose(1, 2), input.shape)
 
         def state(shape: torch.Size, which: str) -> ToForm:
             def form(g: Tensor) -> Form:
@@ -730,11 +805,12 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         return [
             (weights.w_ih, input_weight),
             (weights.w_hh, hidden_weight),
-            (weights.b_ih, lambda g: Dense(shared(g)[1].d_ih.sum(2))),
-            (weights.b_hh, lambda g: Dense(shared(g)[1].d_hh.sum(2))),
+            (weights.b_ih, bias("d_ih")),
+            (weights.b_hh, bias("d_hh")),
             (weights.w_hr, projection),
             (h0, state(h0.shape, "d_h0")),
             (c0, state(h0.shape if c0 is None else c0.shape, "d_c0")),
+            (input, data),
         ]
 
     return layer

@@ -31,7 +31,8 @@ from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
 from backpack.columns import Columns, ColumnSource, Pass, Wanted
 from backpack.exposed import Exposed, passes_its_input_on
-from backpack.factors import Dense, Form, Pullback, Together, merge, products_kept
+from backpack.factors import Dense, Form, Pullback, Together, merge, of_one, products_kept
+from backpack.kronecker import KroneckerBlock
 from backpack.quantities import BackpropExtension, Context, Product
 from backpack.rules import patches_kept
 from backpack.sources import LossGradient
@@ -292,7 +293,7 @@ class Run:
         if not leaves or not self.by_source:
             return
         names = Names(self.graph.recordings)
-        given = Pass(roots, graph, leaves, names, self.block.owner.chunk_size)
+        given = Pass(roots, graph, leaves, names, self.block.owner.chunk_size, self.block.hooked)
         with patches_kept(), self._nested():
             for source, exts in self.by_source.items():
                 self._refuse_refining(exts)
@@ -346,10 +347,12 @@ class Run:
         exts: list[BackpropExtension],
         refining: bool,
     ) -> None:
-        """Reduce columns that have arrived at the taps of a parameter."""
+        """Reduce columns that have arrived at the taps of a parameter, or at the parameter itself."""
         count = len(columns.values[0])
         # Factors of inputs are those of all uses, also where these columns reach some of them only.
-        form = self._form(leaf, at, count if any(ext.every_use for ext in exts) else 0)
+        absent = count if any(ext.every_use for ext in exts) else 0
+        form = self._own_form(leaf, at) if columns.carried else None
+        form = self._form(leaf, at, absent) if form is None else form
         if form is None:
             shape = (count, leaf.samples, *leaf.parameter.shape)
             zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
@@ -360,12 +363,15 @@ class Run:
         else:
             self._reduce(leaf, exts, form, columns.sign)
 
+    def _own_form(self, leaf: Leaf, at: dict[Place, Tensor | None]) -> Form | None:
+        """The form of columns at the parameter itself, if there are any."""
+        own = at.get((get_gradient_edge(leaf.parameter).node, 0))
+        if own is None:
+            return None
+        return Together(own, leaf.samples) if own.dim() == 1 + leaf.parameter.dim() else Dense(own)
+
     def _form(self, leaf: Leaf, at: dict[Place, Tensor | None], absent: int) -> Form | None:
         """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
-        own = at.get((get_gradient_edge(leaf.parameter).node, 0)) if at else None
-        if own is not None:
-            together = own.dim() == 1 + leaf.parameter.dim()
-            return Together(own, leaf.samples) if together else Dense(own)
         arrived = [at.get((node, tap.place)) for node, tap, _ in leaf.uses]
         if all(g is None for g in arrived):
             return None
@@ -395,7 +401,7 @@ class Run:
         if source.edge is None:
             return form
         vjp = partial(self._pull_back, source.edge, leaf.parameter)
-        return Pullback(form, vjp, leaf.parameter.shape)
+        return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
 
     def _pull_back(self, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
         with self._nested():
@@ -443,7 +449,7 @@ class Run:
                         form = self._source_form(leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
-                        form = Dense(form.dense())
+                        form = form.written()
                     leaf.forms.append(form)
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
@@ -571,6 +577,8 @@ def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
+    if isinstance(value, KroneckerBlock):
+        return value.detach()
     if isinstance(value, list):
         return [_detached(each) for each in value]
     return value

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.batch import Batch, entering
-from backpack.factors import Dense, Form, Outer, Pullback
+from backpack.batch import Batch, entering, mark, regular_axis, solo_axis
+from backpack.factors import Dense, Form, Outer, Pullback, Single, of_one
 from backpack.losses import LossHessian
 from backpack.moves import reshaped
-from backpack.rules import RULES, SEVERAL_OUTPUTS, ToForm, fallback
+from backpack.rules import RULES, SEVERAL_OUTPUTS, Pairs, ToForm, fallback
 
 # Operations that are linear in each argument, though they have no rule.
 _LINEAR_FALLBACKS = frozenset(
@@ -36,6 +36,11 @@ LAYERS: dict[Any, tuple[int, int, int]] = {
     torch.conv_transpose3d: (0, 1, 2),
     torch.nn.functional.layer_norm: (0, 2, 3),
     torch.addmm: (1, 2, 0),
+}
+# Layers that take one sample without an axis for it: the number of axes of that.
+UNBATCHED = {
+    torch.nn.functional.linear: 1,
+    **{getattr(torch, f"conv{kind}{n}d"): n + 1 for n in (1, 2, 3) for kind in ("", "_transpose")},
 }
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
@@ -299,26 +304,40 @@ def make_tap(
     base: Tensor | None = None,
     whole: bool = False,
 ) -> None:
+    """Note a tap.
+
+    With ``whole`` the result belongs to one sample in a way that no rule expects: the operation is
+    differentiated at once.
+    """
     pairs: list[tuple[Tensor, ToForm]] = []
     missing = {id(s): s for s in sources}
     # Rules are written for real numbers.
     numbers = (*args, *kwargs.values(), *sources)
     complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
-    rule = None if complicated or whole else RULES.get(func)
+    whole = whole or batch.bare
+    rule = None if complicated else RULES.get(func)
+    # What belongs to one sample is a batch of one.
+    own = batch.single()
     if rule is not None and batch.lost is None:
-        for tensor, form in rule(batch, *args, **kwargs) or ():
+        found = _unbatched(rule, func, args, kwargs) if whole else rule(own, *args, **kwargs)
+        for tensor, form in found or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
         for tensor, _ in pairs:
             missing.pop(id(tensor), None)
     linear = not missing or func in _LINEAR_FALLBACKS
     if missing and batch.lost is not None:
-        pairs += [(s, _lost_form) for s in missing.values()]
+        pairs += [(s, lost_form) for s in missing.values()]
     elif missing:
-        pairs += fallback(batch, place, func, args, kwargs, list(missing.values()), whole)  # type: ignore[arg-type]
+        at_once = whole or own is not batch
+        pairs += fallback(own, place, func, args, kwargs, list(missing.values()), at_once)  # type: ignore[arg-type]
+    if own is not batch:
+        pairs = [(tensor, of_sample(form, batch)) for tensor, form in pairs]
     if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
         shape = node._input_metadata[0].shape
         below = batch if batch.lost is not None else reshaped(batch, shape, base.shape)
+        if batch.solo is not None:
+            below = solo_axis(batch.solo, batch.size, base.shape, base.device)
         if below.lost is None:
             node, output_nr, batch = base.grad_fn, base.output_nr, below
             pairs = [(t, _viewed(form, shape)) for t, form in pairs]
@@ -329,11 +348,33 @@ def make_tap(
         tap.input = weakref.ref(args[0])
 
 
+def _unbatched(rule: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Pairs | None:
+    """The rule of a layer whose input is one sample without an axis for it, by an axis put in front."""
+    axes = UNBATCHED.get(func)
+    if axes is None or kwargs or args[0].dim() != axes:
+        return None
+    input = args[0].detach().unsqueeze(0)
+    mark(input, regular_axis(1))
+    pairs = rule(regular_axis(1), input, *args[1:])
+    return pairs and [(tensor, _in_front(form)) for tensor, form in pairs]
+
+
+def _in_front(form: ToForm) -> ToForm:
+    return lambda g: form(g.unsqueeze(1))
+
+
+def of_sample(form: ToForm, batch: Batch) -> ToForm:
+    """The form of all samples from that of the one that the axis is about."""
+    sample, size = batch.solo, batch.size
+    assert sample is not None
+    return lambda g: Single(form(g), sample, size)
+
+
 def _viewed(form: ToForm, shape: torch.Size) -> ToForm:
     return lambda g: form(g.reshape(len(g), *shape))
 
 
-def _lost_form(g: Tensor) -> Form:
+def lost_form(g: Tensor) -> Form:
     raise AssertionError("a tap without a sample axis is refused before it is used")
 
 
@@ -368,14 +409,14 @@ def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
         below = node.next_functions[0][0]
         leaf = getattr(below, "variable", None)
         if leaf is not None and leaf.shape == tensor.shape[::-1]:
-            return Source(leaf, None, lambda g: _transposed(form(g)), linear)
+            return Source(leaf, None, lambda g: of_one(form(g), _transposed), linear)
     return Source(None, get_gradient_edge(tensor), form, linear)
 
 
 def _transposed(form: Form) -> Form:
     """The form of a matrix from the form of its transpose."""
     if isinstance(form, Outer):
-        return Outer(form.inputs, form.g, form.layout.transposed())
+        return Outer(form.inputs, form.g, form.layout.transposed(), form.counts)
     if isinstance(form, Dense):
         return Dense(form.values.mT)
     return Pullback(form, lambda m: m.mT, torch.Size(reversed(form.shape)))

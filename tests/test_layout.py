@@ -16,8 +16,8 @@ ROOT = Path(backpack.__file__).parent
 RIVER = [
     *"batch aliases probe moves entries placing propagation memory kernels factors recurrent".split(),
     *"rules losses opened taps functions inputs tangents tracing capture backprop".split(),
-    *"certificate columns hessian products chain sources quantities blocks checks exposed".split(),
-    *"run direct engine extend oracle".split(),
+    *"certificate columns hessian products chain sources kronecker quantities blocks".split(),
+    *"checks exposed run direct engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")

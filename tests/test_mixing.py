@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, probe
 from backpack.extensions import (
+    KFLR,
     BatchDiagGGNExact,
     BatchGrad,
     BatchL2Grad,
@@ -382,4 +383,137 @@ def test_probe_of_columns_that_are_orthogonal_already() -> None:
     model, X = _probed(lambda h: torch.linalg.qr(h * 0 + torch.eye(4)[:, :3])[0])
     loss = model(X).sum()
     with pytest.raises(RuntimeError, match="linalg_qr mixes samples"), backpack(BatchGrad()):
+        loss.backward()
+
+
+# --------------------------------------------------------------------------------------
+# Recurrent layers on rows that were picked, flattened or taken one by one
+
+
+def _last_steps(m: Any, a: Tensor) -> Tensor:
+    """Sort, run, undo: what packing sequences by length does."""
+    order = a[:, 0, 0].argsort()
+    return m.o(m.r(a[order])[0][order.argsort()][:, -1])
+
+
+def _final(m: Any, a: Tensor, start: Any = None) -> Tensor:
+    """The last hidden state of the last layer, ``[N, h]``."""
+    found = m.r(a) if start is None else m.r(a, start)
+    return (found[1][0] if isinstance(found[1], tuple) else found[1])[-1]
+
+
+def _start(m: Any, h: Tensor) -> Any:
+    return (h, h.tanh()) if isinstance(m.r, nn.LSTM) else h
+
+
+def _made(m: Any, rows: Tensor) -> Any:
+    """First states made from the first steps of rows."""
+    return _start(m, m.l(rows[:, 0]).expand(m.h.shape[0], -1, -1))
+
+
+def _ragged(m: Any, a: Tensor) -> Tensor:
+    """Some samples are read more often than others."""
+    found = torch.zeros(4, 2).to(a).index_add(0, PLACES, _final(m, a[PLACES]))
+    return m.o(found) + m.o(_final(m, a))
+
+
+def _characters(m: Any, a: Tensor) -> Tensor:
+    """Words are flattened into the samples' axis, and each is read by itself."""
+    words = a.unflatten(2, (3, 1)).flatten(0, 1)
+    return m.o(_final(m, words).unflatten(0, a.shape[:2]).sum(1))
+
+
+RECURRENT: dict[str, tuple[int, Callable[[Any, Tensor], Tensor]]] = {
+    "sorted": (3, _last_steps),
+    "sorted-states": (3, lambda m, a: m.o(_final(m, a[PERM])[PERM.argsort()])),
+    "flipped": (3, lambda m, a: m.o(_final(m, a.flip(0)).flip(0))),
+    "twice": (3, lambda m, a: m.o(_final(m, a.repeat_interleave(2, 0)).view(4, -1)[:, :2])),
+    "ragged": (3, _ragged),
+    "characters": (1, _characters),
+    "outer": (1, lambda m, a: m.o(_final(m, torch.cat(a.split(1, 2))).view(3, 4, 2).sum(0))),
+    "one-by-one": (3, lambda m, a: m.o(torch.stack([_final(m, x) for x in a]))),
+    "slices": (3, lambda m, a: m.o(torch.cat([_final(m, x) for x in a.split([1, 3])]))),
+    "start": (3, lambda m, a: m.o(_final(m, a, _start(m, m.h.expand(-1, 4, -1))))),
+    "start-data": (3, lambda m, a: m.o(_final(m, a, _made(m, a)))),
+    "start-picked": (3, lambda m, a: m.o(_final(m, (b := a[PERM]), _made(m, b)))[PERM.argsort()]),
+    "start-rows": (3, lambda m, a: m.o(_final(m, a[PERM], _start(m, m.hh)))[PERM.argsort()]),
+    "input": (3, lambda m, a: m.o(_final(m, m.x, _made(m, a)))),
+    "input-picked": (3, lambda m, a: m.o(_final(m, m.x, _made(m, a[PERM])))[PERM.argsort()]),
+}  # fmt: skip
+
+
+def _recurrent(
+    kind: Any, features: int, f: Callable[[Any, Tensor], Tensor], **options: Any
+) -> nn.Module:
+    options = {"batch_first": True, **options}
+    layer = kind(features, 2, **options)
+    if not options["batch_first"]:
+        layer.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1), *args[1:]))
+        layer.register_forward_hook(lambda _, args, out: (out[0].transpose(0, 1), *out[1:]))
+    states = layer.num_layers * (2 if layer.bidirectional else 1)
+    size = layer.proj_size or 2
+    return Apply(
+        f,
+        **{
+            "r": layer,
+            "o": nn.Linear(size * (2 if layer.bidirectional else 1), 3),
+            "l": nn.Linear(3, 2),
+        },
+        **{"h": P(states, 1, 2), "hh": P(states, 4, 2), "x": P(4, 2, features)},
+    )
+
+
+RECURRENT_TRIALS = [(name, kind, {}) for name in RECURRENT for kind in (nn.LSTM, nn.GRU, nn.RNN)]
+RECURRENT_TRIALS += [
+    (name, kind, options)
+    for name, kind in (("sorted", nn.LSTM), ("characters", nn.GRU), ("start-rows", nn.RNN))
+    for options in ({"num_layers": 2}, {"batch_first": False}, {"num_layers": 2, "batch_first": False})
+]
+RECURRENT_TRIALS += [("sorted", nn.LSTM, {"proj_size": 1}), ("sorted", nn.GRU, {"bidirectional": True})]
+
+
+@pytest.mark.parametrize("name, kind, options", RECURRENT_TRIALS, ids=str)
+def test_recurrent_layers_keep_the_axis(name: str, kind: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    features, f = RECURRENT[name]
+    model = _recurrent(kind, features, f, **options)
+    quantities = (
+        (BatchGrad(), BatchDiagGGNExact())
+        if options
+        else (BatchGrad(), BatchDiagGGNExact(), DiagHessian())
+    )
+    X, y = torch.randn(4, 2, 3), torch.tensor([0, 2, 1, 2])
+    report = check(model, nn.CrossEntropyLoss(), X, y, quantities)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+def test_kronecker_factors_of_sorted_rows(kind: Any) -> None:
+    """The order of samples is nothing to them."""
+    torch.manual_seed(0)
+    model, X = _recurrent(kind, 3, _last_steps), torch.randn(4, 2, 3)
+    found = []
+    for function in (_last_steps, lambda m, a: m.o(m.r(a)[0][:, -1])):
+        model.function = function
+        with backpack(KFLR()):
+            extend(nn.CrossEntropyLoss())(extend(model)(X), torch.tensor([0, 2, 1, 2])).backward()
+        found.append([f for p in (*model.r.parameters(), *model.o.parameters()) for f in p.kflr])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=lambda kind: kind.__name__)
+def test_states_of_other_samples_are_refused(kind: Any) -> None:
+    model = extend(
+        _recurrent(kind, 3, lambda m, a: m.o(_final(m, a, _start(m, m.l(a.flip(0)[:, 0])[None]))))
+    )
+    loss = model(torch.randn(4, 2, 3)).sum()
+    with pytest.raises(RuntimeError, match="states belong to other samples"), backpack(BatchGrad()):
+        loss.backward()
+
+
+def test_samples_as_steps_are_refused() -> None:
+    model = extend(_recurrent(nn.GRU, 3, lambda m, a: m.o(_final(m, a.transpose(0, 1)))))
+    loss = model(torch.randn(4, 2, 3)).sum()
+    with pytest.raises(RuntimeError, match="along the sample axis"), backpack(BatchGrad()):
         loss.backward()

@@ -18,11 +18,13 @@ from backpack.extensions.firstorder.base import FirstOrderModuleExtension
 from backpack.extensions.module_extension import ModuleExtension
 
 SURFACE = {
-    "backpack": "backpack convert_module_to_backpack disable extend extensions memory_cleanup",
+    "backpack": """
+        CTX backpack context convert_module_to_backpack disable extend extensions memory_cleanup optim
+        __version__""",
     "backpack.context": "CTX",
     "backpack.core.derivatives.convnd": "weight_jac_t_save_memory",
     "backpack.custom_module.branching": "Parallel SumModule",
-    "backpack.custom_module.graph_utils": "BackpackTracer",
+    "backpack.custom_module.graph_utils": "BackpackTracer convert_module_to_backpack",
     "backpack.custom_module.pad": "Pad",
     "backpack.custom_module.permute": "Permute",
     "backpack.custom_module.reduce_tuple": "ReduceTuple",
@@ -35,6 +37,11 @@ SURFACE = {
     "backpack.extensions.backprop_extension": "BackpropExtension FAIL_ERROR FAIL_SILENT FAIL_WARN",
     "backpack.extensions.curvature": "Curvature",
     "backpack.extensions.firstorder": "BatchGrad BatchL2Grad SumGradSquared Variance",
+    "backpack.extensions.curvmatprod": "GGNMP HMP PCHMP",
+    "backpack.extensions.firstorder.batch_grad": "BatchGrad",
+    "backpack.extensions.firstorder.batch_l2_grad": "BatchL2Grad",
+    "backpack.extensions.firstorder.sum_grad_squared": "SumGradSquared",
+    "backpack.extensions.firstorder.variance": "Variance",
     "backpack.extensions.firstorder.base": "FirstOrderBackpropExtension FirstOrderModuleExtension",
     "backpack.extensions.module_extension": "ModuleExtension",
     "backpack.extensions.secondorder": """
@@ -167,6 +174,17 @@ def test_quantities_are_backprop_extensions() -> None:
         quantity = getattr(extensions, name)()
         assert isinstance(quantity, BackpropExtension)
         assert isinstance(quantity.savefield, str)
+
+
+def test_rules_of_modules_are_refused_with_a_remedy() -> None:
+    with pytest.raises(NotImplementedError, match="op_rule"):
+        BatchGrad().set_module_extension(nn.Linear, object())
+
+
+def test_surface_is_shown() -> None:
+    assert dir(library) == sorted([*library.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        library.nothing  # type: ignore[attr-defined]
 
 
 def test_surface_is_declared() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Tracer
 
+from backpack.compat import convert_module_to_backpack
 from backpack.custom_module.branching import Parallel, SumModule
 from backpack.custom_module.pad import Pad
 from backpack.custom_module.permute import Permute
 from backpack.custom_module.reduce_tuple import ReduceTuple
 from backpack.custom_module.scale_module import ScaleModule
 from backpack.custom_module.slicing import Slicing
+
+__all__ = ["BackpackTracer", "convert_module_to_backpack"]
 
 _LEAVES = (Pad, Parallel, Permute, ReduceTuple, ScaleModule, Slicing, SumModule)
 

@@ -5,72 +5,34 @@ Letters: ``B``, ``A`` the factors of a weight, ``[o, o]`` and ``[i, i]``; ``gamm
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from backpack import extensions
-from backpack.factors import Form, Lookup, Outer, spectrum
+from backpack.factors import spectrum
+from backpack.kronecker import (
+    KroneckerBlock,
+    KroneckerEigen,
+    KroneckerFactored,
+    as_matrix,
+    as_parameter,
+    multiply,
+    pi_damping,
+    working,
+)
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
-from backpack.quantities import BackpropExtension, Context, Eigen
+from backpack.quantities import BackpropExtension
 
 # A factor that is not positive definite after this many doublings of its damping is an error.
 DOUBLINGS = 10
 
 
-class Placed(BackpropExtension):
-    """Kronecker factors, and where in the parameter the matrix is that they belong to.
-
-    The factors alone do not tell: those of a transposed convolution belong to
-    ``weight.transpose(0, 1)``, and a weight that multiplies from the right, or is looked up, has its
-    inputs first.
-
-    Args:
-        factors: the quantity, which is saved as it is.
-    """
-
-    needs_gradient = False
-
-    def __init__(self, factors: BackpropExtension) -> None:
-        self.factors = factors
-        self.savefield, self.source, self.refines = factors.savefield, factors.source, factors.refines
-        self.every_use = factors.every_use
-        self.places: dict[Tensor, str] = {}
-
-    def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
-        return self.factors.reduce(form, sign), _place(form)
-
-    def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
-        return self.factors.update(state[0], form, sign), state[1]
-
-    def refine(self, state: Any, form: Form) -> Any:
-        return self.factors.refine(state[0], form), state[1]
-
-    def finish(self, state: Any, context: Context) -> Any:
-        self.places[context.parameter] = state[1]
-        return self.factors.finish(state[0], context)
-
-    def zero(self, context: Context) -> Any:
-        self.places[context.parameter] = _place(context.zeros())
-        return self.factors.zero(context)
-
-    def __repr__(self) -> str:
-        return repr(self.factors)
-
-
-def _place(form: Form) -> str:
-    if isinstance(form, Lookup):
-        return "columns"
-    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
-
-
 class _Kronecker(CurvatureOptimizer):
-    """The options that all share, and where matrices are in their parameters."""
+    """The options that all share."""
 
     quantity: type[BackpropExtension]
-    _extension: Placed
 
     def __init__(
         self,
@@ -88,7 +50,7 @@ class _Kronecker(CurvatureOptimizer):
     ) -> None:
         super().__init__(
             params,
-            Placed(made(type(self), self.quantity, arguments)),
+            made(type(self), self.quantity, arguments),
             kl_clip,
             process_local,
             lr=lr,
@@ -99,102 +61,78 @@ class _Kronecker(CurvatureOptimizer):
             update_every=update_every,
         )
 
-    def _place(self, use: Use) -> str:
-        """Where the matrix is; states keep no string, which ``load_state_dict`` does not restore."""
-        places = self._extension.places
-        if use.parameter not in places:
+    def _block(self, use: Use) -> KroneckerBlock:
+        """The quantity; its layout says where its matrix is in the parameter."""
+        if not isinstance(use.quantity, KroneckerBlock):
             raise RuntimeError(
                 f"{self._extension.savefield} of parameter {use.name} does not come from this "
                 "optimizer's quantity; call loss.backward() within `with optimizer.backpack():`"
             )
-        return places[use.parameter]
-
-    def _discard(self) -> None:
-        super()._discard()
-        self._extension.places.clear()
+        return use.quantity
 
     def _update(self, use: Use, decay: float) -> State:
         """Damped inverses of the averaged factors."""
-        factors, place = [_working(factor) for factor in use.quantity], self._place(use)
+        block = self._block(use)
+        assert isinstance(block, KroneckerFactored)
+        factors = [working(factor) for factor in block]
         # The factor that is a sum over samples has the scale of the loss, the other has none.
-        scaled = 1 if place == "columns" else 0
-        factors[scaled] = factors[scaled] / use.scale
+        factors[block.grows] = factors[block.grows] / use.scale
         factors = [_thin(factor) for factor in factors]
         # Without averages factors are not kept, and an average that begins later begins here.
         if decay and "factors" in use.state:
-            old = map(_working, use.state["factors"])
+            old = map(working, use.state["factors"])
             factors = [_mix(o, new, decay) for o, new in zip(old, factors, strict=True)]
         shifts = pi_damping(factors, use.gamma)
         inverses = [_inverse(f, s, use.name) for f, s in zip(factors, shifts, strict=True)]
         dtype = use.parameter.dtype
-        new: State = {"transposed": place == "convt", "inverses": [f.to(dtype) for f in inverses]}
+        new: State = {
+            "transposed": block.layout == "convt",
+            "inverses": [f.to(dtype) for f in inverses],
+        }
         if use.group["ema_decay"]:
             new["factors"] = [factor.to(dtype) for factor in factors]
         return new
 
     def _solve(self, use: Use, state: State) -> Tensor:
         inverses = state["inverses"]
-        matrix = _as_matrix(use.gradient, state["transposed"], [len(each) for each in inverses])
-        return _as_parameter(_multiply(inverses, matrix), state["transposed"], use.parameter)
+        matrix = as_matrix(use.gradient, state["transposed"], [len(each) for each in inverses])
+        return as_parameter(multiply(inverses, matrix), state["transposed"], use.parameter.shape)
 
 
 class _EigenvalueCorrected(_Kronecker):
     """Division in the eigenbasis of the factors."""
 
     def _update(self, use: Use, decay: float) -> State:
-        eigen: Eigen = use.quantity
-        bases, eigenvalues = [_working(each) for each in eigen.eigenvectors], eigen.eigenvalues
-        eigenvalues = _working(eigenvalues) / use.scale
+        block = self._block(use)
+        assert isinstance(block, KroneckerEigen)
+        bases = [working(each) for each in block.eigenvectors]
+        eigenvalues = working(block.eigenvalues) / use.scale
         if decay:
             old = zip(use.state["bases"], bases, strict=True)
-            overlaps = [(new.mT @ _working(each)).square() for each, new in old]
-            carried = _multiply(overlaps, _working(use.state["eigenvalues"]))
+            overlaps = [(new.mT @ working(each)).square() for each, new in old]
+            carried = multiply(overlaps, working(use.state["eigenvalues"]))
             eigenvalues = carried.lerp(eigenvalues, 1 - decay)
         dtype = use.parameter.dtype
         return {
-            "transposed": self._place(use) == "convt",
+            "transposed": block.layout == "convt",
             "bases": [each.to(dtype) for each in bases],
             "eigenvalues": eigenvalues.to(dtype),
         }
 
     def _solve(self, use: Use, state: State) -> Tensor:
         bases, eigenvalues = state["bases"], state["eigenvalues"]
-        matrix = _as_matrix(use.gradient, state["transposed"], list(eigenvalues.shape))
-        rotated = _multiply([each.mT for each in bases], matrix)
+        matrix = as_matrix(use.gradient, state["transposed"], list(eigenvalues.shape))
+        rotated = multiply([each.mT for each in bases], matrix)
         if use.gamma:
             rotated = rotated / (eigenvalues + use.gamma)
         else:
             small = eigenvalues <= _tolerance(eigenvalues)
             rotated = (rotated / eigenvalues).masked_fill(small, 0.0)
-        return _as_parameter(_multiply(bases, rotated), state["transposed"], use.parameter)
+        return as_parameter(multiply(bases, rotated), state["transposed"], use.parameter.shape)
 
 
 # --------------------------------------------------------------------------------------
 # Matrices
-
-
-def pi_damping(factors: list[Tensor], gamma: float) -> list[float]:
-    """What is added to the diagonals of the factors in place of ``gamma`` to that of the matrix.
-
-    ``sqrt(gamma) / pi`` to ``B`` and ``pi sqrt(gamma)`` to ``A``, with
-    ``pi^2 = (trace(A) / i) / (trace(B) / o)`` (Martens, Grosse, 2015, arXiv:1503.05671, section 6.3),
-    which makes the two additions equally large in proportion to their factors; ``pi = 1`` where a trace
-    is not positive. For one factor ``gamma`` itself.
-
-    Args:
-        factors: one or two; a vector stands for a diagonal matrix.
-        gamma: ``damping + l2``.
-    """
-    if len(factors) == 1:
-        return [gamma]
-    b, a = (float(f.sum() if f.dim() == 1 else f.trace()) / max(len(f), 1) for f in factors)
-    pi = math.sqrt(a / b) if a > 0 and b > 0 else 1.0
-    return [math.sqrt(gamma) / pi, math.sqrt(gamma) * pi]
-
-
-def _working(factor: Tensor) -> Tensor:
-    """In a precision in which matrices can be factorized."""
-    return factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
 
 
 def _thin(factor: Tensor) -> Tensor:
@@ -245,36 +183,6 @@ def _pseudo_inverse(factor: Tensor, name: str) -> Tensor:
         )
     inverses = eigenvalues.reciprocal().masked_fill(eigenvalues <= tolerance, 0.0)
     return inverses if basis is None else (basis * inverses) @ basis.mT
-
-
-def _multiply(factors: list[Tensor], matrix: Tensor) -> Tensor:
-    """The Kronecker product of the factors, times a vector ``[o]`` or a matrix ``[o, i]``."""
-    first, *second = factors
-    if first.dim() == 1:
-        matrix = first.unsqueeze(1) * matrix if second else first * matrix
-    else:
-        matrix = first @ matrix
-    for factor in second:
-        matrix = matrix * factor if factor.dim() == 1 else matrix @ factor.mT
-    return matrix
-
-
-def _as_matrix(tensor: Tensor, transposed: bool, sizes: list[int]) -> Tensor:
-    """A tensor of the parameter's shape as the matrix (or vector) that the factors fit."""
-    if transposed:
-        # [q * i, o, *kernel] -> [q * o, i * kernel], for q groups
-        groups = sizes[0] // tensor.shape[1]
-        return tensor.unflatten(0, (groups, -1)).transpose(1, 2).reshape(sizes)
-    return tensor.reshape(sizes)
-
-
-def _as_parameter(matrix: Tensor, transposed: bool, parameter: Tensor) -> Tensor:
-    if transposed:
-        outputs, kernel = parameter.shape[1], parameter.shape[2:]
-        return (
-            matrix.reshape(len(matrix) // outputs, outputs, -1, *kernel).transpose(1, 2).flatten(0, 1)
-        )
-    return matrix.reshape(parameter.shape)
 
 
 # --------------------------------------------------------------------------------------

@@ -6,10 +6,14 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
-from tests.fuzz import trial
+from tests.fuzz import optimizers, privacy, trial
 from tests.fuzz.tally import Tally
 
-MODES: dict[str, Callable[..., trial.Verdict]] = {"programs": trial.trial}
+MODES: dict[str, Callable[..., trial.Verdict]] = {
+    "programs": trial.trial,
+    "privacy": privacy.trial,
+    "optimizers": optimizers.trial,
+}
 
 
 def main() -> int:

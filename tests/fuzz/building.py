@@ -282,6 +282,8 @@ def _settle(built: Built, place: int) -> None:
         raise NoSuchProgram
     found = owners(program, built.inputs, built.samples, built.batch_dim)
     own, rows = found[-1], rows_of(output, built.axis).flatten()
+    if not bool(own.any()):
+        raise NoSuchProgram
     if output.shape[built.axis] == built.samples:
         built.by_row = rows
     pool = program.pool(built.inputs)

@@ -24,6 +24,7 @@ from tests.idioms.reference import Expanded, Truth, rows_of
 TOLERANCE, FLOOR = 1e-7, 1e-11
 SMALL, FEW = 70, 0.6  # parameters that allow for Hessians, and how often these are asked for
 MOST_ORDERS = 260
+ERRORS = (RuntimeError, ValueError, NotImplementedError)
 GROUPS: dict[str, tuple[BackpropExtension, ...]] = {
     "first": (E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()),
     "ggn": (E.DiagGGNExact(),),
@@ -107,7 +108,7 @@ def _freeze(rng: random.Random, built: Built) -> None:
             p.requires_grad_(True)
 
 
-def _truths(case: Case) -> list[Truth]:
+def truths_of(case: Case) -> list[Truth]:
     """By the input's samples, and by the output's rows."""
     outputs, program = case.outputs(), case.built.program
     parameters = {n: p for n, p in program.named_parameters() if p.requires_grad}
@@ -116,6 +117,7 @@ def _truths(case: Case) -> list[Truth]:
         if owner is not None:
             at = Expanded(parameters, outputs, owner.repeat(len(outputs)), case.built.samples)
             found.append(Truth(at, case.above.truth))
+            assert at.jacobian  # which torch may refuse
     if not found or not bool(found[0].loss.isfinite()) or not bool(found[0].hessian.isfinite().all()):
         raise NoSuchProgram
     return found
@@ -127,7 +129,7 @@ def trial(seed: int, length: tuple[int, int] = (3, 8), direct: bool = False) -> 
         warnings.simplefilter("ignore")
         try:
             case, rng = draw(seed, length, direct)
-            truths = _truths(case)
+            truths = truths_of(case)
         except NoSuchProgram:
             return Verdict("no program")
         except (RuntimeError, ValueError, IndexError) as error:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from backpack import backpack, disable, extend, optim
 from backpack import extensions as E
+from backpack.kronecker import KroneckerEigen
 from backpack.oracle import Oracle
-from backpack.quantities import Eigen
 
 N = 5
 
@@ -113,9 +113,9 @@ def kron(factors: list[Tensor]) -> Tensor:
     return torch.kron(*factors) if len(factors) == 2 else factors[0]
 
 
-def dense(value: list[Tensor] | Eigen, gamma: float) -> Tensor:
+def dense(value: list[Tensor] | KroneckerEigen, gamma: float) -> Tensor:
     """Damped Kronecker-factored block, by the formulas of the docstrings."""
-    if isinstance(value, Eigen):
+    if isinstance(value, KroneckerEigen):
         Q = kron(value.eigenvectors)
         return Q @ torch.diag(value.eigenvalues.flatten() + gamma) @ Q.T
     if len(value) == 1:

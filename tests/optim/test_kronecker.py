@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.optim.kronecker import _inverse, pi_damping
+from backpack.kronecker import pi_damping
+from backpack.optim.kronecker import _inverse
 from backpack.oracle import Oracle
 from tests.cases import Apply, P
 from tests.optim.problems import Problem, dense
@@ -301,14 +302,20 @@ def test_half_precision() -> None:
         torch.testing.assert_close(a.double(), b, rtol=0.05, atol=0.01)
 
 
-def test_factors_of_another_quantity() -> None:
-    """They do not tell where in the parameter they belong."""
-    problem = Problem()
-    optimizer = optim.KFLR(problem.model, 0.1, 0.5)
-    problem.step(optimizer)
-    optimizer.zero_grad()
-    with backpack(E.KFLR()):
-        problem.loss().backward()
+def test_factors_of_another_block() -> None:
+    """They tell where in the parameter they belong; plain lists do not."""
+    problem, other = Problem(), Problem()
+    for each in (problem, other):
+        optimizer = optim.KFLR(each.model, 0.1, 0.5)
+        with optimizer.backpack() if each is other else backpack(E.KFLR()):
+            each.loss().backward()
+        optimizer.step()
+    for a, b in zip(problem.values(), other.values(), strict=True):
+        assert torch.equal(a, b)
+    with optimizer.backpack():
+        other.loss().backward()
+    for p in other.parameters:
+        p.kflr = list(p.kflr)
     with pytest.raises(RuntimeError, match="kflr of parameter '0.weight' does not come from"):
         optimizer.step()
 

@@ -1,0 +1,116 @@
+"""The user's forward pass goes on, whatever the capture does; texts that say where an axis was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, capture, extend
+from backpack.batch import entered
+from backpack.extensions import BatchGrad
+from tests.cases import Apply
+
+
+def _model(f: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    return Apply(f, l=nn.Linear(3, 3), o=nn.Linear(3, 2))
+
+
+STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "traced": lambda m, x: m.o(F.glu(torch.cat([m.l(x), x], 1))),
+    "settled": lambda m, x: m.o(m.l(x) - m.l(x).mean(0)),
+    "make_tap": lambda m, x: m.o(m.l(x) * m.o.weight[0]),
+    "wrote": lambda m, x: m.o(m.l(x).clone().mul_(2)),
+    "assigned": lambda m, x: m.o((h := m.l(x).clone(), h.__setitem__((0, 0), 1.0))[0]),
+    "is_shared": lambda m, x: m.o(m.l(x).clone().add_(x)),
+}
+
+
+class Broken(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_mistake_of_ours_loses_the_axis_at_most(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, X = _model(STEPS[name]), torch.randn(4, 3)
+    wanted = model(X)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise Broken
+
+    extend(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, name, broken)
+        found = model(X)
+    torch.testing.assert_close(found, wanted)
+    assert not entered.axes and capture._state.recorder is None
+    with pytest.raises(RuntimeError), backpack(BatchGrad()):
+        found.sum().backward()
+    with backpack(BatchGrad()):
+        if name != "settled":
+            model(X).sum().backward()
+
+
+def test_errors_of_the_user_are_his() -> None:
+    for wrong in (
+        lambda m, x: m.l(x) @ x,
+        lambda m, x: m.l(x).add_(torch.zeros(7)),
+        lambda m, x: torch.mul(x, x, out=torch.zeros(2, dtype=torch.long)),
+        lambda m, x: nn.LSTM(3, 3)(m.l(x)[:, :2]),
+    ):
+        model, X = _model(wrong), torch.randn(4, 3)
+        with pytest.raises(RuntimeError) as plain:
+            model(X)
+        with pytest.raises(RuntimeError) as extended:
+            extend(model)(X)
+        assert str(plain.value) == str(extended.value)
+
+
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "einsum": lambda h: torch.einsum("ab,ax->xa", h, torch.randn(4, 4)),
+    "scatter": lambda h: torch.zeros(4, 3).scatter(1, torch.zeros(4, 1).long(), h),
+    "scatter_add": lambda h: torch.zeros(4, 3).scatter_add(1, torch.zeros(4, 1).long(), h),
+    "unfold": lambda h: F.unfold(h[None], (1, 2))[:3].t()[:4],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_unusual_calls_do_not_stop_the_forward_pass(name: str) -> None:
+    model, X = _model(lambda m, x: CALLS[name](m.l(x)).sum() * m.o(x)), torch.randn(4, 3)
+    torch.manual_seed(0)
+    wanted = model(X)
+    torch.manual_seed(0)
+    torch.testing.assert_close(extend(model)(X), wanted)
+
+
+def test_the_text_says_where_the_axis_was_lost() -> None:
+    """It is lost before any gradient flows, so that no tap is refused."""
+    model = extend(_model(lambda m, x: m.o(m.l(x.mean(0)).tanh())))
+    loss = model(torch.randn(4, 3)).sum()
+    message = (
+        r"'o.weight' takes part in the loss .* lost first at linear: a reduction over the sample axis"
+    )
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+        loss.backward()
+
+
+def test_the_text_without_a_lost_axis() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x**3 * w
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+            x, w = ctx.saved_tensors
+            return 3 * g * x**2 * w, (g * x**3).sum(0)
+
+    model = extend(_model(lambda m, x: Cube.apply(m.l(x), m.o.weight[0])))
+    loss = model(torch.randn(4, 3)).sum()
+    with pytest.raises(RuntimeError, match="'o.weight'.*cannot see"), backpack(BatchGrad()):
+        loss.backward()

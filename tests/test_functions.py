@@ -1,0 +1,261 @@
+"""Custom autograd.Functions without parameters: their backward is tried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, extend, probe
+from backpack.extensions import BatchGrad
+from tests.cases import Apply
+from tests.rows import compare
+
+
+class Centre(torch.autograd.Function):
+    """Looks apart from outside: what is subtracted requires no grad inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g - g.mean(0)
+
+
+class Hidden(torch.autograd.Function):
+    """Rows turned around by something that cannot be seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy()[::-1].copy())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.flip(0)
+
+
+class Renormalise(torch.autograd.Function):
+    """What synchronised batch norms do, with statistics computed in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        std = x.std(0, keepdim=True)
+        ctx.save_for_backward(x, std)
+        return x / std
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, std = ctx.saved_tensors
+        centred = (x - x.mean(0)) / (len(x) - 1)
+        return g / std - centred * (g * x).sum(0) / std**3
+
+
+class Changed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.sub_(x.mean(0))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g - g.mean(0)
+
+
+class Two(torch.autograd.Function):
+    """The first result keeps samples apart, the second does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x + y, y - y.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * g, g + k - k.mean(0)
+
+
+class Along(torch.autograd.Function):
+    """What it does depends on a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        return x.cumsum(dim)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g.flip(ctx.dim).cumsum(ctx.dim).flip(ctx.dim), None
+
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        if not torch._C._current_autograd_node().metadata.get("ready"):
+            raise ValueError("called at a time when it must not be")
+        return 2 * g
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Same(torch.autograd.Function):
+    """Gradient reversal: the result is the argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+class Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.t().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.t()
+
+
+class Numpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy() * 2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+class Doubled(torch.autograd.Function):
+    """As a gather of several processes' batches, of which one's rows are taken afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.repeat(2, 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return sum(g.chunk(2))  # type: ignore[return-value]
+
+
+_stored = Square.apply  # as programs keep them: found before any model was extended
+Call = Callable[[Tensor], Tensor]
+APART: dict[str, Call] = {
+    "square": Square.apply,
+    "stored": lambda h: _stored(h),
+    "same": Same.apply,
+    "transposed": lambda h: Transposed.apply(h).t(),
+    "numpy": Numpy.apply,
+    "twice": lambda h: Same.apply(Square.apply(h)),
+    "two": lambda h: Two.apply(h, h.sin())[0],
+    "along": lambda h: Along.apply(h, 1),
+    "doubled": lambda h: Doubled.apply(h).view(2, -1, 4).sum(0),
+    "in place": lambda h: Square.apply(h).mul_(2),
+}
+MIXING: dict[str, Call] = {
+    "centre": Centre.apply,
+    "hidden": Hidden.apply,
+    "renormalise": Renormalise.apply,
+    "changed": lambda h: Changed.apply(h * 1),
+    "two": lambda h: Two.apply(h, h.sin())[1],
+    "along": lambda h: Along.apply(h, 0),
+    "twice": lambda h: Square.apply(Centre.apply(h)),
+    "detour": lambda h: Centre.apply(h.view(-1, 2, 2)).flatten(1),
+}
+
+
+def _between(f: Call) -> nn.Module:
+    return Apply(lambda m, x: m.o(f(m.l(x)).tanh()), l=nn.Linear(4, 4), o=nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("n", [5, 4, 1])
+@pytest.mark.parametrize("name", APART)
+def test_functions_that_keep_samples_apart(name: str, n: int) -> None:
+    compare(_between(APART[name]), [torch.randn(n, 4)])
+
+
+@pytest.mark.parametrize("n", [5, 4])
+@pytest.mark.parametrize("name", MIXING)
+def test_functions_that_mix(name: str, n: int) -> None:
+    model = extend(_between(MIXING[name])).double()
+    loss = F.mse_loss(model(torch.randn(n, 4).double()), torch.zeros(n, 3).double())
+    message = r"cannot tell which axis .*'o.weight'.*custom autograd\.Function, mixes samples"
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["centre", "two"])
+def test_outputs_that_functions_mix(name: str) -> None:
+    model = extend(Apply(lambda m, x: MIXING[name](m.l(x)), l=nn.Linear(4, 4)))
+    loss = model(torch.randn(4, 4)).square().sum()
+    with pytest.raises(RuntimeError, match="axis of the model's output"), backpack(BatchGrad()):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["centre", "renormalise", "square", "same", "transposed", "doubled"])
+def test_functions_of_inputs(name: str) -> None:
+    """Without grad nothing is mixed."""
+    f = {**MIXING, **APART}[name]
+    compare(Apply(lambda m, x: m.o(f(x).tanh()), o=nn.Linear(4, 3)), [torch.randn(5, 4)])
+
+
+def test_one_that_cannot_be_tried_out() -> None:
+    model = extend(_between(Raises.apply))
+    output = model(torch.randn(4, 4))
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        node.metadata["ready"] = True
+        stack += [child for child, _ in node.next_functions if child is not None]
+    message = "'o.weight'.*Raises, a custom autograd.Function, whose backward cannot be tried out"
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+        output.sum().backward()
+
+
+def test_tried_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    inner = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or inner(*a, **k))
+    probe._verdicts.clear()
+    model = extend(_between(Square.apply))
+    for _ in range(3):
+        model(torch.randn(4, 4))
+    assert len(calls) == 2
+
+
+def test_gradients_and_hooks_are_left_alone() -> None:
+    probe._verdicts.clear()
+    seen: list[Tensor] = []
+
+    def f(h: Tensor) -> Tensor:
+        h.register_hook(seen.append)
+        return Square.apply(h)
+
+    model = extend(_between(f))
+    with backpack(BatchGrad()):
+        loss = model(torch.randn(4, 4)).sum()
+        assert all(p.grad is None for p in model.parameters())
+        count = len(seen)
+        loss.backward()
+    assert count == 0 and len(seen) == 1
