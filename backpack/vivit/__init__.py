@@ -8,5 +8,6 @@ noise = curvature.derivatives(pairs).snr
 """
 
 from backpack.vivit.lowrank import Derivatives, LowRank, Noise, Pairs
+from backpack.vivit.tangent import ntk
 
-__all__ = ["Derivatives", "LowRank", "Noise", "Pairs"]
+__all__ = ["Derivatives", "LowRank", "Noise", "Pairs", "ntk"]

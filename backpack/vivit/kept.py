@@ -429,3 +429,28 @@ def squared_norms(
                 part += in_precision(form, dtype).squared_norms().to(part)
         parts.append(part * rows.scale**2)
     return torch.cat(parts) if parts else parameters[0].new_zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def traces(
+    left: Rows, right: Rows, parameters: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Inner products of equal columns, summed over these, in double: ``[samples, samples]``."""
+    result = parameters[0].new_zeros(left.samples, right.samples, dtype=torch.float64)
+    for p in parameters:
+        forms = _single_columns(left, p, dtype)
+        others = forms if left is right else _single_columns(right, p, dtype)
+        for column in forms.keys() & others.keys():
+            for form in forms[column]:
+                for other in others[column]:
+                    result += form.inner(other).to(result)
+    return result * (left.scale * right.scale)
+
+
+def _single_columns(rows: Rows, parameter: Tensor, dtype: torch.dtype | None) -> dict[int, list[Form]]:
+    found: dict[int, list[Form]] = {}
+    for place, form in rows.of(parameter):
+        for j in range(form.columns):
+            part = in_precision(form.take(slice(j, j + 1), slice(None)), dtype)
+            found.setdefault(place.start + j, []).append(part)
+    return found
