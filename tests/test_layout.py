@@ -24,7 +24,11 @@ OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
 # What low-rank curvature may import of the rest.
 BELOW_VIVIT = {"backpack", "backpack.own", "backpack.engine", "backpack.extend"}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
-EXTRAS = {"kernels.py": {"triton"}, "optim/private.py": {"dp_accounting"}}
+EXTRAS = {
+    "kernels.py": {"triton"},
+    "optim/private.py": {"dp_accounting"},
+    "vivit/operators.py": {"scipy"},
+}
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
 

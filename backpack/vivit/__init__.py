@@ -2,12 +2,27 @@
 
 loss = lossfunc(model(X), y)
 with LowRank() as curvature:
-    loss.backward()
+loss.backward()
 pairs = curvature.eigh(k=10)
 noise = curvature.derivatives(pairs).snr
 """
 
+from backpack.vivit.lanczos import Density, Ritz, lanczos, spectral_density
 from backpack.vivit.lowrank import Derivatives, LowRank, Noise, Pairs
+from backpack.vivit.operators import GGN, Hessian, Operator
 from backpack.vivit.tangent import ntk
 
-__all__ = ["Derivatives", "LowRank", "Noise", "Pairs", "ntk"]
+__all__ = [
+    "Density",
+    "Derivatives",
+    "GGN",
+    "Hessian",
+    "LowRank",
+    "Noise",
+    "Operator",
+    "Pairs",
+    "Ritz",
+    "lanczos",
+    "ntk",
+    "spectral_density",
+]

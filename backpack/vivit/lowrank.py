@@ -29,7 +29,19 @@ from backpack.own import (
     OutputBasis,
     SampledRoot,
 )
-from backpack.vivit.kept import Keep, Numbered, Piece, Rows, combine, inner, project, squared_norms
+from backpack.vivit.kept import (
+    Keep,
+    Numbered,
+    Piece,
+    Rows,
+    combine,
+    inner,
+    project,
+    squared_norms,
+    total_count,
+)
+from backpack.vivit.lanczos import lanczos
+from backpack.vivit.operators import Operator
 
 Group = nn.Module | Iterable[Tensor] | None
 # Damping of directions: one number, one for each, or a function of pairs and their derivatives.
@@ -405,10 +417,15 @@ class LowRank:
     def resolution(self, group: Group = None) -> float:
         """The size below which eigenvalues cannot be told from zero, in their precision."""
         parameters = self._group(group)
-        dtype = self._precision or torch.promote_types(parameters[0].dtype, torch.float32)
-        values = self.eigvalsh(parameters)
+        return self._resolution(self.eigvalsh(parameters), parameters)
+
+    def _resolution(self, values: Tensor, parameters: list[Tensor]) -> float:
         largest = float(values[0].clamp(min=0)) if len(values) else 0.0
-        return len(values) * torch.finfo(dtype).eps * largest
+        count = total_count(self._columns(parameters))
+        return count * torch.finfo(self._dtype(parameters)).eps * largest
+
+    def _dtype(self, parameters: list[Tensor]) -> torch.dtype:
+        return self._precision or torch.promote_types(parameters[0].dtype, torch.float32)
 
     def eigh(
         self,
@@ -416,6 +433,8 @@ class LowRank:
         group: Group = None,
         *,
         criterion: Callable[[Tensor], Sequence[int]] | None = None,
+        method: Literal["gram", "lanczos"] = "gram",
+        generator: torch.Generator | None = None,
     ) -> Pairs:
         """Leading eigenpairs of ``G``.
 
@@ -423,6 +442,9 @@ class LowRank:
             k: how many; all above :meth:`resolution` by default.
             group: the parameters.
             criterion: chooses among the eigenvalues, largest first, by their places, in place of ``k``.
+            method: ``"gram"`` decomposes the Gram matrix; ``"lanczos"`` multiplies with kept forms,
+                for a few pairs where the Gram matrix is too large, or takes too long.
+            generator: source of randomness of ``"lanczos"``.
 
         Returns:
             Pairs; their vectors are computed when they are asked for.
@@ -431,14 +453,18 @@ class LowRank:
             UserWarning: if a chosen eigenvalue is below :meth:`resolution`; its vector is noise.
         """
         parameters = self._group(group)
-        values, vectors = self._spectrum(parameters)
-        least = self.resolution(parameters)
-        if criterion is not None:
-            chosen = torch.as_tensor(list(criterion(values.to(parameters[0].dtype))), dtype=torch.long)
-            chosen = chosen.to(values.device)
+        if method == "lanczos":
+            if k is None:
+                raise ValueError("eigh: method 'lanczos' needs k")
+            found = lanczos(_RowProducts(self, parameters), k, generator=generator)
+            values, vectors = found.values.double(), found.vectors.mT.double()
+            chosen = torch.arange(len(values), device=values.device)
+        elif method == "gram":
+            values, vectors = self._spectrum(parameters)
+            chosen = self._choose(values, k, criterion, parameters)
         else:
-            count = int((values > least).sum()) if k is None else min(k, len(values))
-            chosen = torch.arange(count, device=values.device)
+            raise ValueError(f"eigh: method must be 'gram' or 'lanczos', got {method!r}")
+        least = self._resolution(values, parameters)
         values, vectors = values[chosen], vectors[:, chosen]
         noise = int((values <= least).sum())
         if noise:
@@ -449,6 +475,21 @@ class LowRank:
                 stacklevel=2,
             )
         return Pairs(self._out(values, parameters), parameters, self, vectors)
+
+    def _choose(
+        self,
+        values: Tensor,
+        k: int | None,
+        criterion: Callable[[Tensor], Sequence[int]] | None,
+        parameters: list[Tensor],
+    ) -> Tensor:
+        """Places of eigenvalues."""
+        if criterion is not None:
+            places = [int(place) for place in criterion(self._out(values, parameters))]
+            return torch.tensor(places, dtype=torch.long, device=values.device)
+        least = self._resolution(values, parameters)
+        count = int((values > least).sum()) if k is None else min(k, len(values))
+        return torch.arange(count, device=values.device)
 
     def trace(self, group: Group = None) -> Tensor:
         """Trace of ``G``."""
@@ -662,10 +703,41 @@ class LowRank:
             parts.append(part / delta)
         return self._out(torch.cat(parts), parameters)
 
+    def operator(self, group: Group = None) -> Operator:
+        """``G`` as a linear map, from kept forms: two contractions for each product, and no graph."""
+        return _Products(self, self._group(group))
+
     def _out(self, x: Tensor, group: Any) -> Tensor:
         """A result, in the precision of the parameters."""
         parameters = group if isinstance(group, list) else self._group(group)
         return x.to(torch.promote_types(parameters[0].dtype, torch.float32))
+
+
+class _Products(Operator):
+    """``V V^T``."""
+
+    def __init__(self, curvature: LowRank, parameters: list[Tensor]) -> None:
+        self.curvature, self.parameters = curvature, parameters
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        rows = self.curvature._columns(self.parameters)
+        weights = project(rows, self.parameters, vectors, self.curvature._precision)
+        return combine(rows, self.parameters, weights, self.curvature._precision)
+
+
+class _RowProducts:
+    """``V^T V``, which is smaller."""
+
+    def __init__(self, curvature: LowRank, parameters: list[Tensor]) -> None:
+        self.curvature, self.parameters = curvature, parameters
+        count = total_count(curvature._columns(parameters))
+        self.shape = count, count
+        self.like = parameters[0].new_zeros((), dtype=curvature._dtype(parameters))
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        rows, precision = self.curvature._columns(self.parameters), self.curvature._precision
+        vectors = combine(rows, self.parameters, x.unsqueeze(0), precision)
+        return project(rows, self.parameters, vectors, precision)[0].to(x)
 
 
 # --------------------------------------------------------------------------------------
