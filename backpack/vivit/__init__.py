@@ -7,6 +7,12 @@ pairs = curvature.eigh(k=10)
 noise = curvature.derivatives(pairs).snr
 """
 
+from backpack.vivit.computations import (
+    DirectionalDampedNewtonComputation,
+    DirectionalDerivativesComputation,
+    EighComputation,
+    EigvalshComputation,
+)
 from backpack.vivit.lanczos import Density, Ritz, lanczos, spectral_density
 from backpack.vivit.lowrank import Derivatives, LowRank, Noise, Pairs
 from backpack.vivit.operators import GGN, Hessian, Operator
@@ -15,6 +21,10 @@ from backpack.vivit.tangent import ntk
 __all__ = [
     "Density",
     "Derivatives",
+    "DirectionalDampedNewtonComputation",
+    "DirectionalDerivativesComputation",
+    "EighComputation",
+    "EigvalshComputation",
     "GGN",
     "Hessian",
     "LowRank",

@@ -144,6 +144,18 @@ class Piece(NamedTuple):
     versions: Versions
 
 
+class Kept(NamedTuple):
+    """What is kept of a parameter.
+
+    Attributes:
+        samples: number of samples of the batch.
+        pieces: forms of the samples that are kept.
+    """
+
+    samples: int
+    pieces: list[Piece]
+
+
 class Numbered(ColumnSource):
     """Columns of another source, with a number for each chunk; notes what it sees of the pass.
 
@@ -154,8 +166,8 @@ class Numbered(ColumnSource):
         source: the other source; ``None``: no columns.
         every_column: whether as many columns are wanted as there are model outputs, not as few as do.
         sizes: number of columns of each chunk so far.
+        begun: number of the first chunk of the last call.
         order: the parameters, in the order of the models that hold them.
-        names: names of parameters.
     """
 
     def __init__(self, source: ColumnSource | None, every_column: bool = False) -> None:
@@ -163,19 +175,19 @@ class Numbered(ColumnSource):
         self.random = source is not None and source.random  # type: ignore[misc]
         self.second_order = source is not None and source.second_order  # type: ignore[misc]
         self.sizes: list[int] = []
+        self.begun = 0
         self.order: dict[Tensor, None] = {}
-        self.names: dict[Tensor, str] = {}
 
     def restart(self) -> None:
         """Forget the pass before."""
-        self.sizes, self.order, self.names = [], {}, {}
+        self.sizes, self.order = [], {}
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         found = [leaf.parameter for leaf in given.leaves]
         owners = [recording.module() for recording in given.graph.recordings]
         known = [p for owner in owners if owner is not None for p in owner.parameters()]
         self.order |= dict.fromkeys([*(p for p in known if p in set(found)), *found])
-        self.names |= {p: given.names(p) for p in found}
+        self.begun = len(self.sizes)
         if self.source is None:
             return
         wanted = wanted._replace(every_column=wanted.every_column or self.every_column)
@@ -185,13 +197,13 @@ class Numbered(ColumnSource):
 
 
 class Keep(BackpropExtension):
-    """Forms of all chunks of columns of a parameter, kept: a list of :class:`Piece`.
+    """Forms of all chunks of columns of a parameter, kept.
 
     Args:
         savefield: the parameter's attribute.
         source: the columns.
         subsampling: samples to keep; default all.
-        deliver: is given parameter, number of samples, and pieces in place of the attribute.
+        deliver: is given the parameter and what is kept of it, in place of the attribute.
     """
 
     needs_gradient = False
@@ -201,7 +213,7 @@ class Keep(BackpropExtension):
         savefield: str,
         source: Numbered | LossGradient,
         subsampling: Sequence[int] | None = None,
-        deliver: Callable[[Tensor, int, list[Piece]], None] | None = None,
+        deliver: Callable[[Tensor, Kept], None] | None = None,
     ) -> None:
         self.savefield, self.source, self.subsampling = savefield, source, subsampling
         self.deliver = deliver
@@ -215,10 +227,8 @@ class Keep(BackpropExtension):
         return [Piece(number, form, [(t, t._version) for t in tensors_of(form)])]
 
     def finish(self, state: list[Piece], context: Context) -> Any:
-        if self.deliver is None:
-            return state
-        self.deliver(context.parameter, context.samples, state)
-        return None
+        kept = Kept(context.samples, state)
+        return kept if self.deliver is None else self.deliver(context.parameter, kept)
 
     def zero(self, context: Context) -> Any:
         return self.finish([], context)
@@ -336,9 +346,10 @@ def inner(
     Returns:
         ``[rows of left, rows of right]``.
     """
-    like = parameters[0]
+    like, symmetric = parameters[0], left is right
+    if len(left) == len(right) == 1:
+        return _inner_of_passes(left[0], right[0], parameters, dtype)
     result = like.new_zeros(total_count(left), total_count(right), dtype=torch.float64)
-    symmetric = left is right
     below = 0
     for i, a in enumerate(left):
         beside = 0
@@ -366,11 +377,11 @@ def _inner_of_passes(
                 if a is b and j > i:
                     continue
                 shape = form.columns, form.samples, other.columns, other.samples
-                found = form.inner(other).to(result).reshape(shape)
+                found = form.inner(other).reshape(shape)
                 result[v, :, w] += found
                 if a is b and j < i:
                     result[w, :, v] += found.permute(2, 3, 0, 1)
-    return result.reshape(a.count, b.count) * (a.scale * b.scale)
+    return result.reshape(a.count, b.count).mul_(a.scale * b.scale)
 
 
 @torch.no_grad()

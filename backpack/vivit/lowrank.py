@@ -31,8 +31,8 @@ from backpack.own import (
 )
 from backpack.vivit.kept import (
     Keep,
+    Kept,
     Numbered,
-    Piece,
     Rows,
     combine,
     inner,
@@ -110,20 +110,20 @@ class Pairs:
 
 
 class _Collected(NamedTuple):
-    """What one backward pass leaves: samples and forms of each parameter."""
+    """What one backward pass leaves of each parameter."""
 
-    columns: dict[Tensor, tuple[int, list[Piece]]]
-    gradients: dict[Tensor, tuple[int, list[Piece]]]
+    columns: dict[Tensor, Kept]
+    gradients: dict[Tensor, Kept]
 
-    def take(self, place: str, parameter: Tensor, samples: int, pieces: list[Piece]) -> None:
-        found: dict[Tensor, tuple[int, list[Piece]]] = getattr(self, place)
+    def take(self, place: str, parameter: Tensor, kept: Kept) -> None:
+        found: dict[Tensor, Kept] = getattr(self, place)
         if parameter in found:
             raise RuntimeError(
                 f"a parameter of shape {tuple(parameter.shape)} was reached by two backward passes "
                 "inside one block of LowRank; enter the block once for each pass (their samples are "
                 "then joined), or call backward on the sum of the losses"
             )
-        found[parameter] = samples, pieces
+        found[parameter] = kept
 
 
 @dataclass
@@ -205,7 +205,6 @@ class LowRank:
         self._passes: list[_Pass] = []
         self._open: tuple[backpack, _Collected] | None = None
         self._order: dict[Tensor, None] = {}
-        self._names: dict[Tensor, str] = {}
         self._known: dict[Any, Any] = {}
 
     # ----------------------------------------------------------------------------------
@@ -236,11 +235,10 @@ class LowRank:
             for name in (COLUMN_FIELD, GRADIENT_FIELD):
                 parameter.__dict__.pop(name, None)
         if kind is None and (collected.columns or collected.gradients):
-            self._take(collected)
+            self._take(collected, self._source.sizes)
 
-    def _take(self, collected: _Collected) -> None:
-        """Make rows of the forms of one backward pass."""
-        sizes = self._source.sizes
+    def _take(self, collected: _Collected, sizes: Sequence[int]) -> None:
+        """Make rows of the forms of one backward pass, whose chunks have so many columns."""
         firsts = [sum(sizes[:number]) for number in range(len(sizes))]
         found = _Pass()
         for parameter, (samples, pieces) in collected.columns.items():
@@ -257,7 +255,6 @@ class LowRank:
         self._passes.append(found)
         self._order |= {p: None for p in self._source.order if p in found.samples}
         self._order |= dict.fromkeys(found.samples)
-        self._names |= self._source.names
         self._known.clear()
 
     @property
@@ -799,10 +796,36 @@ def _like(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tenso
     return [t.to(p.dtype) for t, p in zip(tensors, parameters, strict=True)]
 
 
-def _delivery(collected: _Collected, place: str) -> Callable[[Tensor, int, list[Piece]], None]:
+def assembled(
+    columns: dict[Tensor, Kept],
+    gradients: dict[Tensor, Kept],
+    sizes: Sequence[int],
+    first: int,
+    subsampling: tuple[list[int] | None, list[int] | None],
+) -> LowRank:
+    """Curvature from forms that were kept otherwise.
+
+    Args:
+        columns: of each parameter.
+        gradients: of each parameter, or of none.
+        sizes: number of columns of each chunk.
+        first: the first chunk that counts.
+        subsampling: the samples of either.
+    """
+    found = LowRank(None, gradients=bool(gradients))
+    found._subsampling = subsampling
+    shifted = {
+        p: kept._replace(pieces=[each._replace(chunk=each.chunk - first) for each in kept.pieces])
+        for p, kept in columns.items()
+    }
+    found._take(_Collected(shifted, gradients), sizes[first:])
+    return found
+
+
+def _delivery(collected: _Collected, place: str) -> Callable[[Tensor, Kept], None]:
     """Where :class:`Keep` brings forms; refers to nothing but what one pass leaves."""
 
-    def deliver(parameter: Tensor, samples: int, pieces: list[Piece]) -> None:
-        collected.take(place, parameter, samples, pieces)
+    def deliver(parameter: Tensor, kept: Kept) -> None:
+        collected.take(place, parameter, kept)
 
     return deliver
