@@ -20,7 +20,7 @@ RIVER = [
     *"checks exposed run direct engine extend oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
-OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
+OPTIMIZERS = ("base", "diagonal", "gram", "kronecker", "newton", "private")
 # What low-rank curvature may import of the rest.
 BELOW_VIVIT = {"backpack", "backpack.own", "backpack.engine", "backpack.extend"}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.

@@ -174,11 +174,8 @@ class LowRank:
         gradients: whether individual gradients are kept.
         precision: of the products between rows. By default that of the model, and double where terms
             cancel: in all that divides by a damping.
-        extensions: further quantities to compute in the same backward passes.
+        extensions: further quantities to compute in the same passes; may be changed between these.
         options: what else :class:`backpack.backpack` takes (``gradient=False``, ``chunk_size``).
-
-    Attributes:
-        parameters: those that took part, in the order of the models that hold them.
 
     Raises:
         ValueError: for unknown columns, or numbers of them that are not positive.
@@ -201,7 +198,7 @@ class LowRank:
         self._source = Numbered(source_of(columns, mc_samples, top, generator))
         self._subsampling = _checked(subsampling), _checked(subsampling_grad)
         self._precision = precision
-        self._keeps_gradients, self._extensions, self._options = gradients, tuple(extensions), options
+        self._keeps_gradients, self.extensions, self.options = gradients, tuple(extensions), options
         self._passes: list[_Pass] = []
         self._open: tuple[backpack, _Collected] | None = None
         self._order: dict[Tensor, None] = {}
@@ -222,7 +219,7 @@ class LowRank:
         if self._keeps_gradients:
             deliver = _delivery(collected, "gradients")
             exts.append(Keep(GRADIENT_FIELD, LossGradient(), gradients, deliver))
-        block = backpack(*exts, *self._extensions, **self._options)
+        block = backpack(*exts, *self.extensions, **self.options)
         self._open = block, collected
         block.__enter__()
         return self
