@@ -28,6 +28,7 @@ EXTRAS = {
     "kernels.py": {"triton"},
     "optim/private.py": {"dp_accounting"},
     "vivit/operators.py": {"scipy"},
+    "vivit/figures.py": {"matplotlib"},
 }
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 

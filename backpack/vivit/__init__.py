@@ -13,9 +13,12 @@ from backpack.vivit.computations import (
     EighComputation,
     EigvalshComputation,
 )
+from backpack.vivit.data import derivatives_over, over
+from backpack.vivit.figures import draw_noise, draw_overlaps, draw_spectrum
 from backpack.vivit.lanczos import Density, Ritz, lanczos, spectral_density
 from backpack.vivit.lowrank import Derivatives, LowRank, Noise, Pairs
 from backpack.vivit.operators import GGN, Hessian, Operator
+from backpack.vivit.spaces import overlap
 from backpack.vivit.tangent import ntk
 
 __all__ = [
@@ -32,7 +35,13 @@ __all__ = [
     "Operator",
     "Pairs",
     "Ritz",
+    "derivatives_over",
+    "draw_noise",
+    "draw_overlaps",
+    "draw_spectrum",
     "lanczos",
     "ntk",
+    "over",
+    "overlap",
     "spectral_density",
 ]

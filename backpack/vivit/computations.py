@@ -137,7 +137,7 @@ class _Computation:
                 )
         if self._verbose:
             print(f"{type(self).__name__}: {len(keep)} of {len(values)} eigenvalues are kept")
-        return Pairs(shown[chosen], parameters, curvature, vectors[:, chosen])
+        return Pairs(shown[chosen], parameters, curvature, vectors[:, chosen], curvature._state)
 
 
 GRADIENTS = "vivit_grad_batch"

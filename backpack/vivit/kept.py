@@ -257,6 +257,7 @@ class Rows:
         columns: their number.
         samples: number of samples that are kept.
         scale: what every row is multiplied by.
+        weight: how many samples each of them stands for.
         forms: for every parameter, its forms with the columns that they are about; others are zero.
         versions: tensors that must not have been changed since.
     """
@@ -264,6 +265,7 @@ class Rows:
     columns: int
     samples: int
     scale: float = 1.0
+    weight: float = 1.0
     forms: dict[Tensor, list[tuple[slice, Form]]] = field(default_factory=dict)
     versions: dict[Tensor, Versions] = field(default_factory=dict)
 
@@ -321,6 +323,18 @@ class Rows:
                     "since; ask for results before, or give the model a copy of what you overwrite"
                 )
         return self.forms.get(parameter, [])
+
+
+def memory_of(sides: Iterable[Rows]) -> int:
+    """Bytes of all memory that forms refer to; each counts once."""
+    found = {}
+    for rows in sides:
+        for placed in rows.forms.values():
+            for _, form in placed:
+                for tensor in tensors_of(form):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 def total_count(sides: Sequence[Rows]) -> int:

@@ -23,6 +23,7 @@ from backpack import backpack
 from backpack.own import (
     BackpropExtension,
     ColumnSource,
+    Dense,
     ExactRoot,
     LeadingRoot,
     LossGradient,
@@ -36,6 +37,7 @@ from backpack.vivit.kept import (
     Rows,
     combine,
     inner,
+    memory_of,
     project,
     squared_norms,
     total_count,
@@ -94,10 +96,21 @@ class Pairs:
     parameters: list[Tensor]
     curvature: LowRank = field(repr=False)
     coefficients: Tensor = field(repr=False)
+    _state: int = field(repr=False, default=0)
+
+    @property
+    def current(self) -> bool:
+        """Whether the rows are still those that the coefficients are about."""
+        return self._state == self.curvature._state
 
     @cached_property
     def vectors(self) -> list[Tensor]:
         """For each parameter of the group ``[K, *p]``; orthonormal over the group."""
+        if not self.current:
+            raise RuntimeError(
+                "the curvature has changed since these eigenpairs were computed (a further pass, or "
+                "merge); ask for their vectors before, or compute them anew"
+            )
         found = self.curvature._combine_columns(self.coefficients.mT, self.parameters)
         norms = sum(
             (v.reshape(len(v), -1).double().square().sum(1) for v in found), self.values.new_zeros(())
@@ -203,6 +216,10 @@ class LowRank:
         self._open: tuple[backpack, _Collected] | None = None
         self._order: dict[Tensor, None] = {}
         self._known: dict[Any, Any] = {}
+        # Counts changes of the rows.
+        self._state = 0
+        # Whether samples are no longer known one by one, and the trace of what was left out.
+        self._merged, self._lost = False, 0.0
 
     # ----------------------------------------------------------------------------------
     # Collecting
@@ -246,13 +263,18 @@ class LowRank:
             found.samples[parameter] = samples
         for parameter, (samples, pieces) in collected.gradients.items():
             kept = samples if self._subsampling[1] is None else len(self._subsampling[1])
-            rows = found.gradients.setdefault(samples, Rows(1, kept))
+            weight = samples / kept if kept else 1.0
+            rows = found.gradients.setdefault(samples, Rows(1, kept, weight=weight))
             rows.add(parameter, pieces, [0])
             found.samples[parameter] = samples
         self._passes.append(found)
         self._order |= {p: None for p in self._source.order if p in found.samples}
         self._order |= dict.fromkeys(found.samples)
+        self._changed()
+
+    def _changed(self) -> None:
         self._known.clear()
+        self._state += 1
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -263,7 +285,73 @@ class LowRank:
         """Let go of everything that was kept."""
         self._passes.clear()
         self._order.clear()
-        self._known.clear()
+        self._merged, self._lost = False, 0.0
+        self._changed()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of all passes (the largest, where groups differ in it)."""
+        return sum(max(each.samples.values(), default=0) for each in self._passes)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of what is kept, activations of the model among it."""
+        sides = [r for p in self._passes for r in (*p.columns.values(), *p.gradients.values())]
+        return memory_of(sides)
+
+    @property
+    def lost(self) -> float:
+        """Trace of the part of ``G`` that :meth:`merge` has left out."""
+        return self._lost
+
+    def merge(self, rank: int | None = None) -> None:
+        """Replace what is kept by leading eigenvectors of ``G``, and the gradient.
+
+        Memory is then ``rank`` times that of the parameters, and no longer grows with the number of
+        passes. Spectrum and steps stay what they were, up to eigenvalues that are left out
+        (:attr:`lost` is their sum). Single samples are no longer known: :meth:`derivatives` and the
+        like raise errors, see :func:`backpack.vivit.derivatives_over`.
+
+        Args:
+            rank: number of eigenvectors; all above :meth:`resolution` by default.
+        """
+        parameters = self._group(None)
+        values, vectors = self._spectrum(parameters)
+        count = int((values > self._resolution(values, parameters)).sum())
+        count = count if rank is None else min(rank, count)
+        weights = vectors[:, :count].mT
+        samples, basis = self._samples(parameters), self._combine_columns(weights, parameters)
+        columns = Rows(count, 1)
+        for p, b in zip(parameters, basis, strict=True):
+            columns.forms[p] = [(slice(0, count), Dense(b.unsqueeze(1)))]
+        gradients = Rows(1, 1)
+        if self._keeps_gradients:
+            for p, g in zip(parameters, self._total(parameters, True), strict=True):
+                gradients.forms[p] = [(slice(0, 1), Dense(g[None, None]))]
+        self._lost += float(values[count:].clamp(min=0).sum())
+        self._merged = True
+        sizes = dict.fromkeys(parameters, samples)
+        self._passes = [_Pass(sizes, {samples: columns}, {samples: gradients})]
+        self._changed()
+
+    def _refuse_merged(self, what: str) -> None:
+        if self._merged:
+            raise RuntimeError(
+                f"{what} are of single samples, which are no longer known after merge(); ask before, "
+                "give more memory, or go through the data again (backpack.vivit.derivatives_over)"
+            )
+
+    def scale(self, factor: float) -> None:
+        """Make the loss ``factor`` times what it was, ``G`` and gradients with it."""
+        if not factor > 0:
+            raise ValueError(f"factor must be positive, got {factor!r}")
+        for each in self._passes:
+            for rows in each.columns.values():
+                rows.scale *= factor**0.5
+            for rows in each.gradients.values():
+                rows.scale *= factor
+        self._lost *= factor
+        self._changed()
 
     # ----------------------------------------------------------------------------------
     # Groups and their matrices
@@ -353,10 +441,9 @@ class LowRank:
 
     def _shares(self, parameters: list[Tensor]) -> Tensor:
         """Weights of individual gradients in the gradient, ``[N]``: those of a subset count more."""
-        rows, samples = self._sides("gradients", parameters)
         parts = [
-            torch.full((each.samples,), size / max(each.samples, 1), dtype=torch.float64)
-            for each, size in zip(rows, samples, strict=True)
+            torch.full((rows.samples,), rows.weight, dtype=torch.float64)
+            for rows in self._gradients(parameters)
         ]
         return torch.cat(parts).to(parameters[0].device)
 
@@ -387,6 +474,7 @@ class LowRank:
             group: the parameters.
             centred: whether their mean is subtracted before.
         """
+        self._refuse_merged("inner products of gradients")
         parameters = self._group(group)
         found = self._gradient_gram(parameters, exact=centred)
         if centred:
@@ -468,7 +556,7 @@ class LowRank:
                 "Ask for fewer, or give precision=torch.float64",
                 stacklevel=2,
             )
-        return Pairs(self._out(values, parameters), parameters, self, vectors)
+        return Pairs(self._out(values, parameters), parameters, self, vectors, self._state)
 
     def _choose(
         self,
@@ -519,6 +607,7 @@ class LowRank:
             directions: eigenpairs, or tensors ``[K, *p]`` for each parameter of the group.
             group: the parameters, where directions are tensors.
         """
+        self._refuse_merged("slopes and curvatures")
         parameters, slopes, roots = self._along(directions, group)
         count = self._samples(parameters)
         gammas = slopes * count
@@ -533,7 +622,7 @@ class LowRank:
         self, directions: Pairs | Sequence[Tensor], group: Group
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Parameters, ``g_n^T e_k [N, K]`` and ``V^T e_k [R, K]``."""
-        if isinstance(directions, Pairs) and directions.curvature is self:
+        if isinstance(directions, Pairs) and directions.curvature is self and directions.current:
             parameters = directions.parameters
             lengths = directions.values.double().clamp(min=0).sqrt()
             roots = directions.coefficients * lengths
@@ -570,13 +659,12 @@ class LowRank:
         Returns:
             One tensor for each parameter of the group.
         """
-        if pairs.curvature is not self:
-            raise ValueError("newton takes eigenpairs of the same curvature")
+        if pairs.curvature is not self or not pairs.current:
+            raise ValueError("newton takes eigenpairs of the same curvature, as it is now")
         parameters, slopes, _ = self._along(pairs, None)
         gammas = self._shares(parameters) @ slopes
-        found = self.derivatives(pairs)
-        delta = damping(pairs, found) if callable(damping) else damping
-        lambdas = found.lambdas.double().mean(0)
+        delta = damping(pairs, self.derivatives(pairs)) if callable(damping) else damping
+        lambdas = pairs.values.double()
         along = -gammas / (lambdas + torch.as_tensor(delta).to(lambdas))
         if bulk is not None:
             along = along + gammas / _positive(bulk)
@@ -651,9 +739,11 @@ class LowRank:
             damping: positive.
             group: the parameters.
         """
+        self._refuse_merged("influences")
         parameters, delta = self._group(group), _positive(damping)
         slopes = self._slopes(parameters, True)
         if isinstance(test, LowRank):
+            test._refuse_merged("influences")
             dtype = self._precision or torch.float64
             others = test._gradients(test._group(parameters))
             direct = inner(others, self._gradients(parameters), parameters, dtype)

@@ -69,6 +69,20 @@ def test_scipy_finds_eigenvalues() -> None:
     near(torch.as_tensor(values.copy()), torch.linalg.eigvalsh(G)[-3:])
 
 
+def test_names_of_the_original() -> None:
+    pytest.importorskip("scipy.sparse.linalg")
+    from backpack.vivit.hessianfree import GGNLinearOperator, HessianLinearOperator
+
+    model, lossfunc = network(), nn.CrossEntropyLoss()
+    G = Brute(network(), nn.CrossEntropyLoss(), X, Y).ggns.sum(0)
+    x = torch.rand(len(G)).double()
+    found = GGNLinearOperator(model, lossfunc, BATCHES, "cpu")
+    assert found.shape == tuple(G.shape)
+    near(torch.as_tensor(found @ x.numpy()), G @ x)
+    found = HessianLinearOperator(model, lossfunc, BATCHES, check_deterministic=False)
+    near(torch.as_tensor(found @ x.numpy()), hessian(model, lossfunc) @ x)
+
+
 def test_refusals() -> None:
     model, lossfunc = network(), nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match="several times"):
