@@ -77,7 +77,14 @@ def accumulate(
         ValueError: if the reduction is not known, the loader is empty, or cannot be iterated twice.
 
     Example:
-        >>> backpack.accumulate(model, lossfunc, loader, [KFLR(), Variance()])  # doctest: +SKIP
+        >>> import torch
+        >>> from backpack import accumulate
+        >>> from backpack.extensions import Variance
+        >>> model, lossfunc = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
+        >>> loader = [(torch.rand(n, 2), torch.arange(n) % 3) for n in (4, 1)]
+        >>> total = accumulate(model, lossfunc, loader, [Variance()])
+        >>> total.samples, model.weight.variance.shape
+        (5, torch.Size([3, 2]))
     """
     extensions = backpack(*extensions, **options).extensions
     if not getattr(model, "_backpack_extend", False):

@@ -34,6 +34,8 @@ PATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
 PRODUCT_BYTES, SMALL_BYTES = 2**20, 2**17
 # On a CPU, products of a matrix with itself of so many multiplications are done by halves.
 MIRRORED = 2**26
+# Rows of a form, written out for some outputs at a time, of which scalar products are taken.
+ROWS_BYTES = 2**26
 # What is written out is reduced in one piece up to this many numbers.
 SMALL = 2**18
 LARGEST_FACTOR = 2**14
@@ -715,7 +717,7 @@ class Outer(Form):
         if self.positions == other.positions == 1:
             return self._inner_of_single(other)
         if not self._similar_cost_less(other) or self._cancels() or other._cancels():
-            return super().inner(other)
+            return self._inner_by_outputs(other)
         most = max(self.positions, other.positions, 1)
         rows = isqrt(self.room // max(1, self.g.shape[2])) // most
         return _by_tiles(self, other, max(rows, 1), Outer.take_tile, _similar)
@@ -723,6 +725,24 @@ class Outer(Form):
     def take_tile(self, tile: Tile) -> Outer:
         """Some columns and samples."""
         return self.take(*tile)
+
+    def _inner_by_outputs(self, other: Outer) -> Tensor:
+        """Products of rows of ``G``, each written out once, for some outputs at a time."""
+        (q, o), i = (self.g.shape[2], self.g.shape[-1]), self.inputs.shape[-1]
+        counts = self.columns * self.samples, other.columns * other.samples
+        step = max(1, ROWS_BYTES // max(1, max(counts) * q * i * self.g.element_size()))
+        result = self.g.new_zeros(counts)
+        for first in range(0, o, step):
+            left = self._rows_of(slice(first, first + step))
+            right = left if other is self else other._rows_of(slice(first, first + step))
+            result = result + _row_products(left, right)
+        return result
+
+    def _rows_of(self, outputs: slice) -> Tensor:
+        """What some outputs have in ``G``, ``[v n, q o i]``."""
+        g = self.g[..., outputs]
+        layout = Layout(torch.Size((g.shape[2] * g.shape[-1], self.inputs.shape[-1])))
+        return Outer(self.inputs, g, layout).dense().flatten(2).flatten(0, 1)
 
     def _inner_of_single(self, other: Outer) -> Tensor:
         """``(g g^T) * (a a^T)``, group by group, of forms with one position."""

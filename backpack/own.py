@@ -7,13 +7,14 @@ Everything that code outside the library builds on is imported from here; the fi
 * A loss: :func:`loss_rule`, a function from its arguments to its Hessian (:func:`elementwise`, or a
   subclass of :class:`LossHessian`).
 * A source of columns: a subclass of :class:`ColumnSource`.
-* A quantity: a subclass of :class:`BackpropExtension`.
+* A quantity: a subclass of :class:`BackpropExtension`. One that keeps forms meets the others too:
+  :class:`Sum`, :class:`Pullback` (which needs the graph), and :class:`Patches` in an :class:`Outer`.
 """
 
 from backpack.batch import Batch, batch_of
 from backpack.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
 from backpack.combining import Added, Blocks, Counted, Functions, Joined, Moments, Never, Rule
-from backpack.factors import Dense, Form, Layout, Lookup, Outer, Together
+from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches, Pullback, Sum, Together
 from backpack.losses import LossHessian, elementwise, loss_rule
 from backpack.quantities import BackpropExtension, Context
 from backpack.rules import Pairs, op_rule, reduce_to
@@ -57,8 +58,11 @@ __all__ = [
     "OutputBasis",
     "Pairs",
     "Pass",
+    "Patches",
+    "Pullback",
     "RandomSigns",
     "SampledRoot",
+    "Sum",
     "Together",
     "Wanted",
     "batch_of",

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backpack import backpack, extend, factors
 from backpack import extensions as E
+from backpack.columns import ColumnSource
 from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches, Pullback, Sum, merge
-from backpack.quantities import BackpropExtension, Context, Kind
+from backpack.quantities import BackpropExtension, Context
 from backpack.rules import unfold
+from backpack.sources import ExactRoot, LossGradient
 from tests.cases import CASES, LOSSES, Apply, Case
 
 
@@ -153,8 +155,11 @@ class Examine(BackpropExtension):
 
     every_column = True
 
-    def __init__(self, kind: Kind, look: Callable[[Form, list[Form]], None], known: dict) -> None:
-        self.savefield, self.kind, self.look, self.known = f"seen_{kind.name}", kind, look, known
+    def __init__(
+        self, source: ColumnSource, look: Callable[[Form, list[Form]], None], known: dict
+    ) -> None:
+        self.savefield, self.source = f"seen_{type(source).__name__}", source
+        self.look, self.known = look, known
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         before = self.known.setdefault(form.shape, [])
@@ -185,7 +190,7 @@ def run(case: Case, **options: Any) -> set[type[Form]]:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs)
     known: dict[torch.Size, list[Form]] = {}
-    kinds = (Kind("exact"), Kind("gradient"))
+    sources = (ExactRoot(), LossGradient())
     loss = LOSSES[0]
     seen: set[type[Form]] = set()
 
@@ -193,7 +198,7 @@ def run(case: Case, **options: Any) -> set[type[Form]]:
         seen.add(type(form))
         look(form, before)
 
-    with backpack(*(Examine(kind, examine, known) for kind in kinds), **options):
+    with backpack(*(Examine(source, examine, known) for source in sources), **options):
         output = extend(model, batch_dim=case.batch_dim)(*inputs)
         lossfunc = extend(loss.loss(), batch_dim=case.output_dim)
         lossfunc(output, loss.target(output)).backward()
@@ -205,6 +210,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """Each way of computing, whatever it costs here; in many pieces or in one."""
     if request.param == "tiles":
         monkeypatch.setitem(factors.PATCH_BYTES, "cpu", 8 * 50)
+        monkeypatch.setattr(factors, "ROWS_BYTES", 8 * 50)
     if request.param in ("written", "factored"):
         written = request.param == "written"
         monkeypatch.setattr(Outer, "_writes", lambda form, vectors: written)

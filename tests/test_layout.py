@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import backpack
-from backpack import extensions, optim
+from backpack import extensions, optim, vivit
 
 ROOT = Path(backpack.__file__).parent
 RIVER = [
@@ -20,12 +20,16 @@ RIVER = [
     *"blocks checks exposed run direct engine extend accumulation dataset oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
-OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
+OPTIMIZERS = ("base", "diagonal", "gram", "kronecker", "newton", "private")
+# What low-rank curvature may import of the rest.
+BELOW_VIVIT = {"backpack", "backpack.own", "backpack.engine", "backpack.extend"}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
 EXTRAS = {
     "kernels.py": {"triton"},
     "dataset.py": {"rich", "tqdm"},
     "optim/private.py": {"dp_accounting"},
+    "vivit/operators.py": {"scipy"},
+    "vivit/figures.py": {"matplotlib"},
 }
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
@@ -88,6 +92,17 @@ def test_optimizers_stand_on_everything() -> None:
             assert not any(m.startswith("backpack.optim") for m in ours(path)), path
 
 
+def test_low_rank_curvature_stands_on_the_door() -> None:
+    """It imports what code outside the library may import; nothing of the core imports it."""
+    for path in ROOT.rglob("*.py"):
+        inside = path.relative_to(ROOT).parts[0] == "vivit"
+        for name in ours(path):
+            if name.startswith("backpack.vivit"):
+                assert inside or path.parent.name == "optim", path
+            elif inside:
+                assert name in BELOW_VIVIT or name.startswith("backpack.hessianfree"), (path, name)
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_needs_only_torch(path: Path) -> None:
     extra = EXTRAS.get(str(path.relative_to(ROOT)), set())
@@ -101,7 +116,7 @@ def test_needs_only_torch(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), "no docstring"
 
 
-@pytest.mark.parametrize("space", [backpack, extensions, optim], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("space", [backpack, extensions, optim, vivit], ids=lambda m: m.__name__)
 def test_public_names_are_documented(space) -> None:
     assert len(set(space.__all__)) == len(space.__all__)
     for name in space.__all__:

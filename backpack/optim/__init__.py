@@ -9,6 +9,7 @@ optimizer.step()
 
 from backpack.optim.base import BackpackOptimizer, CurvatureOptimizer
 from backpack.optim.diagonal import DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared
+from backpack.optim.gram import GramNewton
 from backpack.optim.kronecker import EKFAC, EKFLR, KFAC, KFLR, KFRA
 from backpack.optim.newton import CGNewton, conjugate_gradients
 from backpack.optim.private import DPSGD, epsilon
@@ -23,6 +24,7 @@ __all__ = [
     "DiagHessian",
     "EKFAC",
     "EKFLR",
+    "GramNewton",
     "KFAC",
     "KFLR",
     "KFRA",
