@@ -42,6 +42,7 @@ def averaged(
     """
     if not samples:
         return {}
+    _shape(start, samples)  # before a matrix is made that is too large
     matrix = sum(torch.einsum("vnc,vnd->cd", s, s) for s in (_rows(c, samples) for c in columns))
     arrived: dict[int, Tensor] = {}
     active = _with_taps(start.node, wanted)

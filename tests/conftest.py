@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -19,6 +22,15 @@ def peak() -> int:
     """The most memory that this process has held so far, in bytes."""
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else held * 1024
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _trimmed() -> Iterator[None]:
+    """Memory that a file of tests has freed goes back to the system."""
+    yield
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
