@@ -26,6 +26,7 @@ from backpack.sources import (
     RandomSigns,
     SampledRoot,
 )
+from backpack.tracing import axis_at
 
 __all__ = [
     "AveragedRoot",
@@ -52,6 +53,7 @@ __all__ = [
     "SampledRoot",
     "Together",
     "Wanted",
+    "axis_at",
     "batch_of",
     "elementwise",
     "loss_rule",
