@@ -394,4 +394,4 @@ def pull_back(edge: GradientEdge, leaf: Tensor, columns: Tensor) -> Tensor:
     """Columns at a derived tensor carried on to a leaf, ``[m, *t] -> [m, *p]``."""
     with hooks_suspended(leaf):
         (result,) = carry(edge, [get_gradient_edge(leaf)], columns)
-    return columns.new_zeros(len(columns), *leaf.shape) if result is None else result
+    return leaf.new_zeros(len(columns), *leaf.shape) if result is None else result

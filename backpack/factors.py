@@ -16,8 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
-from typing import Literal, NamedTuple
+from math import isqrt, prod
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ LARGEST_KEPT = 2**11
 Sharing = Literal["expand", "reduce"] | None
 
 
+# Some columns and some samples of a form.
+Tile = tuple[slice, slice]
+Side = TypeVar("Side")
+
+
 class Factor(NamedTuple):
     """One Kronecker factor; ``grows`` if contributions of further columns add to it."""
 
@@ -60,6 +65,8 @@ class Form(ABC):
     shape: torch.Size
     columns: int
     samples: int
+    # Whether `project` does without writing the form out.
+    projects = False
 
     @property
     @abstractmethod
@@ -87,6 +94,83 @@ class Form(ABC):
             for n in range(0, self.samples, step):
                 column, sample = slice(v, v + 1), slice(n, min(n + step, self.samples))
                 yield column, sample, self.take(column, sample).dense()
+
+    @property
+    def room(self) -> int:
+        """How many numbers may be written out at a time."""
+        return PATCH_BYTES.get(self.like.device.type, 2**24) // self.like.element_size()
+
+    def tiles(self, rows: int | None = None) -> list[Tile]:
+        """Columns and samples of pieces of so many rows; by default small enough to be written out."""
+        rows = max(1, self.room // max(1, self.shape.numel()) if rows is None else rows)
+        columns = min(max(self.columns, 1), rows)
+        samples = max(1, rows // columns)
+        return [
+            (slice(v, min(v + columns, self.columns)), slice(n, min(n + samples, self.samples)))
+            for n in range(0, self.samples, samples)
+            for v in range(0, self.columns, columns)
+        ]
+
+    def rows(self, tile: Tile) -> Tensor:
+        """A piece of ``G``, written out, ``[v n, p]``."""
+        dense = self.take(*tile).dense()
+        return dense.reshape(dense.shape[0] * dense.shape[1], self.shape.numel())
+
+    def inner(self, other: Form) -> Tensor:
+        """``<G_{vn}, W_{wm}>`` for all columns and samples of this form and another of the parameter.
+
+        As all that a form computes, in grad mode it is part of a graph and takes more memory: outside
+        of a backward pass, ask within ``torch.no_grad()``.
+
+        Returns:
+            ``[v N, w M]``, columns first.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"forms of parameters {tuple(self.shape)} and {tuple(other.shape)}")
+        if other is self:
+            return _by_tiles(self, self, None, lambda form, tile: form.rows(tile), _row_products)
+        if isinstance(other, Sum) or (other.projects and not self.projects):
+            return other.inner(self).mT
+        result = _pairs(self, other)
+        for w, m in other.tiles():
+            vectors = other.rows((w, m))
+            products = self.project(vectors.reshape(len(vectors), *self.shape))
+            result[:, :, w, m] = products.movedim(0, 2).reshape(result[:, :, w, m].shape)
+        return result.flatten(2).flatten(0, 1)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """``<u_k, G_{vn}>`` for vectors ``u [k, *p]``, shape ``[k, v, n]``."""
+        u = vectors.reshape(len(vectors), self.shape.numel()).to(self.like.dtype)
+        result = u.new_zeros(len(u), self.columns, self.samples)
+        for v, n in self.tiles():
+            result[:, v, n] = (u @ self.rows((v, n)).mT).reshape(result[:, v, n].shape)
+        return result
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``sum_{vn} w_{kvn} G_{vn}`` for weights ``w [k, v, n]``, shape ``[k, *p]``."""
+        w = weights.to(self.like.dtype)
+        result = w.new_zeros(len(w), self.shape.numel())
+        for v, n in self.tiles():
+            piece = w[:, v, n]
+            result = result + piece.reshape(len(w), prod(piece.shape[1:])) @ self.rows((v, n))
+        return result.reshape(len(w), *self.shape)
+
+    def histogram(self, edges: Tensor) -> Tensor:
+        """How many entries of ``G`` are in each bin.
+
+        Bins are ``[e_j, e_{j+1})``, the last is closed. What is outside of all, or not a number, is not
+        counted; first and last edges may be infinite.
+
+        Args:
+            edges: ``[bins + 1]``, increasing.
+
+        Returns:
+            Integers, ``[bins]``.
+        """
+        counts = torch.zeros(len(edges) - 1, dtype=torch.long, device=self.like.device)
+        for tile in self.tiles():
+            counts += _counts(self.rows(tile), edges)
+        return counts
 
     def total(self) -> Tensor:
         """``sum_{v,n} G``, shape ``p``."""
@@ -214,6 +298,43 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix), vectors.to(matrix)
 
 
+def _pairs(form: Form, other: Form) -> Tensor:
+    """Room for numbers of all pairs, ``[v, N, w, M]``."""
+    return form.like.new_zeros(form.columns, form.samples, other.columns, other.samples)
+
+
+def _by_tiles(
+    form: Form,
+    other: Form,
+    rows: int | None,
+    side: Callable[[Any, Tile], Side],
+    product: Callable[[Side, Side], Tensor],
+) -> Tensor:
+    """``[v N, w M]`` from products of pairs of tiles; of a form with itself, each pair is done once."""
+    result, mine = _pairs(form, other), form.tiles(rows)
+    for j, (w, m) in enumerate(other.tiles(rows)):
+        right = side(other, (w, m))
+        for v, n in mine[: j + 1] if other is form else mine:
+            same = other is form and (v, n) == (w, m)
+            block = product(right if same else side(form, (v, n)), right)
+            block = block.reshape(result[v, n, w, m].shape)
+            result[v, n, w, m] = block
+            if other is form and not same:
+                result[w, m, v, n] = block.movedim((0, 1), (2, 3))
+    return result.flatten(2).flatten(0, 1)
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    return _gram(left.mT) if left is right else left @ right.mT
+
+
+def _counts(values: Tensor, edges: Tensor) -> Tensor:
+    values, edges = values.detach().reshape(-1).contiguous(), edges.to(values)
+    places = torch.bucketize(values, edges, right=True)
+    places = torch.where(values == edges[-1], len(edges) - 1, places)
+    return torch.bincount(places, minlength=len(edges) + 1)[1 : len(edges)]
+
+
 def _rotated(g: Tensor, bases: Sequence[Tensor]) -> Tensor:
     return g @ bases[0] if len(bases) == 1 else bases[0].mT @ g @ bases[1]
 
@@ -254,6 +375,18 @@ class Layout:
         elif self.kind == "convt":
             matrix = matrix.unflatten(-1, (-1, *self.shape[2:])).movedim(len(lead) + 2, len(lead) + 1)
         return matrix.reshape(*lead, *self.shape)
+
+    def load(self, stored: Tensor, groups: int, outputs: int) -> Tensor:
+        """``[*lead, *p] -> [*lead, q, o, i]``, the inverse of :meth:`store`."""
+        lead = stored.shape[: stored.dim() - len(self.shape)]
+        size = self.shape.numel() // max(groups * outputs, 1)
+        if self.kind == "columns":
+            return stored.reshape(*lead, groups, size, outputs).mT
+        if self.kind == "convt":
+            inputs = self.shape[0] // groups
+            split = stored.reshape(*lead, groups, inputs, outputs, *self.shape[2:])
+            stored = split.movedim(len(lead) + 2, len(lead) + 1)
+        return stored.reshape(*lead, groups, outputs, size)
 
     def transposed(self) -> Layout:
         """The layout of the parameter this one is the transpose of."""
@@ -337,6 +470,7 @@ class Outer(Form):
     inputs: Tensor | Patches
     g: Tensor
     layout: Layout
+    projects = True
 
     @property
     def a(self) -> Tensor:
@@ -520,6 +654,100 @@ class Outer(Form):
         which = doubtful.nonzero()[:, 0]
         return norms.index_copy(0, which, Form.squared_norms(self.take(slice(None), which)))
 
+    def _parts(self, vectors: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Some vectors and samples, inputs ``[q, n s, i]`` and columns ``[v, n, q, s, o]`` of these.
+
+        For so many at a time, ``[vectors, n, q, s, o]`` may be written out.
+        """
+        _, q, s, i = self.inputs.shape
+        o = self.g.shape[-1]
+        samples = max(1, self.room // max(1, q * s * max(i, o)))
+        step = max(1, self.room // max(1, min(samples, self.samples) * q * s * o))
+        for first in range(0, self.samples, samples):
+            n = slice(first, min(first + samples, self.samples))
+            piece = self.take(slice(None), n)
+            a = piece.a.transpose(0, 1).flatten(1, 2)
+            for k in range(0, vectors, step):
+                yield slice(k, min(k + step, vectors)), n, a, piece.g
+
+    def _writes(self, vectors: int) -> bool:
+        """Whether products with so many vectors cost less with the form written out."""
+        s, i, v = self.positions, self.inputs.shape[-1], self.columns
+        return s > 1 and v * i * (s + vectors) < vectors * s * (i + v)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """``sum_s g . (u a)``, where that costs less than ``G``."""
+        if self._writes(len(vectors)):
+            return super().project(vectors)
+        u = self.layout.load(vectors.to(self.g.dtype), self.g.shape[2], self.g.shape[-1])
+        result = self.g.new_zeros(len(u), self.columns, self.samples)
+        for k, n, a, g in self._parts(len(u)):
+            sides = a @ u[k].permute(1, 3, 0, 2).flatten(2)  # [q, n s, k o]
+            sides = sides.unflatten(2, (k.stop - k.start, g.shape[4]))
+            sides = sides.unflatten(1, (g.shape[1], g.shape[3]))
+            result[k, :, n] = torch.einsum("qnsko,vnqso->kvn", sides, g)
+        return result
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``sum_{n,s} (sum_v w g) a^T``, where that costs less than ``G``."""
+        if self._writes(len(weights)):
+            return super().combine(weights)
+        (q, o), i = (self.g.shape[2], self.g.shape[-1]), self.inputs.shape[-1]
+        result, w = self.g.new_zeros(len(weights), q, o, i), weights.to(self.g.dtype)
+        for k, n, a, g in self._parts(len(w)):
+            sides = torch.einsum("kvn,vnqso->qnsko", w[k, :, n], g).flatten(3).flatten(1, 2)
+            sums = (sides.mT @ a).unflatten(1, (k.stop - k.start, o))
+            result[k] = result[k] + sums.transpose(0, 1)
+        return self.layout.store(result)
+
+    def inner(self, other: Form) -> Tensor:
+        """By products of inputs and of columns, where that costs less than rows of ``G``."""
+        alike = isinstance(other, Outer) and other.layout == self.layout
+        if not isinstance(other, Outer) or not alike or other.g.shape[2] != self.g.shape[2]:
+            return super().inner(other)
+        if self.positions == other.positions == 1:
+            return self._inner_of_single(other)
+        if not self._similar_cost_less(other) or self._cancels() or other._cancels():
+            return super().inner(other)
+        most = max(self.positions, other.positions, 1)
+        rows = isqrt(self.room // max(1, self.g.shape[2])) // most
+        return _by_tiles(self, other, max(rows, 1), Outer.take_tile, _similar)
+
+    def take_tile(self, tile: Tile) -> Outer:
+        """Some columns and samples."""
+        return self.take(*tile)
+
+    def _inner_of_single(self, other: Outer) -> Tensor:
+        """``(g g^T) * (a a^T)``, group by group, of forms with one position."""
+        result, left = _pairs(self, other), self.a
+        right = left if other is self else other.a
+        for q in range(self.g.shape[2]):
+            g, a = self.g[:, :, q, 0].flatten(0, 1), left[:, q, 0]
+            h, b = (g, a) if other is self else (other.g[:, :, q, 0].flatten(0, 1), right[:, q, 0])
+            columns = _row_products(g, h).reshape(result.shape)
+            result = result + columns * _row_products(a, b).unsqueeze(1)
+        return result.flatten(2).flatten(0, 1)
+
+    def _similar_cost_less(self, other: Outer) -> bool:
+        """Whether products of pairs of positions cost less than rows of one form, or of both."""
+        (n, m), (v, w) = (self.samples, other.samples), (self.columns, other.columns)
+        (s, t), (o, i) = (self.positions, other.positions), (self.g.shape[-1], self.inputs.shape[-1])
+        half = 2 if other is self else 1
+        positions = n * m * s * t * (i + v * w * (o + 1)) // half
+        written = o * i * (v * n * s + w * m * t + v * n * w * m // half)
+        projected = w * m * o * (t * i + n * s * (i + v))
+        return positions < (written if other is self else min(written, projected))
+
+    @torch.no_grad()
+    def _cancels(self) -> bool:
+        """Whether products of positions add up to much less than their size, and lose digits."""
+        for piece in self._pieces(PATCH_BYTES):
+            a = piece.a
+            terms = _sum_first(piece.g @ piece.g.mT) * (a @ a.mT)
+            if bool((terms.sum((1, 2, 3)) < CANCELLED * terms.abs().sum((1, 2, 3))).any()):
+                return True
+        return False
+
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """``B = sum_{v,n} (sum_s g)(sum_s g)^T`` and ``A = 1/(N q) sum_{n,q,s} a a^T``; of a matrix.
 
@@ -563,11 +791,27 @@ class Outer(Form):
         return squares.mT if columns else squares
 
 
+def _similar(left: Outer, right: Outer) -> Tensor:
+    """``sum_{s,t} (a_s . a_t) (g_s . g_t)``, shape ``[v, n, w, m]``."""
+
+    def sides(form: Outer) -> tuple[Tensor, Tensor]:
+        """``[q, n s, i]`` and ``[q, v n s, o]``."""
+        return form.a.transpose(0, 1).flatten(1, 2), form.g.movedim(2, 0).flatten(1, 3)
+
+    (a, g), (b, h) = sides(left), sides(right)
+    columns = (g @ h.mT).unflatten(2, (right.columns, right.samples, right.positions))
+    columns = columns.unflatten(1, (left.columns, left.samples, left.positions))
+    inputs = (a @ b.mT).unflatten(2, (1, right.samples, right.positions))
+    inputs = inputs.unflatten(1, (1, left.samples, left.positions))
+    return (columns * inputs).sum((0, 3, 6))
+
+
 @dataclass(frozen=True, eq=False)
 class Dense(Form):
     """``G`` itself, ``[v, n, *p]``."""
 
     values: Tensor
+    projects = True
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -661,6 +905,7 @@ class Lookup(Form):
     index: Tensor
     g: Tensor
     shape: torch.Size = field()
+    projects = True
 
     @property
     def columns(self) -> int:  # type: ignore[override]
@@ -697,6 +942,53 @@ class Lookup(Form):
         g = g.index_add(1, inverse, self.g.flatten(1, 2))
         return unique // self.shape[0], unique % self.shape[0], g
 
+    def _parts(self, vectors: int) -> Iterator[tuple[slice, slice, Lookup]]:
+        """Some vectors and samples, so many that ``[vectors, n, s, d]`` may be written out."""
+        size = max(1, self.g.shape[2:].numel())
+        samples = max(1, self.room // size)
+        step = max(1, self.room // (size * max(1, min(samples, self.samples))))
+        for first in range(0, self.samples, samples):
+            n = slice(first, min(first + samples, self.samples))
+            for k in range(0, vectors, step):
+                yield slice(k, min(k + step, vectors)), n, self.take(slice(None), n)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """``sum_s g . u[index]``."""
+        u = vectors.to(self.g.dtype)
+        result = u.new_zeros(len(u), self.columns, self.samples)
+        for k, n, piece in self._parts(len(u)):
+            result[k, :, n] = torch.einsum("knsd,vnsd->kvn", u[k][:, piece.index], piece.g)
+        return result
+
+    def combine(self, weights: Tensor) -> Tensor:
+        w = weights.to(self.g.dtype)
+        result = w.new_zeros(len(w), *self.shape)
+        for k, n, piece in self._parts(len(w)):
+            g = torch.einsum("kvn,vnsd->knsd", w[k, :, n], piece.g)
+            result[k] = result[k].index_add(1, piece.index.flatten(), g.flatten(1, 2))
+        return result
+
+    def inner(self, other: Form) -> Tensor:
+        """By products of positions that read the same row, where that costs less than tables."""
+        if not isinstance(other, Lookup):
+            return super().inner(other)
+        s, t = self.index.shape[1], other.index.shape[1]
+        of_row = self.columns * self.samples * s
+        if of_row * t > self.shape[0] + of_row:
+            return super().inner(other)
+        rows = isqrt(self.room) // max(s, t, 1)
+        return _by_tiles(self, other, max(rows, 1), Lookup.take_tile, _same_rows)
+
+    def take_tile(self, tile: Tile) -> Lookup:
+        """Some columns and samples."""
+        return self.take(*tile)
+
+    def histogram(self, edges: Tensor) -> Tensor:
+        """Rows that are not read are zero."""
+        g = self._touched()[2]
+        zeros = self.columns * self.samples * self.shape.numel() - g.numel()
+        return _counts(g, edges) + zeros * _counts(g.new_zeros(1), edges)
+
     def total(self) -> Tensor:
         g = self.g.sum(0).flatten(0, 1)
         return g.new_zeros(self.shape).index_add(0, self.index.flatten(), g)
@@ -723,6 +1015,14 @@ class Lookup(Form):
         counts = torch.bincount(self.index.flatten(), minlength=self.shape[0]).to(g.dtype)
         count *= max(positions, 1) if sharing == "expand" else 1
         return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
+
+
+def _same_rows(left: Lookup, right: Lookup) -> Tensor:
+    """``sum_{s,t} [index_s = index_t] (g_s . g_t)``, shape ``[v, n, w, m]``."""
+    same = left.index[:, :, None, None, None] == right.index
+    products = left.g.flatten(0, 2) @ right.g.flatten(0, 2).mT
+    products = products.unflatten(1, right.g.shape[:3]).unflatten(0, left.g.shape[:3])
+    return (products * same.to(products.dtype)).sum((2, 5))
 
 
 @dataclass(frozen=True, eq=False)
@@ -762,12 +1062,16 @@ class Pullback(Form):
     def total(self) -> Tensor:
         return self.vjp(self.form.total().unsqueeze(0))[0]
 
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.vjp(self.form.combine(weights))
+
 
 @dataclass(frozen=True, eq=False)
 class Sum(Form):
     """The sum of forms of different kinds: a parameter used by operations of different kinds."""
 
     forms: tuple[Form, ...]
+    projects = True
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -795,6 +1099,25 @@ class Sum(Form):
     def total(self) -> Tensor:
         first, *rest = (form.total() for form in self.forms)
         return sum(rest, first)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        first, *rest = (form.project(vectors) for form in self.forms)
+        return sum(rest, first)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        first, *rest = (form.combine(weights) for form in self.forms)
+        return sum(rest, first)
+
+    def inner(self, other: Form) -> Tensor:
+        """Pairs of forms, each once."""
+        total = _pairs(self, other).flatten(2).flatten(0, 1)
+        others = other.forms if isinstance(other, Sum) else (other,)
+        for i, form in enumerate(self.forms):
+            for j, each in enumerate(others):
+                if other is not self or i <= j:
+                    part = form.inner(each)
+                    total = total + (part if other is not self or i == j else part + part.mT)
+        return total
 
 
 def merge(forms: Sequence[Form]) -> Form:

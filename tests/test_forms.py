@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backpack import backpack, extend, factors
 from backpack import extensions as E
-from backpack.factors import Layout, Outer, Patches, merge
+from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches, Pullback, Sum, merge
+from backpack.quantities import BackpropExtension, Context, Kind
 from backpack.rules import unfold
-from tests.cases import Apply
+from tests.cases import CASES, LOSSES, Apply, Case
 
 
 class Written(TorchDispatchMode):
@@ -109,3 +111,256 @@ def test_a_graph_holds_patches_once(block: int, monkeypatch: pytest.MonkeyPatch)
         form.square_sum().sum().backward(create_graph=True)
     products = g.shape[0] * g.shape[1] * 30
     assert held.bytes < 8 * (4 * inputs.shape.numel() + 4 * g.numel() + 12 * products)
+
+
+# --------------------------------------------------------------------------------------
+# Primitives
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11 * scale + 1e-14)
+
+
+def flat(form: Form) -> Tensor:
+    """``[v N, p]``."""
+    return form.dense().reshape(form.columns * form.samples, form.shape.numel())
+
+
+def agree(form: Form) -> None:
+    """All primitives of one form, against the form written out."""
+    v, n, rows = form.columns, form.samples, flat(form)
+    for k in (1, 3, 40):
+        u = torch.randn(k, *form.shape, dtype=rows.dtype)
+        w = torch.randn(k, v, n, dtype=rows.dtype)
+        close(form.project(u), (u.reshape(k, rows.shape[1]) @ rows.mT).reshape(k, v, n))
+        close(form.combine(w), (w.reshape(k, len(rows)) @ rows).reshape(u.shape))
+    close(form.inner(form), rows @ rows.mT)
+    largest = rows.abs().max() if rows.numel() else 1.0
+    for edges in (torch.linspace(-0.7, 0.5, 7) * largest, torch.tensor([-torch.inf, 0, torch.inf])):
+        expected = torch.histogram(rows.flatten(), edges.to(rows).clamp(-1e300, 1e300))[0]
+        assert torch.equal(form.histogram(edges).to(rows), expected)
+
+
+def agree_with(form: Form, other: Form) -> None:
+    expected = flat(form) @ flat(other).mT
+    close(form.inner(other), expected)
+    close(other.inner(form), expected.mT)
+
+
+class Examine(BackpropExtension):
+    """Has every form looked at that arrives, and together with those that came before it."""
+
+    every_column = True
+
+    def __init__(self, kind: Kind, look: Callable[[Form, list[Form]], None], known: dict) -> None:
+        self.savefield, self.kind, self.look, self.known = f"seen_{kind.name}", kind, look, known
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
+        before = self.known.setdefault(form.shape, [])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.look(form, before)
+        # The graph of a derived tensor goes when backward has passed it.
+        before.append(Dense(form.dense()) if isinstance(form, Pullback) else form)
+        return torch.zeros(())
+
+    def zero(self, context: Context) -> Tensor:
+        return torch.zeros(())
+
+
+def look(form: Form, before: list[Form]) -> None:
+    subset = torch.tensor([form.samples - 1, 0, 0])
+    parts = [form.take(slice(None), slice(0, 1)), form.take(slice(1, None), subset)]
+    for each in (form, *parts):
+        agree(each)
+    for other in (*parts, *before):
+        agree_with(form, other)
+
+
+def run(case: Case, **options: Any) -> set[type[Form]]:
+    """All forms of a model: of the columns of its loss, and of its gradient."""
+    torch.manual_seed(0)
+    model, inputs = case.model().double(), case.inputs()
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    known: dict[torch.Size, list[Form]] = {}
+    kinds = (Kind("exact"), Kind("gradient"))
+    loss = LOSSES[0]
+    seen: set[type[Form]] = set()
+
+    def examine(form: Form, before: list[Form]) -> None:
+        seen.add(type(form))
+        look(form, before)
+
+    with backpack(*(Examine(kind, examine, known) for kind in kinds), **options):
+        output = extend(model, batch_dim=case.batch_dim)(*inputs)
+        lossfunc = extend(loss.loss(), batch_dim=case.output_dim)
+        lossfunc(output, loss.target(output)).backward()
+    return seen
+
+
+@pytest.fixture(params=["usual", "tiles", "written", "factored"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each way of computing, whatever it costs here; in many pieces or in one."""
+    if request.param == "tiles":
+        monkeypatch.setitem(factors.PATCH_BYTES, "cpu", 8 * 50)
+    if request.param in ("written", "factored"):
+        written = request.param == "written"
+        monkeypatch.setattr(Outer, "_writes", lambda form, vectors: written)
+        monkeypatch.setattr(Outer, "_similar_cost_less", lambda form, other: not written)
+        monkeypatch.setattr(Outer, "_cancels", lambda form: False)
+    yield request.param
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_primitives(case: Case, way: str) -> None:
+    assert run(case)
+
+
+def test_all_kinds_of_forms_are_met() -> None:
+    names = "linear embedding lora tied-embedding conv2d-plain convt2d-groups matmul".split()
+    kinds = set().union(*(run(case) for case in CASES if case.name in names))
+    assert kinds >= {Outer, Dense, Lookup, Pullback, Sum}
+
+
+FORMS: dict[str, Callable[[], Form]] = {
+    "single": lambda: outer(3, 1, 1),
+    "groups": lambda: outer(3, 4, 1),
+    "positions": lambda: outer(3, 1, 6),
+    "grouped positions": lambda: outer(2, 2, 5),
+    "columns": lambda: Outer(rand(3, 1, 4, 5), rand(2, 3, 1, 4, 2), layout("columns", 5, 2)),
+    "vector": lambda: Outer(rand(3, 1, 4, 5), rand(2, 3, 1, 4, 1), layout("columns", 5)),
+    "convt": lambda: Outer(rand(3, 2, 4, 6), rand(2, 3, 2, 4, 5), layout("convt", 6, 5, 2)),
+    "patches": lambda: convolutions(1)[0],
+    "kept patches": lambda: convolutions(1, keep=True)[0],
+    "lookup": lambda: Lookup(torch.randint(4, (3, 5)), rand(2, 3, 5, 2), torch.Size((4, 2))),
+    "dense": lambda: Dense(rand(2, 3, 4, 5)),
+    "scalar": lambda: Dense(rand(2, 3)),
+    "pullback": lambda: Pullback(outer(3, 1, 2), lambda m: 2 * m.mT, torch.Size((3, 4))),
+    "sum": lambda: Sum((outer(3, 1, 4), Dense(rand(3, 3, 4, 3)), outer(3, 1, 1))),
+}  # fmt: skip
+
+
+def layout(kind: str, *shape: int) -> Layout:
+    return Layout(torch.Size(shape), kind)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def outer(columns: int, groups: int, positions: int) -> Outer:
+    a, g = rand(3, groups, positions, 3), rand(columns, 3, groups, positions, 4)
+    return Outer(a, g, Layout(torch.Size((4 * groups, 3))))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_primitives_of_small_forms(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    form = FORMS[name]()
+    other = FORMS[name]()
+    look(form, [other, Dense(rand(1, 5, *form.shape)), other.take(slice(0, 1), slice(2))])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_primitives_without_columns_or_samples(name: str) -> None:
+    form = FORMS[name]()
+    for part in (form.take(slice(0, 0), slice(None)), form.take(slice(None), slice(0, 0))):
+        if name != "pullback":
+            agree(part)
+            agree_with(form, part)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_primitives_are_differentiable(name: str, way: str) -> None:
+    """With `create_graph` the graph of `g` goes through them."""
+    torch.manual_seed(0)
+    form = FORMS[name]()
+    if not isinstance(form, (Outer, Lookup, Dense)):
+        return
+    leaf = (form.values if isinstance(form, Dense) else form.g).requires_grad_()
+    u, w = rand(3, *form.shape), rand(3, form.columns, form.samples)
+    rows = flat(form)
+    for found, expected in (
+        (form.inner(form), rows @ rows.mT),
+        (form.project(u), (u.reshape(3, -1) @ rows.mT).reshape(w.shape)),
+        (form.combine(w), (w.flatten(1) @ rows).reshape(u.shape)),
+    ):
+        weight = rand(*found.shape)
+        (one,) = torch.autograd.grad((found * weight).sum(), leaf, retain_graph=True)
+        (two,) = torch.autograd.grad((expected * weight).sum(), leaf, retain_graph=True)
+        close(one, two)
+
+
+def test_forms_of_other_parameters() -> None:
+    with pytest.raises(ValueError, match="forms of parameters"):
+        outer(1, 1, 1).inner(outer(1, 2, 1))
+
+
+def test_groups_that_differ() -> None:
+    """One weight, in a convolution with groups and in one without."""
+    plain = Outer(rand(3, 1, 5, 6), rand(2, 3, 1, 5, 4), Layout(torch.Size((4, 2, 3))))
+    grouped = Outer(rand(3, 2, 5, 6), rand(2, 3, 2, 5, 2), Layout(torch.Size((4, 2, 3))))
+    agree_with(plain, grouped)
+
+
+def test_edges_and_what_is_no_number() -> None:
+    values = torch.tensor([-1.0, 0, 0.5, 1, 2, torch.nan, torch.inf, -torch.inf]).reshape(1, 1, -1)
+    form = Dense(values)
+    assert form.histogram(torch.tensor([0.0, 0.5, 1.0])).tolist() == [1, 2]
+    assert form.histogram(torch.tensor([-torch.inf, 0.5, torch.inf])).tolist() == [3, 4]
+
+
+def test_cancelling_positions() -> None:
+    """In single precision, where products of positions are a thousand times their sum."""
+    torch.manual_seed(0)
+    a, g = torch.randn(4, 1, 2, 40), torch.randn(3, 4, 1, 2, 30)
+    a[:, :, 1], g[:, :, :, 1] = a[:, :, 0], -g[:, :, :, 0] * (1 + 1e-4 * torch.randn(3, 4, 1, 30))
+    form = Outer(a, g, Layout(torch.Size((30, 40))))
+    exact = flat(Outer(a.double(), g.double(), form.layout))
+    exact = exact @ exact.mT
+    assert float((form.inner(form) - exact).abs().max() / exact.abs().max()) < 1e-2
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one result has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not out._is_view():
+            self.numbers = max(self.numbers, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("positions", [1, 9])
+@pytest.mark.parametrize("name", ["outer", "patches", "lookup", "sum", "pullback"])
+def test_memory_is_bounded(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of columns times samples times parameter: results, inputs, and pieces of some size."""
+    room, size = 20000, 4000
+    monkeypatch.setitem(factors.PATCH_BYTES, "cpu", 8 * room)
+    n, v, s = 12, 8, positions
+    o, i = 40, 100
+    form: Form = Outer(rand(n, 1, s, i), rand(v, n, 1, s, o), Layout(torch.Size((o, i))))
+    if name == "patches":
+        windows = rand(n, 1, 10, s + 9).unfold(3, 10, 1).movedim(4, 3)
+        form = Outer(Patches(windows, 1), rand(v, n, 1, s, o), form.layout)
+    if name == "lookup":
+        form = Lookup(torch.randint(o, (n, s)), rand(v, n, s, i), form.shape)
+    if name == "sum":
+        form = Sum((form, Lookup(torch.randint(o, (n, s)), rand(v, n, s, i), form.shape)))
+    if name == "pullback":
+        form = Pullback(form, lambda m: 2 * m, form.shape)
+    k, largest = 5, Largest()
+    u, w = rand(k, *form.shape), rand(k, v, n)
+    with torch.no_grad(), largest:
+        form.inner(form)
+        form.project(u)
+        form.combine(w)
+        form.histogram(torch.linspace(-1, 1, 5).double())
+    given = v * n * s * (i if name in ("lookup", "sum") else o)
+    bound = max(room, (v * n) ** 2, n * s * i, given)
+    assert v * n * size > 4 * bound
+    assert largest.numbers <= 1.2 * max(bound, k * size)
