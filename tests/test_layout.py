@@ -21,8 +21,14 @@ RIVER = [
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "kronecker", "newton", "private")
+# The monitor stands on what anybody's own code may build on.
+OPEN = {"backpack", *(f"backpack.{name}" for name in "own engine extend hessianfree".split())}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
-EXTRAS = {"kernels.py": {"triton"}, "optim/private.py": {"dp_accounting"}}
+EXTRAS = {
+    "kernels.py": {"triton"},
+    "optim/private.py": {"dp_accounting"},
+    "cockpit/history.py": {"pandas"},
+}
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
 
@@ -82,6 +88,15 @@ def test_optimizers_stand_on_everything() -> None:
     for path in ROOT.rglob("*.py"):
         if path.parent.name != "optim":
             assert not any(m.startswith("backpack.optim") for m in ours(path)), path
+
+
+def test_the_monitor_stands_on_what_is_open() -> None:
+    inside = ROOT / "cockpit"
+    for path in inside.rglob("*.py"):
+        assert {m for m in ours(path) if not m.startswith("backpack.cockpit")} <= OPEN, path
+    for path in ROOT.rglob("*.py"):
+        if inside not in path.parents:
+            assert not any(m.startswith("backpack.cockpit") for m in ours(path)), path
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
