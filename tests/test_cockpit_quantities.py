@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -420,6 +421,96 @@ def test_sampled_curvature() -> None:
     found = torch.tensor(values)
     assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / len(found) ** 0.5
     assert float(found.std()) > 0
+
+
+def test_alpha_by_the_ggn() -> None:
+    """Of a linear model, whose GGN is its Hessian; without bias."""
+    model = nn.Linear(4, 3)
+    X, y = vectors(8), classes(8)
+    monitor = watch(model, quantities=["alpha_ggn"], every=1)
+    d = [torch.randn_like(p) for p in model.parameters()]
+    for _ in range(300):
+        with monitor.step():
+            F.cross_entropy(model(X), y).backward()
+            with torch.no_grad():
+                for p, change in zip(model.parameters(), d, strict=True):
+                    p += change
+        with torch.no_grad():
+            for p, change in zip(model.parameters(), d, strict=True):
+                p -= change
+        gradients = [p.grad for p in model.parameters()]
+        model.zero_grad()
+    monitor.close()
+    problem = Problem(mlp, vectors, classes, F.cross_entropy, entropies)
+    H, step = hessian(problem, model, [(X, y, 1.0)]), torch.cat([x.flatten() for x in d])
+    slope = torch.cat([g.flatten() for g in gradients]) @ step
+    found = torch.tensor(monitor.history().column("alpha_ggn")[1])
+    expected = float(-(step @ H @ step) / slope - 1)
+    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / len(found) ** 0.5
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_loss_modules_are_known_for_a_while(known: bool) -> None:
+    """A module's Hessian is found by its rule; it is left as it was."""
+    lossfunc: Any = nn.CrossEntropyLoss() if known else F.cross_entropy
+    model = nn.Linear(4, 5000)  # too many outputs for a loss to be differentiated twice
+    monitor = watch(model, quantities=["hess_trace"], every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if known else "ignore")
+        with monitor.step():
+            lossfunc(model(vectors(3)), classes(3)).backward()
+    monitor.close()
+    assert ("hess_trace" in monitor.history().at(0)) == known
+    assert not known or not (lossfunc._forward_hooks or lossfunc._forward_pre_hooks)
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.qkv, self.options = nn.Linear(4, 12), options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (2, 6)).transpose(1, 2).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, **self.options).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_logits(causal: bool) -> None:
+    model, x = Attention(is_causal=causal), torch.randn(3, 5, 4)
+    original = F.scaled_dot_product_attention
+    monitor = watch(model, quantities=["attention_logit", "norm_test"], every=1)
+    with monitor.step():
+        model(x).square().mean().backward()
+    monitor.close()
+    assert F.scaled_dot_product_attention is original
+    q, k, _ = model.qkv(x).unflatten(-1, (2, 6)).transpose(1, 2).chunk(3, -1)
+    logits = q @ k.mT / 2**0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    close(monitor.history().at(0)["attention_logit"], logits.max(), 1e-5)
+    assert "norm_test" in monitor.history().at(0)
+
+
+def test_critical_sharpness() -> None:
+    """Of a parabola it is known: the loss is what it was at twice the way to the minimum."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.ones(3, 1), torch.zeros(3, 1)
+    count = []
+
+    def loss() -> Tensor:
+        count.append(1)
+        return 1.5 * F.mse_loss(model(x), y)  # second derivative: 3
+
+    names = ["critical_sharpness", "update_size"]
+    monitor = watch(model, optimizer, quantities=names, every=1, closure=loss)
+    before = float(model.weight.detach())
+    loss().backward()
+    optimizer.step()
+    monitor.close()
+    assert float(model.weight.detach()) == before * (1 - 0.1 * 3)
+    assert len(count) <= 10
+    close(monitor.history().at(0)["critical_sharpness"], 3.0, 0.05)
 
 
 @pytest.mark.parametrize("problem", ["mlp", "cnn", "regression", "reused"])

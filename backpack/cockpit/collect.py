@@ -168,14 +168,9 @@ class FirstOrder(BackpropExtension):
 
     def _keep(self, piece: Piece) -> bool:
         """Keep a form, if there is room for it."""
-        form = piece.form
-        assert form is not None
-        form = _released(form)
-        for each in _tensors(form):
-            storage = each.untyped_storage()
-            if storage.data_ptr() not in self._storages:
-                self._storages.add(storage.data_ptr())
-                self.held += storage.nbytes()
+        assert piece.form is not None
+        form = _released(piece.form)
+        self.held += _new_bytes(form, self._storages)
         if self.held > self.wish.limit:
             return False
         piece.form, piece.versions = form, _versions(form)
@@ -237,6 +232,17 @@ def _tensors(form: Form) -> Iterator[Tensor]:
             value = getattr(each, field.name)
             if isinstance(value, Tensor):
                 yield value
+
+
+def _new_bytes(form: Form, storages: set[int]) -> int:
+    """Memory that a form takes besides these storages, to which its own are added."""
+    total = 0
+    for each in _tensors(form):
+        storage = each.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
 
 
 def _versions(form: Form) -> tuple[int, ...]:
@@ -305,6 +311,40 @@ class Curvature(BackpropExtension):
         p = context.parameter.detach()
         nothing = torch.zeros((), dtype=torch.float64, device=p.device)
         return nothing, torch.zeros_like(p) if self.diagonal else None
+
+
+class KeptColumns(BackpropExtension):
+    """Forms of sampled columns of the GGN, kept until the step's update is known.
+
+    Args:
+        field: the attribute that holds them until the pass is over.
+        generator: source of randomness.
+    """
+
+    needs_gradient = False
+    every_column = True
+
+    def __init__(self, field: str, generator: torch.Generator | None = None) -> None:
+        self.savefield = field
+        self.source: ColumnSource = SampledRoot(1, generator)
+        self.begin(0)
+
+    def begin(self, limit: int) -> None:
+        """A pass begins, in which forms may take so many bytes."""
+        self.limit, self.held = limit, 0
+        self._storages: set[int] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether they took more."""
+        return self.held > self.limit
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Form]:
+        with torch.no_grad():
+            through = any(hasattr(each, "vjp") for each in _nested(form))
+            form = Dense(form.dense()) if through else _released(form)
+            self.held += _new_bytes(form, self._storages)
+            return [] if self.full else [form]
 
 
 # --------------------------------------------------------------------------------------

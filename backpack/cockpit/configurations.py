@@ -17,7 +17,7 @@ CONFIGURATIONS = {"economy": ECONOMY, "business": BUSINESS, "full": FULL}
 # Those that are not functions of one step alone, with what they need.
 SPECIAL: dict[str, frozenset[str]] = {
     "alpha": frozenset({"norms", "projections", "losses", "ends", "update"}),
-    "alpha_ggn": frozenset({"update", "columns"}),
+    "alpha_ggn": frozenset({"norms", "update", "columns"}),
     "grad_hist": frozenset({"counts"}),
     "grad_hist_2d": frozenset({"counts"}),
     "hess_max_ev": frozenset({"products"}),

@@ -39,6 +39,7 @@ class Passed:
         share: the factor of its ``G_n`` in the step's gradient.
         pieces: what it has left, by parameter.
         curvature: trace and diagonal of curvature matrices, by matrix and parameter.
+        columns: forms of sampled columns of the GGN, by parameter; ``None`` if they were not kept.
         losses: each sample's share of the loss; ``None`` where that cannot be read.
         unread: why it cannot.
         raw: parameters that meet the model's inputs.
@@ -48,6 +49,7 @@ class Passed:
     share: float = 1.0
     pieces: dict[Tensor, Piece] = field(default_factory=dict)
     curvature: dict[str, dict[Tensor, Any]] = field(default_factory=dict)
+    columns: dict[Tensor, list[Any]] | None = None
     losses: Tensor | None = None
     unread: Exception | None = None
     raw: set[Tensor] = field(default_factory=set)
@@ -341,6 +343,22 @@ class Step:
         """The step's loss: the sum of those whose backward was called."""
         self._need()
         return float(self.group.sum(sum(passed.loss for passed in self.passes)) / self.group.size)  # type: ignore[arg-type]
+
+    def curvature_along(self, update: dict[Tensor, Tensor]) -> float:
+        """``d^T G d``, an unbiased estimate."""
+        self._need("columns")
+        total = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        for passed in self.passes:
+            if passed.columns is None:
+                raise MissingError("columns of the GGN were not kept (see `hold`)")
+            sums: list[Tensor] = []
+            for p, forms in passed.columns.items():
+                direction = update[p].unsqueeze(0)
+                for k, form in enumerate(forms):
+                    part = form.project(direction.to(form.like.dtype))[0].double()
+                    sums[k : k + 1] = [sums[k] + part if k < len(sums) else part]
+            total = total + sum(x.square().sum() for x in sums) * passed.share
+        return float(self.group.sum(total))
 
     def moments(self, rows: Tensor) -> tuple[float, float]:
         """Mean and unbiased variance over all samples of ``B x_n``, for shares ``x_n``."""

@@ -17,12 +17,13 @@ from backpack.cockpit.alarms import Alarm, Finding, alarms_of
 from backpack.cockpit.alpha import End, alpha
 from backpack.cockpit.attention import AttentionLogits
 from backpack.cockpit.budget import Clock
-from backpack.cockpit.collect import Curvature, FirstOrder, Piece, Probe, Wish, project
+from backpack.cockpit.collect import Curvature, FirstOrder, KeptColumns, Piece, Probe, Wish, project
 from backpack.cockpit.configurations import SPECIAL, chosen
 from backpack.cockpit.eigenvalue import TopEigenvalue
 from backpack.cockpit.grouping import Per, grouped, looked_at
 from backpack.cockpit.histograms import Counts, symlog_edges
 from backpack.cockpit.history import History
+from backpack.cockpit.lossmodules import LossModules
 from backpack.cockpit.measures import Measure, MissingError, Passed, Step
 from backpack.cockpit.processes import processes_of
 from backpack.cockpit.sharpness import critical_sharpness
@@ -34,7 +35,8 @@ from backpack.own import BackpropExtension
 # Entries that are looked at for a histogram, for each parameter.
 ENTRIES = 2**18
 _EXTENDED = "_backpack_extend"
-_PARTS = ("norms", "projections", "squares", "activity", "ends", "counts")
+# What is no matter of first-order forms.
+_OTHERS = {"gradient", "update", "reference", "products", "attention", "columns"}
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Monitor:
         self.groups, self._rows = grouped(self.names, per)
         self.processes = processes_of(model)
         self.attention: AttentionLogits | None = None
+        self.loss_modules: LossModules | None = None
         self._refused: dict[str, str] = {}
         self._choose(quantities)
         self.clock = Clock(every if callable(every) else linear(every), budget)
@@ -123,8 +126,11 @@ class Monitor:
         )
         self._made: list[BackpropExtension] | None = None
         self._curvatures: dict[str, Curvature] = {}
-        if self.attention is not None:
-            self.attention.listen(False)
+        for listener in (self.attention, self.loss_modules):
+            if listener is not None:
+                listener.listen(False)
+        second = any(m.matrix is not None for m in self.measures) or "columns" in self.needs
+        self.loss_modules = LossModules() if second else None
         self.top = TopEigenvalue(self.processes) if "hess_max_ev" in self.special else None
         self.attention = AttentionLogits() if "attention_logit" in self.special else None
 
@@ -144,7 +150,8 @@ class Monitor:
             }
             self._first = FirstOrder(self._field, self._part_failed)
             self._probe = Probe(f"{self._field}_probe")
-            self._made = [*self._curvatures.values(), self._probe, self._first]
+            self._columns = KeptColumns(f"{self._field}_columns", self._generator)
+            self._made = [*self._curvatures.values(), self._columns, self._probe, self._first]
         return self._made
 
     def _wish(self, share: float) -> Wish:
@@ -196,8 +203,9 @@ class Monitor:
         self._listen(self._tracking or self._start is not None)
 
     def _listen(self, on: bool) -> None:
-        if self.attention is not None:
-            self.attention.listen(on)
+        for listener in (self.attention, self.loss_modules):
+            if listener is not None:
+                listener.listen(on)
         if on == self._listening:
             return
         self._listening = on
@@ -291,10 +299,13 @@ class Monitor:
         wanted: list[BackpropExtension] = []
         if self._tracking:
             wanted += self._curvatures.values()
+        if self._tracking and "columns" in self.needs:
+            self._columns.begin(self.hold)
+            wanted.append(self._columns)
         ends, needs = self._start is not None, self.needs if self._tracking else frozenset()
         if ends or needs & {"losses", "activity"}:
             wanted.append(self._probe)
-        if ends or needs - {"gradient", "update", "reference", "products", "attention"}:
+        if ends or needs - _OTHERS:
             wanted.append(self._first)
         return [ext for ext in made if ext in wanted and ext.savefield not in self._refused]
 
@@ -355,6 +366,8 @@ class Monitor:
             field = f"{self._field}_{matrix}"
             if field in found:
                 passed.curvature[matrix] = found[field]
+        if self._columns.savefield in found and not self._columns.full:
+            passed.columns = found[self._columns.savefield]
         passed.losses, passed.unread = self._losses(call)
         passed.raw = self._probe.raw
         if pieces and self._first.held > self.hold:
@@ -426,6 +439,9 @@ class Monitor:
         found = {}
         if self._field in self._refused:
             found["statistics"] = self._refused[self._field]
+        columns = self._refused.get(f"{self._field}_columns")
+        if columns is not None:
+            found["columns"] = columns
         for matrix in self._curvatures:
             reason = self._refused.get(f"{self._field}_{matrix}")
             if reason is not None:
@@ -572,6 +588,14 @@ class Monitor:
                 self._add(start.step, {"alpha": found})
 
         self._try("alpha", value)
+
+    def _alpha_ggn(self, step: Step, values: dict[str, Any]) -> None:
+        if step.update is None:
+            raise MissingError("the optimizer's step was not seen")
+        gradients = step.gradients
+        slope = sum(float((gradients[p] * d).sum()) for p, d in step.update.items() if p in gradients)
+        if slope:
+            values["alpha_ggn"] = -step.curvature_along(step.update) / slope - 1
 
     def _scaled(self, step: Step) -> bool:
         """Whether the number of samples by which entries were scaled is the step's."""
