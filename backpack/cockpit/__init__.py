@@ -17,6 +17,7 @@ from backpack.cockpit.alarms import (
     Spike,
     Vanishing,
 )
+from backpack.cockpit.cockpit import Cockpit
 from backpack.cockpit.configurations import hess_trace, tic_diag, tic_trace
 from backpack.cockpit.history import History
 from backpack.cockpit.measures import Measure, MissingError, Step
@@ -27,6 +28,7 @@ __all__ = [
     "CSV",
     "Alarm",
     "AlphaRange",
+    "Cockpit",
     "DeadUnits",
     "Exploding",
     "Finding",

@@ -97,7 +97,7 @@ class Piece:
     @property
     def intact(self) -> bool:
         """Whether nobody has written to what the form is made from."""
-        return self.form is not None and _versions(self.form) == self.versions
+        return self.form is not None and versions(self.form) == self.versions
 
 
 class FirstOrder(BackpropExtension):
@@ -131,7 +131,7 @@ class FirstOrder(BackpropExtension):
             if wish.activity and isinstance(form, Outer):
                 piece.activity = self._try("activity", lambda: _activity(form))
             # What goes through a graph does so while it is there.
-            through = any(hasattr(each, "vjp") for each in _nested(form))
+            through = any(hasattr(each, "vjp") for each in nested(form))
             piece.form = Dense(form.dense()) if through and (wish.projections or wish.ends) else form
         return piece
 
@@ -169,11 +169,11 @@ class FirstOrder(BackpropExtension):
     def _keep(self, piece: Piece) -> bool:
         """Keep a form, if there is room for it."""
         assert piece.form is not None
-        form = _released(piece.form)
+        form = released(piece.form)
         self.held += _new_bytes(form, self._storages)
         if self.held > self.wish.limit:
             return False
-        piece.form, piece.versions = form, _versions(form)
+        piece.form, piece.versions = form, versions(form)
         return True
 
     def zero(self, context: Context) -> Piece:
@@ -216,18 +216,19 @@ def _activity(form: Outer) -> Tensor:
 # Forms that are kept
 
 
-def _nested(form: Any) -> Iterator[Any]:
+def nested(form: Any) -> Iterator[Any]:
     """A form and what it is made from."""
     yield form
     for field in fields(form):
         value = getattr(form, field.name)
         for each in value if isinstance(value, tuple) else (value,):
             if is_dataclass(each) and not isinstance(each, type):
-                yield from _nested(each)
+                yield from nested(each)
 
 
-def _tensors(form: Form) -> Iterator[Tensor]:
-    for each in _nested(form):
+def tensors_of(form: Form) -> Iterator[Tensor]:
+    """The tensors that a form is made from."""
+    for each in nested(form):
         for field in fields(each):
             value = getattr(each, field.name)
             if isinstance(value, Tensor):
@@ -237,7 +238,7 @@ def _tensors(form: Form) -> Iterator[Tensor]:
 def _new_bytes(form: Form, storages: set[int]) -> int:
     """Memory that a form takes besides these storages, to which its own are added."""
     total = 0
-    for each in _tensors(form):
+    for each in tensors_of(form):
         storage = each.untyped_storage()
         if storage.data_ptr() not in storages:
             storages.add(storage.data_ptr())
@@ -245,11 +246,12 @@ def _new_bytes(form: Form, storages: set[int]) -> int:
     return total
 
 
-def _versions(form: Form) -> tuple[int, ...]:
-    return tuple(each._version for each in _tensors(form))
+def versions(form: Form) -> tuple[int, ...]:
+    """The versions of these tensors, which change when somebody writes to them."""
+    return tuple(each._version for each in tensors_of(form))
 
 
-def _released(form: Any) -> Any:
+def released(form: Any) -> Any:
     """The form without patches that were written out for others."""
     inputs = getattr(form, "inputs", None)
     if inputs is not None and not isinstance(inputs, Tensor) and getattr(inputs, "keep", False):
@@ -341,8 +343,8 @@ class KeptColumns(BackpropExtension):
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Form]:
         with torch.no_grad():
-            through = any(hasattr(each, "vjp") for each in _nested(form))
-            form = Dense(form.dense()) if through else _released(form)
+            through = any(hasattr(each, "vjp") for each in nested(form))
+            form = Dense(form.dense()) if through else released(form)
             self.held += _new_bytes(form, self._storages)
             return [] if self.full else [form]
 
@@ -352,15 +354,15 @@ class KeptColumns(BackpropExtension):
 
 
 @dataclass(frozen=True, eq=False)
-class _Look(ColumnSource):
+class Look(ColumnSource):
     """No columns, but a look at the pass before anything of it is freed."""
 
-    probe: Probe
+    looker: Any
 
     second_order = False
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
-        self.probe.look(given)
+        self.looker.look(given)
         yield from ()
 
 
@@ -379,7 +381,7 @@ class Probe(BackpropExtension):
 
     def __init__(self, field: str) -> None:
         self.savefield = field
-        self.source = _Look(self)
+        self.source = Look(self)
         self.begin()
 
     def begin(self) -> None:

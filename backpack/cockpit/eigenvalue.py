@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,16 @@ class TopEigenvalue:
     def look(self, call: Call, parameters: Sequence[Tensor], share: float, first: bool) -> None:
         """Take a backward pass into account, before it has begun."""
         with disable(), torch.enable_grad():
-            product = _products(call, parameters, share, self.group)
+            plain = vector_products(call.root, call.gradient, parameters)
+
+        def product(vector: Vector) -> Vector:
+            return [self.group.sum(x * share) for x in plain(vector)]
+
         several, self._passes = self._passes > 1, 1 if first else self._passes + 1
         if first:
             norm = _norm(self._product) if several and self._product is not None else 0.0
             if norm == 0.0:
-                self.value, self._vector = lanczos(product, self._vector or _start(parameters))
+                self.value, self._vector = lanczos(product, self._vector or starting(parameters))
                 # Along an eigenvector the product is that many times the vector.
                 self._product = [self.value * x for x in self._vector]
                 return
@@ -61,12 +66,12 @@ class TopEigenvalue:
         self._product = [a + b for a, b in zip(self._product, more, strict=True)]
 
 
-def _products(
-    call: Call, parameters: Sequence[Tensor], share: float, group: Group
+def vector_products(
+    roots: Any, weights: Any, parameters: Sequence[Tensor]
 ) -> Callable[[Vector], Vector]:
-    weight = None if call.gradient is None else call.gradient
+    """Products with the Hessian of ``sum weight * root``, on a graph that stays."""
     found = torch.autograd.grad(
-        call.root, parameters, weight, create_graph=True, retain_graph=True, allow_unused=True
+        roots, parameters, weights, create_graph=True, retain_graph=True, allow_unused=True
     )
     known = [g for g in found if g is not None and g.requires_grad]
 
@@ -77,14 +82,14 @@ def _products(
         with disable():
             second = torch.autograd.grad(known, parameters, along, retain_graph=True, allow_unused=True)
         return [
-            group.sum(torch.zeros_like(p) if s is None else s.detach() * share)
+            torch.zeros_like(p) if s is None else s.detach()
             for s, p in zip(second, parameters, strict=True)
         ]
 
     return product
 
 
-def _start(parameters: Sequence[Tensor]) -> Vector:
+def starting(parameters: Sequence[Tensor]) -> Vector:
     """A vector without preferences, the same in all processes, from randomness of its own."""
     generator = torch.Generator().manual_seed(0)
     found = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
@@ -100,12 +105,15 @@ def _norm(a: Vector) -> float:
     return _inner(a, a) ** 0.5
 
 
-def lanczos(product: Callable[[Vector], Vector], start: Vector) -> tuple[float, Vector]:
+def lanczos(
+    product: Callable[[Vector], Vector], start: Vector, magnitude: bool = False
+) -> tuple[float, Vector]:
     """The largest eigenvalue of a symmetric map, and its eigenvector.
 
     Args:
         product: the map.
         start: a vector of norm one, the nearer to the eigenvector the better.
+        magnitude: the one of largest magnitude instead.
 
     Example:
         >>> diagonal = torch.tensor([1.0, -4.0, 3.0])
@@ -113,17 +121,21 @@ def lanczos(product: Callable[[Vector], Vector], start: Vector) -> tuple[float, 
         >>> value, (vector,) = lanczos(lambda v: [diagonal * v[0]], start)
         >>> round(value, 4), [round(abs(float(x)), 4) for x in vector]
         (3.0, [0.0, 0.0, 1.0])
+        >>> round(lanczos(lambda v: [diagonal * v[0]], start, magnitude=True)[0], 4)
+        -4.0
     """
     value, vector, before = 0.0, start, None
     for _ in range(CYCLES):
-        value, vector, settled = _cycle(product, vector)
+        value, vector, settled = _cycle(product, vector, magnitude)
         if settled or (before is not None and abs(value - before) <= CHANGE * abs(value)):
             break
         before = value
     return value, vector
 
 
-def _cycle(product: Callable[[Vector], Vector], start: Vector) -> tuple[float, Vector, bool]:
+def _cycle(
+    product: Callable[[Vector], Vector], start: Vector, magnitude: bool
+) -> tuple[float, Vector, bool]:
     basis = [start]
     diagonal: list[float] = []
     beside: list[float] = []
@@ -140,7 +152,8 @@ def _cycle(product: Callable[[Vector], Vector], start: Vector) -> tuple[float, V
         for j, b in enumerate(beside):
             matrix[j, j + 1] = matrix[j + 1, j] = b
         values, vectors = torch.linalg.eigh(matrix)
-        value, weights = float(values[-1]), vectors[:, -1]
+        at = int(values.abs().argmax()) if magnitude else len(values) - 1
+        value, weights = float(values[at]), vectors[:, at]
         # The residual of the pair is the last entry times what is left.
         settled = norm * abs(float(weights[-1])) <= TOLERANCE * abs(value)
         if settled or norm <= 1e-12 * max(abs(value), 1e-30):
