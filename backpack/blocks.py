@@ -24,6 +24,7 @@ class Options(Protocol):
     retain_graph: bool
     chunk_size: int | None
     gradient: bool
+    parameters: frozenset[Tensor] | None
     certify: Literal["once", "always", "never"]
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class backpack:  # noqa: N801
             called. (Functions of ``torch.autograd`` compute it all the same.) Without first-order
             quantities the graph's memory is freed with the loss, not by ``backward``. For clipping,
             curvature of a trained model, attribution.
+        parameters: compute quantities of these parameters only; by default of all that have a gradient.
         certify: how often to try out, by two more passes through the graph, that below the model's
             output samples are apart as it seemed in the forward pass: ``"once"`` for each model and
             kind of graph, again at a low rate, and where samples are picked by an index; ``"always"``;
@@ -77,6 +78,7 @@ class backpack:  # noqa: N801
         retain_graph: bool = False,
         chunk_size: int | None = None,
         gradient: bool = True,
+        parameters: Iterable[Tensor] | None = None,
         certify: certificate.Mode | None = None,
     ) -> None:
         for ext in exts:
@@ -102,8 +104,33 @@ class backpack:  # noqa: N801
         if certify not in (None, *certificate.MODES):
             raise ValueError(f"certify must be one of {certificate.MODES}, got {certify!r}")
         self.gradient = gradient
+        self.parameters = None if parameters is None else frozenset(parameters)
         self.certify: certificate.Mode = certify or certificate.default
         self._blocks: list[_Block] = []
+
+    @classmethod
+    def beside(cls, *exts: BackpropExtension, parameters: Iterable[Tensor] | None = None) -> backpack:
+        """A block with these quantities beside those of the block that is open, which it stands in for.
+
+        For tools that look at a backward pass in which their user may compute quantities too.
+
+        Args:
+            *exts: further quantities.
+            parameters: compute them for these parameters only; all are taken where a block is open.
+        """
+        outer = current_block()
+        if outer is None:
+            return cls(*exts, parameters=parameters)
+        owner = outer.owner
+        return cls(
+            *(*owner.extensions, *exts),
+            extension_hook=owner.extension_hook,
+            debug=owner.debug,
+            retain_graph=owner.retain_graph,
+            chunk_size=owner.chunk_size,
+            gradient=owner.gradient,
+            certify=owner.certify,
+        )
 
     @property
     def active(self) -> bool:
@@ -202,6 +229,11 @@ class _Watch(TorchFunctionMode):
                     "for NaN in the inputs or a learning rate that is too large"
                 )
         handles = []
+        chosen = block.owner.parameters
+        if chosen is not None:
+            if wanted is None and limited:
+                wanted = set(_leaves(kwargs.get("inputs", args[4] if len(args) > 4 else None)))
+            wanted = set(chosen) if wanted is None else wanted & chosen
         try:
             block.wanted, block.complete = wanted, not limited
             block.roots = [
@@ -233,11 +265,11 @@ class _Watch(TorchFunctionMode):
         if gradient is None and tensor.numel() != 1:
             raise RuntimeError("backward() of a tensor with several entries needs their gradient")
         if inputs is not None:
-            given = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)
-            if not given:
+            inputs = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)
+            if not inputs:
                 raise RuntimeError("inputs of backward() is empty")
-            leaves = (t if isinstance(t, Tensor) else getattr(t.node, "variable", None) for t in given)
-            self.block.wanted = {leaf for leaf in leaves if leaf is not None}
+            leaves = set(_leaves(inputs))
+            self.block.wanted = leaves if self.block.wanted is None else leaves & self.block.wanted
         keeps = create_graph if retain_graph is None else retain_graph
         run = DirectRun(self.block, keeps or self.block.owner.retain_graph)
         with torch.set_grad_enabled(create_graph):
@@ -245,6 +277,16 @@ class _Watch(TorchFunctionMode):
                 run.pass_down()
             finally:
                 run.abort()
+
+
+def _leaves(inputs: Any) -> Iterator[Tensor]:
+    """The parameters that ``backward(inputs=...)`` computes gradients of."""
+    if isinstance(inputs, dict):
+        inputs = inputs.values()
+    for each in [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else inputs:
+        leaf = each if isinstance(each, Tensor) else getattr(each.node, "variable", None)
+        if leaf is not None:
+            yield leaf
 
 
 def _run_begins(block: Block, grads: Any) -> None:

@@ -28,6 +28,7 @@ from backpack.sources import (
     RandomSigns,
     SampledRoot,
 )
+from backpack.tracing import axis_at
 
 __all__ = [
     "Rule",
@@ -65,6 +66,7 @@ __all__ = [
     "Sum",
     "Together",
     "Wanted",
+    "axis_at",
     "batch_of",
     "elementwise",
     "loss_rule",

@@ -708,3 +708,33 @@ def test_no_warnings(problem) -> None:
         warnings.simplefilter("error")
         with backpack(*(getattr(extensions, n)() for n in ("BatchGrad", "KFAC", "DiagGGNExact"))):
             lossfunc(model(X), y).backward()
+
+
+def test_chosen_parameters() -> None:
+    """Quantities of some parameters only, in a whole pass, of some inputs, and without the gradient."""
+    model, lossfunc = extend(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), extend(nn.MSELoss())
+    x, chosen = torch.rand(5, 3), [model[0].weight, model[1].bias]
+    for options in ({}, {"inputs": [model[0].weight, model[1].weight]}):
+        for gradient in (True, False):
+            loss = lossfunc(model(x), torch.zeros(5, 2))
+            with backpack(BatchGrad(), parameters=chosen, gradient=gradient):
+                loss.backward(**options)
+            found = [p for p in model.parameters() if hasattr(p, "grad_batch")]
+            assert [id(p) for p in found] == [id(p) for p in (chosen[:1] if options else chosen)]
+            for p in found:
+                del p.grad_batch
+            model.zero_grad()
+
+
+def test_beside_an_open_block() -> None:
+    """Another's quantities and the user's, in one pass."""
+    model, lossfunc = extend(nn.Linear(3, 2)), extend(nn.MSELoss())
+    with backpack(BatchGrad(), gradient=False):
+        loss = lossfunc(model(torch.rand(5, 3)), torch.zeros(5, 2))
+        with backpack.beside(BatchL2Grad(), parameters=[model.bias]):
+            loss.backward()
+    for p in model.parameters():
+        assert p.grad is None
+        torch.testing.assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
+    with backpack.beside(BatchL2Grad(), parameters=[model.bias]) as block:
+        assert block.extensions and block.parameters == {model.bias}

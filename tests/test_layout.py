@@ -21,8 +21,8 @@ RIVER = [
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "gram", "kronecker", "newton", "private")
-# What low-rank curvature may import of the rest.
-BELOW_VIVIT = {"backpack", "backpack.own", "backpack.engine", "backpack.extend"}
+# What stands on the core as anybody's own code may: low-rank curvature and the monitor.
+OPEN = {"backpack", *(f"backpack.{name}" for name in "own engine extend hessianfree".split())}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
 EXTRAS = {
     "kernels.py": {"triton"},
@@ -30,6 +30,7 @@ EXTRAS = {
     "optim/private.py": {"dp_accounting"},
     "vivit/operators.py": {"scipy"},
     "vivit/figures.py": {"matplotlib"},
+    "cockpit/history.py": {"pandas"},
 }
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 
@@ -92,15 +93,16 @@ def test_optimizers_stand_on_everything() -> None:
             assert not any(m.startswith("backpack.optim") for m in ours(path)), path
 
 
-def test_low_rank_curvature_stands_on_the_door() -> None:
-    """It imports what code outside the library may import; nothing of the core imports it."""
+@pytest.mark.parametrize("package", ["vivit", "cockpit"])
+def test_packages_stand_on_the_door(package: str) -> None:
+    """They import what code outside the library may import; nothing of the core imports them."""
     for path in ROOT.rglob("*.py"):
-        inside = path.relative_to(ROOT).parts[0] == "vivit"
+        inside = path.relative_to(ROOT).parts[0] == package
         for name in ours(path):
-            if name.startswith("backpack.vivit"):
+            if name.startswith(f"backpack.{package}"):
                 assert inside or path.parent.name == "optim", path
             elif inside:
-                assert name in BELOW_VIVIT or name.startswith("backpack.hessianfree"), (path, name)
+                assert name in OPEN or name.startswith("backpack.hessianfree"), (path, name)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,0 +1,48 @@
+"""A training monitor that one leaves switched on, built on the quantities.
+
+    from backpack.cockpit import watch
+
+    monitor = watch(model, optimizer, every=10, path="run.jsonl")
+
+See :func:`watch`. The training loop is not touched.
+"""
+
+from backpack.cockpit.alarms import (
+    Alarm,
+    AlphaRange,
+    DeadUnits,
+    Exploding,
+    Finding,
+    NonFinite,
+    Spike,
+    Vanishing,
+)
+from backpack.cockpit.cockpit import Cockpit
+from backpack.cockpit.configurations import hess_trace, tic_diag, tic_trace
+from backpack.cockpit.history import History
+from backpack.cockpit.measures import Measure, MissingError, Step
+from backpack.cockpit.monitor import Monitor, watch
+from backpack.cockpit.sinks import CSV, TensorBoard
+
+__all__ = [
+    "CSV",
+    "Alarm",
+    "AlphaRange",
+    "Cockpit",
+    "DeadUnits",
+    "Exploding",
+    "Finding",
+    "History",
+    "Measure",
+    "MissingError",
+    "Monitor",
+    "NonFinite",
+    "Spike",
+    "Step",
+    "TensorBoard",
+    "Vanishing",
+    "hess_trace",
+    "tic_diag",
+    "tic_trace",
+    "watch",
+]

@@ -1,0 +1,405 @@
+"""What a backward pass leaves for each parameter: small sums over forms, never individual gradients.
+
+Letters: ``N`` samples of a pass, ``G_n`` the gradient of the n-th sample's share of the loss as
+:mod:`backpack` has it (they sum to the gradient), ``p`` a parameter's shape, ``d`` the last update.
+
+Projections on the step's gradient or on its update are made at once where these are known, and else
+from forms that are kept until they are: a layer's inputs and output gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpack.cockpit.histograms import Counts
+from backpack.cockpit.losses import individual_losses
+from backpack.own import (
+    BackpropExtension,
+    Columns,
+    ColumnSource,
+    Context,
+    Dense,
+    ExactRoot,
+    Form,
+    HessianRoot,
+    Outer,
+    Pass,
+    SampledRoot,
+    Together,
+    Wanted,
+)
+
+
+@dataclass
+class Wish:
+    """What is wanted of the first-order forms of one pass.
+
+    Attributes:
+        norms: squared norms of the ``G_n``.
+        squares: the elementwise sum of their squares.
+        projections: products with the step's gradient.
+        activity: sums over a layer's inputs and output gradients.
+        keep: keep forms and gradient until the step is over, or else use them at once.
+        limit: number of bytes of forms that are kept at most.
+        ends: updates to project on, by parameter.
+        counts: how to count entries, if that is wanted.
+        share: the factor of the ``G_n`` of this pass in the step's.
+    """
+
+    norms: bool = True
+    squares: bool = False
+    projections: bool = False
+    activity: bool = False
+    keep: bool = True
+    limit: int = 2**30
+    ends: dict[Tensor, Tensor] | None = None
+    counts: Counts | None = None
+    share: float = 1.0
+
+
+@dataclass
+class Piece:
+    """One parameter in one backward pass.
+
+    Attributes:
+        samples: number of samples.
+        share: the factor of the ``G_n`` in the step's.
+        norms: ``||G_n||^2 [N]``.
+        squares: ``sum_n G_n^2 [p]``.
+        projections: ``G_n^T g [N]`` on the gradient of this pass alone, if no form is kept.
+        ends: ``G_n^T d [N]``.
+        activity: sums over inputs and output gradients (:func:`_activity`).
+        counts: counts of entries.
+        form: the form, if it is kept.
+        gradient: the gradient of this pass.
+        versions: of the tensors in the form, when it was kept.
+        reached: whether a gradient has reached the parameter.
+    """
+
+    samples: int
+    share: float = 1.0
+    norms: Tensor | None = None
+    squares: Tensor | None = None
+    projections: Tensor | None = None
+    ends: Tensor | None = None
+    activity: Tensor | None = None
+    counts: Any = None
+    form: Form | None = None
+    gradient: Tensor | None = None
+    versions: tuple[int, ...] = ()
+    reached: bool = True
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has written to what the form is made from."""
+        return self.form is not None and versions(self.form) == self.versions
+
+
+class FirstOrder(BackpropExtension):
+    """Everything of first order that is wanted of a parameter, in one look at its form.
+
+    Args:
+        field: the attribute that holds the :class:`Piece` until the pass is over.
+        failed: called with the name of a part that could not be computed, and why.
+    """
+
+    mixed = True
+
+    def __init__(self, field: str, failed: Callable[[str, Exception], None]) -> None:
+        self.savefield = field
+        self.failed = failed
+        self.wish = Wish()
+        self.held = 0
+        self._storages: set[int] = set()
+
+    def begin(self, wish: Wish) -> None:
+        """A pass begins."""
+        self.wish, self.held, self._storages = wish, 0, set()
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> Piece:
+        piece, wish = Piece(form.samples, self.wish.share), self.wish
+        with torch.no_grad():
+            if wish.norms:
+                piece.norms = self._try("norms", lambda: form.squared_norms().double())
+            if wish.squares:
+                piece.squares = self._try("squares", form.square_sum)
+            if wish.activity and isinstance(form, Outer):
+                piece.activity = self._try("activity", lambda: _activity(form))
+            # What goes through a graph does so while it is there.
+            through = any(hasattr(each, "vjp") for each in nested(form))
+            piece.form = Dense(form.dense()) if through and (wish.projections or wish.ends) else form
+        return piece
+
+    def add(self, state: Piece, other: Piece) -> Piece:
+        raise RuntimeError("a parameter's gradient has arrived twice in one pass")
+
+    def _try(self, part: str, function: Callable[[], Any]) -> Any:
+        """A part that fails is left out; the others go on."""
+        try:
+            return function()
+        except Exception as error:
+            self.failed(part, error)
+            return None
+
+    def finish(self, state: Piece, context: Context) -> Piece:
+        with torch.no_grad():
+            form, wish, p = state.form, self.wish, context.parameter
+            assert form is not None
+            gradient = context.gradient()
+            # Held as it is: a tensor that nobody holds becomes p.grad, which is changed later.
+            gradient = gradient.detach() if gradient.requires_grad else gradient
+            direction = None if wish.ends is None else wish.ends.get(p)
+            if direction is not None:
+                state.ends = self._try("ends", lambda: project(form, direction))
+            if wish.counts is not None:
+                counts = wish.counts
+                state.counts = self._try("counts", lambda: counts.of(form, p.detach()))
+            state.gradient = gradient
+            if not (wish.keep and self._keep(state)):
+                state.form = None
+                if wish.projections:
+                    state.projections = self._try("projections", lambda: project(form, gradient))
+        return state
+
+    def _keep(self, piece: Piece) -> bool:
+        """Keep a form, if there is room for it."""
+        assert piece.form is not None
+        form = released(piece.form)
+        self.held += _new_bytes(form, self._storages)
+        if self.held > self.wish.limit:
+            return False
+        piece.form, piece.versions = form, versions(form)
+        return True
+
+    def zero(self, context: Context) -> Piece:
+        """No gradient reaches the parameter."""
+        p, zeros = context.parameter, context.parameter.new_zeros(context.samples).double()
+        piece = Piece(context.samples, self.wish.share, zeros, torch.zeros_like(p.detach()), zeros)
+        piece.ends, piece.gradient, piece.reached = zeros, torch.zeros_like(p.detach()), False
+        return piece
+
+
+def project(form: Form, vector: Tensor) -> Tensor:
+    """``G_n^T u`` summed over columns, ``[N]``, in double precision."""
+    return form.project(vector.unsqueeze(0).to(form.like.dtype))[0].sum(0).double()
+
+
+def _activity(form: Outer) -> Tensor:
+    """Squares of a layer's inputs, silent features, squares of output gradients; a count after each.
+
+    Of patches the entry in the middle counts: each place of the input once.
+    """
+    inputs: Any = form.inputs
+    if isinstance(inputs, Tensor):
+        squares = inputs.square().double().sum()
+        silent = (inputs == 0).all(2).all(0).sum()
+        count, features = inputs.numel(), inputs.shape[1] * inputs.shape[3]
+    else:
+        middle = inputs.windows
+        for size in reversed(middle.shape[3 : 3 + inputs.ndim]):
+            middle = middle.select(3 if middle.dim() else 3, size // 2)
+        flat = middle.flatten(3)
+        squares, count = flat.square().double().sum(), flat.numel()
+        silent, features = (flat == 0).all(3).all(0).sum(), flat.shape[1] * flat.shape[2]
+    g = form.g
+    numbers = torch.stack([squares, silent.double(), g.square().double().sum()])
+    sizes = numbers.new_tensor([count, features, g.numel()])
+    return torch.stack([numbers, sizes], 1).flatten()
+
+
+# --------------------------------------------------------------------------------------
+# Forms that are kept
+
+
+def nested(form: Any) -> Iterator[Any]:
+    """A form and what it is made from."""
+    yield form
+    for field in fields(form):
+        value = getattr(form, field.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(each) and not isinstance(each, type):
+                yield from nested(each)
+
+
+def tensors_of(form: Form) -> Iterator[Tensor]:
+    """The tensors that a form is made from."""
+    for each in nested(form):
+        for field in fields(each):
+            value = getattr(each, field.name)
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _new_bytes(form: Form, storages: set[int]) -> int:
+    """Memory that a form takes besides these storages, to which its own are added."""
+    total = 0
+    for each in tensors_of(form):
+        storage = each.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def versions(form: Form) -> tuple[int, ...]:
+    """The versions of these tensors, which change when somebody writes to them."""
+    return tuple(each._version for each in tensors_of(form))
+
+
+def released(form: Any) -> Any:
+    """The form without patches that were written out for others."""
+    inputs = getattr(form, "inputs", None)
+    if inputs is not None and not isinstance(inputs, Tensor) and getattr(inputs, "keep", False):
+        return replace(form, inputs=replace(inputs, keep=False, _kept=None))
+    return form
+
+
+# --------------------------------------------------------------------------------------
+# Curvature
+
+
+class Curvature(BackpropExtension):
+    """Trace of a parameter's block of a curvature matrix, and its diagonal if that is wanted.
+
+    Args:
+        field: the attribute that holds the value until the pass is over.
+        matrix: ``"hessian"``, ``"ggn"`` or ``"ggn_mc"`` (the GGN, with sampled targets).
+        diagonal: whether the diagonal is wanted.
+        generator: source of randomness, one of the monitor's own: training's is left alone.
+    """
+
+    needs_gradient = False
+    signed = True
+
+    def __init__(
+        self,
+        field: str,
+        matrix: str,
+        diagonal: bool = False,
+        generator: torch.Generator | None = None,
+        draws: int = 1,
+    ) -> None:
+        self.savefield = field
+        self.matrix, self.diagonal = matrix, diagonal
+        self.per_sample = not diagonal
+        if matrix == "ggn_mc":
+            self.source: ColumnSource = SampledRoot(draws, generator)
+        else:
+            self.source = ExactRoot() if matrix == "ggn" else HessianRoot()
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            if self.diagonal or isinstance(form, Together):
+                diagonal = form.square_sum(sign)
+                return diagonal.double().sum(), diagonal if self.diagonal else None
+            if sign is None:
+                return form.squared_norms().double().sum(), None
+            total = torch.zeros((), dtype=torch.float64, device=form.like.device)
+            for v in range(form.columns):
+                norms = form.take(slice(v, v + 1), slice(None)).squared_norms()
+                total = total + (norms * sign[v]).double().sum()
+            return total, None
+
+    def add(self, state: Any, other: Any) -> Any:
+        diagonal = None if state[1] is None else state[1] + other[1]
+        return state[0] + other[0], diagonal
+
+    def zero(self, context: Context) -> Any:
+        p = context.parameter.detach()
+        nothing = torch.zeros((), dtype=torch.float64, device=p.device)
+        return nothing, torch.zeros_like(p) if self.diagonal else None
+
+
+class KeptColumns(BackpropExtension):
+    """Forms of sampled columns of the GGN, kept until the step's update is known.
+
+    Args:
+        field: the attribute that holds them until the pass is over.
+        generator: source of randomness.
+    """
+
+    needs_gradient = False
+    every_column = True
+
+    def __init__(self, field: str, generator: torch.Generator | None = None) -> None:
+        self.savefield = field
+        self.source: ColumnSource = SampledRoot(1, generator)
+        self.begin(0)
+
+    def begin(self, limit: int) -> None:
+        """A pass begins, in which forms may take so many bytes."""
+        self.limit, self.held = limit, 0
+        self._storages: set[int] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether they took more."""
+        return self.held > self.limit
+
+    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Form]:
+        with torch.no_grad():
+            through = any(hasattr(each, "vjp") for each in nested(form))
+            form = Dense(form.dense()) if through else released(form)
+            self.held += _new_bytes(form, self._storages)
+            return [] if self.full else [form]
+
+
+# --------------------------------------------------------------------------------------
+# A look at the graph
+
+
+@dataclass(frozen=True, eq=False)
+class Look(ColumnSource):
+    """No columns, but a look at the pass before anything of it is freed."""
+
+    looker: Any
+
+    second_order = False
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        self.looker.look(given)
+        yield from ()
+
+
+class Probe(BackpropExtension):
+    """Reads from the graph each sample's loss, and which layers see raw data.
+
+    Attributes:
+        losses: each sample's share of the loss ``[N]``.
+        complete: whether these add up to all of it.
+        raw: parameters that meet inputs of the model and no activations.
+        reason: why losses could not be read, if they could not.
+    """
+
+    needs_gradient = False
+    mixed = True
+
+    def __init__(self, field: str) -> None:
+        self.savefield = field
+        self.source = Look(self)
+        self.begin()
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self.losses: Tensor | None = None
+        self.complete = True
+        self.raw: set[Tensor] = set()
+        self.reason: Exception | None = None
+
+    def look(self, given: Pass) -> None:
+        """Read what there is to read."""
+        leaves: Any = given.leaves
+        self.raw = {leaf.parameter for leaf in leaves if all(not tap.inputs for _, tap, _ in leaf.uses)}
+        try:
+            self.losses, rest = individual_losses(given, leaves[0].samples)
+            self.complete = not rest
+        except Exception as error:  # whatever it is: the training run goes on
+            self.reason = error
+
+    def zero(self, context: Context) -> None:
+        return None

@@ -1,0 +1,173 @@
+"""What a monitor has seen: in memory, and line by line in a file that outlives a killed run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Value = float | list | None
+
+
+class History:
+    """Numbers of tracked steps, and events.
+
+    A step may come in several parts (``alpha`` is known one step later); they are put together.
+
+    Attributes:
+        header: what is known of the run: quantities, model, optimizer, when it began.
+        events: alarms and notes, each a dict with ``step``, ``event`` and ``message``.
+
+    Example:
+        >>> history = History()
+        >>> history.add(0, {"loss": 2.0, "grad_norm": 1.0})
+        >>> history.add(10, {"loss": 1.5})
+        >>> history.column("loss"), history.column("grad_norm")
+        (([0, 10], [2.0, 1.5]), ([0], [1.0]))
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.header: dict[str, Any] = {}
+        self.events: list[dict[str, Any]] = []
+        self._records: dict[int, dict[str, Any]] = {}
+        self._path = None if path is None else Path(path)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------------------------
+    # Writing
+
+    def begin(self, step: int = 0, **header: Any) -> None:
+        """A run begins, or goes on, at a step: what was seen from there on is no part of it."""
+        self.header = {**self.header, **header}
+        self._forget(step)
+        self._write({"cockpit": 1, "begins": step, **header})
+
+    def add(self, step: int, values: dict[str, Any], seconds: float | None = None) -> None:
+        """Add numbers of a step."""
+        record = dict(values) if seconds is None else {"time": seconds, **values}
+        self._records.setdefault(step, {}).update(record)
+        self._write({"step": step, **record})
+
+    def event(self, step: int, event: str, message: str, **more: Any) -> None:
+        """Add an event."""
+        entry = {"step": step, "event": event, "message": message, **more}
+        self.events.append(entry)
+        self._write(entry)
+
+    def _forget(self, step: int) -> None:
+        self._records = {k: v for k, v in self._records.items() if k < step}
+        self.events = [each for each in self.events if each["step"] < step]
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._path is not None:
+            # One call for each line: a killed run loses a line at most.
+            with self._path.open("a") as file:
+                file.write(json.dumps(_strict(line)) + "\n")
+
+    # ---------------------------------------------------------------------------------
+    # Reading
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> History:
+        """Read what a run has written so far; it may go on, or have been killed."""
+        history = cls()
+        with Path(path).open() as file:
+            for text in file:
+                try:
+                    line = _loose(json.loads(text))
+                except json.JSONDecodeError:
+                    continue  # cut off by the end of the process
+                if isinstance(line, dict):
+                    history._read(line)
+        return history
+
+    def _read(self, line: dict[str, Any]) -> None:
+        if "cockpit" in line:
+            self._forget(line.pop("begins", 0))
+            line.pop("cockpit")
+            self.header = {**self.header, **line}
+        elif "event" in line:
+            self.events.append(line)
+        elif "step" in line:
+            step = line.pop("step")
+            self._records.setdefault(step, {}).update(line)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Records in order, each with its ``step``."""
+        for step in sorted(self._records):
+            yield {"step": step, **self._records[step]}
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that were tracked."""
+        return sorted(self._records)
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The numbers of a step; empty if it was not tracked."""
+        return dict(self._records.get(step, {}))
+
+    def keys(self) -> list[str]:
+        """All keys, in the order in which they came."""
+        return list(dict.fromkeys(key for record in self._records.values() for key in record))
+
+    def column(self, key: str) -> tuple[list[int], list[Any]]:
+        """The steps at which a key has a value, and the values."""
+        found = [(step, self._records[step][key]) for step in self.steps if key in self._records[step]]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def layers(self, name: str) -> list[str]:
+        """Layers (or parameters) for which a quantity has values of its own."""
+        return [key[len(name) + 1 :] for key in self.keys() if key.startswith(f"{name}/")]
+
+    def last(self, key: str) -> Any:
+        """The latest value of a key; ``None`` if there is none."""
+        _, values = self.column(key)
+        return values[-1] if values else None
+
+    def to_pandas(self) -> Any:
+        """A data frame with a row for each tracked step (pandas must be installed)."""
+        import pandas
+
+        rows = [{k: v for k, v in record.items() if not isinstance(v, dict)} for record in self]
+        frame = pandas.DataFrame(rows)
+        return frame.set_index("step") if len(frame) else frame
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in plain containers."""
+        return {
+            "header": self.header,
+            "events": list(self.events),
+            "records": {step: dict(record) for step, record in self._records.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.header, self.events = dict(state["header"]), list(state["events"])
+        self._records = {int(step): dict(record) for step, record in state["records"].items()}
+
+
+_NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no numbers that are not finite: they are written by name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
+    return [_strict(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _loose(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NAMES.get(value, value)
+    if isinstance(value, dict):
+        return {key: _loose(each) for key, each in value.items()}
+    return [_loose(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Helpers with the names of the original."""
