@@ -117,7 +117,7 @@ class FirstOrder(BackpropExtension):
         self.held = 0
         self._storages: set[int] = set()
 
-    def begin(self, wish: Wish) -> None:
+    def prepare(self, wish: Wish) -> None:
         """A pass begins."""
         self.wish, self.held, self._storages = wish, 0, set()
 
@@ -329,9 +329,9 @@ class KeptColumns(BackpropExtension):
     def __init__(self, field: str, generator: torch.Generator | None = None) -> None:
         self.savefield = field
         self.source: ColumnSource = SampledRoot(1, generator)
-        self.begin(0)
+        self.prepare(0)
 
-    def begin(self, limit: int) -> None:
+    def prepare(self, limit: int) -> None:
         """A pass begins, in which forms may take so many bytes."""
         self.limit, self.held = limit, 0
         self._storages: set[int] = set()
@@ -382,9 +382,9 @@ class Probe(BackpropExtension):
     def __init__(self, field: str) -> None:
         self.savefield = field
         self.source = Look(self)
-        self.begin()
+        self.prepare()
 
-    def begin(self) -> None:
+    def prepare(self) -> None:
         """A pass begins."""
         self.losses: Tensor | None = None
         self.complete = True

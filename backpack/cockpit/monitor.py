@@ -294,13 +294,13 @@ class Monitor:
         if self._tracking and self.top is not None and call.finite:
             self._try("hess_max_ev", lambda: self._top(call, share))
         made = self._make()
-        self._first.begin(self._wish(share))
-        self._probe.begin()
+        self._first.prepare(self._wish(share))
+        self._probe.prepare()
         wanted: list[BackpropExtension] = []
         if self._tracking:
             wanted += self._curvatures.values()
         if self._tracking and "columns" in self.needs:
-            self._columns.begin(self.hold)
+            self._columns.prepare(self.hold)
             wanted.append(self._columns)
         ends, needs = self._start is not None, self.needs if self._tracking else frozenset()
         if ends or needs & {"losses", "activity"}:
