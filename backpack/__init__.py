@@ -12,10 +12,12 @@ from importlib import import_module, metadata
 from typing import Any
 
 from backpack import context, extensions
+from backpack.accumulation import accumulating
 from backpack.batch import Batch
 from backpack.capture import disable
 from backpack.compat import convert_module_to_backpack, memory_cleanup
 from backpack.context import CTX
+from backpack.dataset import accumulate
 from backpack.engine import backpack
 from backpack.extend import extend, unextend
 from backpack.losses import loss_rule
@@ -29,6 +31,8 @@ except metadata.PackageNotFoundError:  # a checkout that is not installed
 __all__ = [
     "CTX",
     "Batch",
+    "accumulate",
+    "accumulating",
     "backpack",
     "check",
     "context",

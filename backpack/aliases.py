@@ -161,3 +161,15 @@ def through_base(tensor: Tensor) -> Batch | None:
     memory = Written(base, axis.size)
     memory.write(base, axis)
     return memory.axis(tensor)
+
+
+def places_of(tensor: Tensor, base: Tensor) -> Tensor | None:
+    """Where the entries of a view are among those of what it is a view of, in row-major order."""
+    if base.layout != torch.strided or tensor.element_size() != base.element_size():
+        return None
+    size = base.untyped_storage().nbytes() // base.element_size()
+    memory = torch.full((size,), NOBODY, device=base.device)
+    count = torch.arange(base.numel(), device=base.device).reshape(base.shape)
+    memory.as_strided(base.shape, base.stride(), base.storage_offset()).copy_(count)
+    found = memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).clone()
+    return None if bool((found == NOBODY).any()) else found

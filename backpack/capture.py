@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack.aliases import is_shared, through_base, wrote
+from backpack.aliases import is_shared, places_of, through_base, wrote
 from backpack.batch import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
 from backpack.factors import Dense
 from backpack.functions import Functions, is_custom, settle
@@ -53,6 +53,7 @@ from backpack.taps import (
     LossRecord,
     Recording,
     Tap,
+    View,
     lost_form,
     make_tap,
     notes,
@@ -144,7 +145,7 @@ class _Write(NamedTuple):
         marked: arguments that depend on the data.
         rest: arguments other than the target that require grad but do not.
         inputs: nodes of the data.
-        lone: whether the target is none of these.
+        lone: whether the target is not made from parameters itself.
     """
 
     func: Any
@@ -299,12 +300,14 @@ class _Recorder(TorchFunctionMode):
                 marked, sources, faint = marked + more[0], sources + more[1], faint + more[2]
         return marked, sources, faint
 
-    def _lose(self, func: Any, out: Tensor, lost: Batch) -> None:
-        """The axis of a result is not known."""
+    def _lose(self, func: Any, out: Tensor, lost: Batch, fresh: bool = True) -> None:
+        """The axis of a result is not known; ``fresh``: that of its arguments was."""
         recording = self.recording
+        where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
         if recording.lost is None and out.requires_grad:
-            recording.lost = f"{name_of(func)}: {lost.lost}"
-        mark(out, lost)
+            recording.lost = where
+        # What counts as a constant may meet a parameter later, for whom the place is news.
+        mark(out, replace(lost, lost=where) if lost.tentative else lost)
 
     def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
@@ -373,17 +376,23 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             size = recording.size
             if faint:
-                self._lose(func, out, settled(func, out, faint[0], recording.batch_dim)[0])
+                axis, _ = settled(func, out, faint[0], recording.batch_dim)
+                if axis.lost:
+                    self._lose(func, out, axis, fresh=False)
+                else:
+                    mark(out, axis)
             elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
                 mark(out, regular_axis(size, tentative=True))
             return
         batch, demoted = traced(func, args, kwargs, out, marked, place)
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self._doubted(func, batch, out, args, faint)
+            fresh = not batch.lost
         if batch.lost and batch.tentative:
             if func not in LIKE:
-                self._lose(func, out, batch)
+                self._lose(func, out, batch, fresh)
             return
         if batch.lost:
             self._lose(func, out, batch)
@@ -399,10 +408,10 @@ class _Recorder(TorchFunctionMode):
             return
         if func in LOSSES:
             f = kwargs.get("input", args[0] if args else None)
-            axis = batch_of(f) if isinstance(f, Tensor) else None
+            at = batch_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
-            _note_loss(recording, func, axis, args, kwargs, node, module)
+            _note_loss(recording, func, at, args, kwargs, node, module)
         elif func in _BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in _BENDS and len(marked) == 1 and not batch.lost:
@@ -448,7 +457,7 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         try:
             if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
-                self._recurrent(func, args, kwargs, out, marked, sources)
+                self._recurrent(func, args, kwargs, out, marked, sources, faint)
             elif marked or faint:
                 for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
                     if isinstance(each, Tensor):
@@ -465,6 +474,7 @@ class _Recorder(TorchFunctionMode):
         out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, Batch]],
         sources: list[Tensor],
+        faint: list[Batch],
     ) -> None:
         """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
         states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
@@ -475,6 +485,8 @@ class _Recorder(TorchFunctionMode):
         for place, each in enumerate(out):
             here = axis.moved(1) if place else axis
             batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
+            if batch.tentative and faint and not batch.lost and each.requires_grad:
+                batch = self._doubted(func, batch, each, args, faint)
             if batch.lost:
                 self._lose(func, each, batch)
                 if batch.tentative:
@@ -531,7 +543,7 @@ class _Recorder(TorchFunctionMode):
         if not marked:
             if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
                 self._adopt(target)
-                self._lose(func, target, faint[0])
+                self._lose(func, target, faint[0], fresh=False)
             return None
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = _INPLACE[func]
@@ -540,14 +552,14 @@ class _Recorder(TorchFunctionMode):
         # What the target was before, for those who ask for its shape or, if it is tried out, values.
         op = func if twin is None or func in ELEMENTWISE else twin
         follows = assigns or op in MOVERS or known(op, marked[0][1], target, args)
-        taken = rest and twin is not None and twin not in (Tensor.add, Tensor.sub)
+        lone = len(rest) == len(sources)
+        taken = not lone or (rest and twin is not None and twin not in (Tensor.add, Tensor.sub))
         old = target.clone() if taken else target.detach() if follows else target.detach().clone()
         if target.requires_grad and not taken:
             old.requires_grad_()
         if own is not None:
             mark(old, own)
             marked = [(old if t is target else t, axis) for t, axis in marked]
-        lone = len(rest) == len(sources)
         before = (old, *args[1:])
         return _Write(func, op, target, shared, before, kwargs, own, marked, rest, inputs, lone)
 
@@ -575,14 +587,32 @@ class _Recorder(TorchFunctionMode):
             mark(target, batch)
         else:
             wrote(target, own, batch, write.shared)
-        node, twin = target.grad_fn, _INPLACE[func]
-        # A parameter-made tensor that data was written into is left to the check at backward time.
-        if write.rest and write.lone and node is not None and twin is not None:
+        if (write.rest or not write.lone) and target.grad_fn is not None:
             if not (batch.lost and batch.tentative):
-                make_tap(
-                    *(self.recording, twin, write.args, write.kwargs, node, target.output_nr, 0),
-                    *(batch, write.rest, write.inputs, None, whole),  # type: ignore[arg-type]
-                )
+                self._written(write, batch, whole)
+
+    def _written(self, write: _Write, batch: Batch, whole: bool) -> None:
+        """The tap of an operation in place: where the graph goes on from what was written to."""
+        target, base = write.target, write.target._base
+        func = write.func if write.func == Tensor.__setitem__ else _INPLACE[write.func]
+        if func is None:
+            return
+        node, output_nr, view, inputs = target.grad_fn, target.output_nr, None, write.inputs
+        if base is not None and base.grad_fn is not None:
+            # Autograd notes it on what the target is a view of.
+            axis, places = self._axis(base), places_of(target, base)
+            if axis is None or places is None:
+                batch = batch.losing("a view of memory of which nothing is known was written to")
+            else:
+                node, output_nr, view = base.grad_fn, base.output_nr, View(places, axis)
+                before = node.next_functions[0][0]
+                inputs = (*inputs, before) if before is not None else inputs
+        assert node is not None
+        sources = write.rest if write.lone else [write.args[0], *write.rest]
+        make_tap(
+            *(self.recording, func, write.args, write.kwargs, node, output_nr, 0),
+            *(batch, sources, inputs, None, whole, view),  # type: ignore[arg-type]
+        )
 
     def _adopt(self, target: Tensor) -> None:
         """A tensor without an axis gets one, and may have been there before: not to be left on it."""
@@ -854,6 +884,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             continue
         axis = axes[id(tensor)]
         if axis is not None:
+            # What the loss takes is data, whatever its targets look like.
+            axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
         border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)

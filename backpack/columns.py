@@ -128,10 +128,7 @@ class Pass:
     @cached_property
     def outputs(self) -> list[tuple[GradientEdge, Batch]]:
         """Places whose cotangents make up all of the gradient, with their sample axes."""
-        joint, absorbed = self.graph.joint()
-        found = _placed(joint)
-        known = (record for node, (record, _) in self.graph.losses.items() if node not in absorbed)
-        return found + [(record.edge, record.hessian.batch) for record in known]
+        return cotangent_places(self.graph)
 
     @cached_property
     def model_outputs(self) -> list[tuple[GradientEdge, Batch]]:
@@ -177,6 +174,20 @@ class Pass:
             hessian = differentiate_twice(found, create)
         edges = [edge for _, edge, _ in found]
         return [LossPiece(edges, hessian, found[0][0].new_ones(()).detach(), edges)]
+
+
+def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, Batch]]:
+    """Places whose cotangents make up all of the gradient, with their sample axes.
+
+    Those are model outputs, for one loss may take an output as it is and another a part of it: none of
+    the places lies above another. A loss that depends on no output is one of the model's own.
+    """
+    joint, absorbed = graph.joint()
+    found = _placed(joint)
+    for node, (record, below) in graph.losses.items():
+        if node not in absorbed:
+            found += _placed(below) or [(record.edge, record.hessian.batch)]
+    return list({(edge.node, edge.output_nr): (edge, axis) for edge, axis in found}.values())
 
 
 def _placed(borders: dict[Node, list[Any]]) -> list[tuple[GradientEdge, Batch]]:

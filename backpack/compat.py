@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from backpack.kronecker import KroneckerBlock
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -49,6 +51,8 @@ def memory_cleanup(module: nn.Module) -> None:
 def _without_graph(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if value.grad_fn is not None else value
+    if isinstance(value, KroneckerBlock):
+        return value.detach()
     if isinstance(value, (list, tuple)):
         parts = [_without_graph(each) for each in value]
         same = all(new is old for new, old in zip(parts, value, strict=True))

@@ -786,7 +786,7 @@ class Outer(Form):
         groups = self.inputs.shape[1]
         g, count = self.g, max(self.samples * groups, 1)
         if sharing == "expand":
-            count = groups * positions_of(self)
+            count = max(groups * positions_of(self), 1)
             g = g.transpose(2, 3).flatten(1, 2)
         else:
             g = g[:, :, :, 0] if self.positions == 1 else g.sum(3)
@@ -1174,8 +1174,12 @@ class Single(Form):
     def squared_norms(self) -> Tensor:
         return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
 
+    def together(self) -> Form:
+        """The form of all samples, zero for the others."""
+        return _together([self])
+
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
-        return _together([self]).kronecker(sharing)
+        return self.together().kronecker(sharing)
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         return self.form.rotated_square_sum(bases)

@@ -56,7 +56,8 @@ class KroneckerBlock(ABC):
     shape: torch.Size
     layout: str
 
-    def _place(self, shape: Iterable[int], layout: str) -> None:
+    def _place(self, shape: Iterable[int] | None, layout: str) -> None:
+        shape = self._sizes() if shape is None else shape
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
         self.shape, self.layout = torch.Size(shape), layout
@@ -222,7 +223,7 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
 
     Args:
         factors: ``[B, A]``, ``[A, B]`` in the layout ``"columns"``, or ``[B]``.
-        shape: the parameter's shape.
+        shape: the parameter's shape; by default that of ``V``.
         layout: see :class:`KroneckerBlock`.
         averaged_over: the number of rows that ``A`` is an average over, its weight in :meth:`add`.
 
@@ -237,7 +238,7 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
     def __init__(
         self,
         factors: Iterable[Tensor],
-        shape: Iterable[int],
+        shape: Iterable[int] | None = None,
         layout: str = "rows",
         averaged_over: int = 1,
     ) -> None:
@@ -375,7 +376,7 @@ class KroneckerEigen(_Pair, KroneckerBlock):
         eigenvectors: for a weight ``[Q_B, Q_A]``, in the order of its factors; for other parameters one
             matrix. Orthogonal.
         eigenvalues: ``[len(Q_B), len(Q_A)]``, or a vector.
-        shape: the parameter's shape.
+        shape: the parameter's shape; by default that of ``V``.
         layout: see :class:`KroneckerBlock`.
     """
 
@@ -383,12 +384,21 @@ class KroneckerEigen(_Pair, KroneckerBlock):
         cls,
         eigenvectors: list[Tensor],
         eigenvalues: Tensor,
-        shape: Iterable[int],
+        shape: Iterable[int] | None = None,
         layout: str = "rows",
     ) -> KroneckerEigen:
         self = super().__new__(cls, eigenvectors, eigenvalues)
         self._place(shape, layout)
         return self
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> KroneckerEigen:  # type: ignore[override]
+        return cls(*iterable)
+
+    def _replace(self, **changes: Any) -> KroneckerEigen:  # type: ignore[override]
+        return KroneckerEigen(
+            **{**self._asdict(), "shape": self.shape, "layout": self.layout, **changes}
+        )
 
     def _sizes(self) -> list[int]:
         return list(self.eigenvalues.shape)

@@ -13,6 +13,7 @@ Everything that code outside the library builds on is imported from here; the fi
 
 from backpack.batch import Batch, batch_of
 from backpack.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
+from backpack.combining import Added, Blocks, Counted, Functions, Joined, Moments, Never, Rule
 from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches, Pullback, Sum, Together
 from backpack.losses import LossHessian, elementwise, loss_rule
 from backpack.quantities import BackpropExtension, Context
@@ -29,6 +30,14 @@ from backpack.sources import (
 )
 
 __all__ = [
+    "Rule",
+    "Never",
+    "Moments",
+    "Joined",
+    "Functions",
+    "Counted",
+    "Blocks",
+    "Added",
     "AveragedRoot",
     "BackpropExtension",
     "Batch",

@@ -57,7 +57,8 @@ def assigned(
         return own if source.tentative else own.certain()
     if source.tentative:
         return own if own is None or not own.tentative else source.losing(_LOST)
-    if own is None or own.tentative:
+    # Where parameters were written to a tentative axis, it is part of the graph.
+    if own is None or (own.tentative and not target.requires_grad):
         candidates = [regular_axis(source.size, d) for d in range(target.dim())]
         for axis in [*candidates, *(source.moved(d) for d in range(target.dim()))]:
             if _fits(axis, target, owners, index):

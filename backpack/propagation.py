@@ -148,7 +148,7 @@ def traced(
             axis = _axis_tried_out(func, args, kwargs, new, marked, place)
             if axis is not None:
                 return axis, []
-    if batch.lost and batch.tentative:
+    if batch.lost and batch.tentative and single is None and batch.size > 1:
         return batch, [tensor for tensor, _ in marked]
     return batch, demoted
 
@@ -262,6 +262,8 @@ def settled(
 def _counted(
     func: Any, new: Tensor, lost: Batch, dim: int, marked: Sequence[tuple[Tensor, Batch]]
 ) -> Batch:
+    if not marked and func not in EXPANSIONS:
+        return replace(lost, tentative=True)
     places: list[int] = []
     tentative = all(axis.tentative for _, axis in marked)
     if func in ELEMENTWISE:
@@ -272,7 +274,9 @@ def _counted(
     for place in places:
         if 0 <= place < new.dim() and new.shape[place] == lost.size:
             return regular_axis(lost.size, place, tentative=tentative)
-    if func not in LIKE and dim < new.dim() and new.shape[dim] == lost.size:
+    # Statistics have no rows, whatever their length, until they are given some.
+    rows = func in EXPANSIONS or (func not in LIKE and new.dim() >= max(x.dim() for x, _ in marked))
+    if rows and dim < new.dim() and new.shape[dim] == lost.size:
         return regular_axis(lost.size, dim, tentative=True)
     return replace(lost, tentative=True)
 

@@ -11,13 +11,15 @@ Numbers and names: BackPACK (Dangel, Kunstner, Hennig, ICLR 2020, arXiv:1912.109
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backpack.columns import ColumnSource
+from backpack.combining import Added, Blocks, Functions, Joined, Moments, Never, Rule
 from backpack.factors import Form, Lookup, Outer, Sharing, Single, positions_of, spectrum
 from backpack.kronecker import KroneckerEigen, KroneckerFactored
 from backpack.sources import (
@@ -72,6 +74,8 @@ class BackpropExtension:
         large: whether the value of an earlier pass is let go before this one's is computed.
         mixed: whether the value has a meaning where samples are mixed (batch norm in training mode), as
             each row's contribution.
+        combine: how values of several batches make that of all of them (:mod:`backpack.combining`), for
+            :func:`backpack.accumulate`; ``None``: not said, an error there.
 
     Example:
         >>> from backpack import backpack, extend
@@ -99,6 +103,7 @@ class BackpropExtension:
     refines: bool = False
     large: bool = False
     mixed: bool = False
+    combine: Rule | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
@@ -130,6 +135,10 @@ class BackpropExtension:
         """The state for the columns of one form (``sign [v, n]``: weights of Hessian columns)."""
         raise NotImplementedError
 
+    def begin(self, parameter: Tensor, form: Form, sign: Tensor | None = None) -> Any:
+        """The state for the first columns that reach a parameter."""
+        return self.reduce(form, sign)
+
     def add(self, state: Any, other: Any) -> Any:
         """The state for the columns of both."""
         return state + other
@@ -149,8 +158,16 @@ class BackpropExtension:
     def zero(self, context: Context) -> Any:
         """The value for a parameter that no column reaches; by default that of a column of zeros."""
         form = context.zeros()
-        state = self.reduce(form)
+        state = self.begin(context.parameter, form)
         return self.finish(self.refine(state, form) if self.refines else state, context)
+
+    def before(self) -> BackpropExtension | None:
+        """What must be known of all batches of a data set first, in a pass over them of its own."""
+        return None
+
+    def after(self, values: Mapping[Tensor, Any]) -> BackpropExtension:
+        """The quantity, given the values of :meth:`before` for each parameter."""
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -182,12 +199,15 @@ class BatchGrad(BackpropExtension):
     ``p.grad`` alone, here and for all quantities: a function of the sum tells nothing of its terms. If
     the hook is a linear map, apply it to ``grad_batch[n]``.
 
+    Of several batches: concatenated, each with its weight in the loss.
+
     Args:
         subsampling: samples to keep, in that order (may repeat, may be negative); default all. The
             scale stays that of the full batch.
     """
 
     savefield = "grad_batch"
+    combine = Joined(1)
     needs_gradient = False
     written_out = large = mixed = True
 
@@ -205,9 +225,13 @@ class BatchGrad(BackpropExtension):
 
 
 class BatchL2Grad(BackpropExtension):
-    """Squared norms ``batch_l2[n] = ||d l_n / d p||^2`` of individual gradients, shape ``[N]``."""
+    """Squared norms ``batch_l2[n] = ||d l_n / d p||^2`` of individual gradients, shape ``[N]``.
+
+    Of several batches: concatenated, each with its weight in the loss squared.
+    """
 
     savefield = "batch_l2"
+    combine = Joined(2)
     needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
@@ -218,9 +242,13 @@ class BatchL2Grad(BackpropExtension):
 
 
 class SumGradSquared(BackpropExtension):
-    """Second moment ``sum_grad_squared = sum_n (d l_n / d p)^2``, elementwise, shape ``p``."""
+    """Second moment ``sum_grad_squared = sum_n (d l_n / d p)^2``, elementwise, shape ``p``.
+
+    Of several batches: added, each with its weight in the loss squared.
+    """
 
     savefield = "sum_grad_squared"
+    combine = Added(2)
     needs_gradient, written_out = False, True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
@@ -235,9 +263,12 @@ class Variance(BackpropExtension):
 
     The biased variance of the individual gradients as scaled by the loss's reduction, equal to
     ``grad_batch.var(0, unbiased=False)``.
+
+    Of several batches: from their means and variances, :class:`backpack.combining.Moments`.
     """
 
     savefield = "variance"
+    combine = Moments()
     written_out = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
@@ -281,6 +312,7 @@ class _Sampled(BackpropExtension):
 class _Diagonal(BackpropExtension):
     per_sample = needs_gradient = False
     signed = True
+    combine = Added(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum(sign)
@@ -292,6 +324,7 @@ class _Diagonal(BackpropExtension):
 class _BatchDiagonal(BackpropExtension):
     needs_gradient = False
     large = signed = True
+    combine = Joined(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum_per_sample(sign)
@@ -301,7 +334,10 @@ class _BatchDiagonal(BackpropExtension):
 
 
 class DiagGGNExact(_Diagonal):
-    """``diag_ggn_exact = diag(sum_n J_n^T H_n J_n)``, shape ``p``."""
+    """``diag_ggn_exact = diag(sum_n J_n^T H_n J_n)``, shape ``p``.
+
+    Of several batches: added, each with its weight in the loss; so are all diagonals.
+    """
 
     savefield = "diag_ggn_exact"
     source = ExactRoot()
@@ -322,7 +358,10 @@ class DiagGGNMC(_Sampled, _Diagonal):
 
 
 class BatchDiagGGNExact(_BatchDiagonal):
-    """``diag_ggn_exact_batch[n] = diag(J_n^T H_n J_n)``, shape ``[N, *p]``; sums to the diagonal."""
+    """``diag_ggn_exact_batch[n] = diag(J_n^T H_n J_n)``, shape ``[N, *p]``; sums to the diagonal.
+
+    Of several batches: concatenated, each with its weight in the loss.
+    """
 
     savefield = "diag_ggn_exact_batch"
     source = ExactRoot()
@@ -342,6 +381,7 @@ class BatchDiagGGNMC(_Sampled, _BatchDiagonal):
 class _SquareRoot(BackpropExtension):
     needs_gradient = False
     every_column = large = True
+    combine = Joined(0.5, axis=1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:
         index = _index(self.subsampling, form.samples)
@@ -361,6 +401,8 @@ class SqrtGGNExact(_SquareRoot):
     ``C`` is the number of model outputs per sample, or of the numbers that the loss is computed from,
     where these are fewer. Concatenated over parameters it gives the full
     matrix, blocks between parameters included.
+
+    Of several batches: concatenated along ``N``, each with the root of its weight in the loss.
 
     Args:
         subsampling: samples to keep; the scale stays that of the full batch.
@@ -397,6 +439,7 @@ class SqrtGGNMC(_Sampled, _SquareRoot):
 class _Kronecker(BackpropExtension):
     needs_gradient = False
     every_use = True
+    combine: Rule | None = Blocks(1)
     kfac_approx: Sharing = None
 
     def _choose(self, kfac_approx: Sharing) -> None:
@@ -428,6 +471,7 @@ def _layout(form: Form) -> str:
 
 def _averaged_over(form: Form, sharing: Sharing) -> int:
     """The number of rows that the factor of the inputs is an average over."""
+    form = form.together() if isinstance(form, Single) else form
     groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
     shared = sharing == "expand" and isinstance(form, (Outer, Lookup))
     rows = positions_of(form) if shared else form.samples  # type: ignore[arg-type]
@@ -443,6 +487,11 @@ class KFLR(_Kronecker):
     ``a [n, s, i]``: ``B = sum_{v,n} (sum_s g)(sum_s g)^T``, which carries the loss's reduction and is
     the block of the layer's bias; ``A = 1/N sum_{n,s} a a^T``. Exact for one sample and one position.
     For transposed convolutions the pair approximates the block of ``weight.transpose(0, 1)``.
+
+    Of several batches: ``B`` is added, each with its weight in the loss, and ``A`` is averaged by
+    numbers of samples. Adding up factors by hand counts ``A`` once for each batch: for three batches
+    the block is three times too large. :func:`backpack.accumulate` goes over a data set,
+    :meth:`backpack.kronecker.KroneckerFactored.add` puts two results together.
 
     Args:
         kfac_approx: what to make of the ``S`` positions that share a weight (Eschenhagen et al., 2023,
@@ -466,6 +515,9 @@ class KFLR(_Kronecker):
 
 class KFAC(_Sampled, _Kronecker):
     """Kronecker factors from Monte-Carlo columns (Martens, Grosse, 2015); layout as :class:`KFLR`.
+
+    Of several batches, as of :class:`KFLR`, ``B`` is added and ``A`` is averaged; adding up both makes
+    the block of three batches three times too large. See :func:`backpack.accumulate`.
 
     Args:
         mc_samples: draws per data point.
@@ -494,12 +546,18 @@ class KFRA(_Kronecker):
 
     ``M`` has as many rows as a sample has numbers at that place: feasible for small networks only.
 
+    Values of several batches do not combine.
+
     Raises:
         NotImplementedError: in the backward pass, if operations do not form a chain.
     """
 
     savefield = "kfra"
     source = AveragedRoot()
+    combine = Never(
+        "kfra averages a matrix over the batch after every operation, which values of batches do not "
+        "tell; use KFLR or KFAC"
+    )
 
 
 class EmpiricalKFAC(_Kronecker):
@@ -509,11 +567,14 @@ class EmpiricalKFAC(_Kronecker):
     by the loss's reduction, of which :class:`SumGradSquared` is the diagonal (for a mean over ``N``
     samples, ``N`` times this has the scale of the other curvature matrices).
 
+    Of several batches: as :class:`KFLR`, with the square of each weight.
+
     Args:
         kfac_approx: see :class:`KFLR`.
     """
 
     savefield = "kfac_empirical"
+    combine = Blocks(2)
 
     def __init__(self, kfac_approx: Sharing = None) -> None:
         self._choose(kfac_approx)
@@ -521,15 +582,51 @@ class EmpiricalKFAC(_Kronecker):
 
 class _EigenvalueCorrected(_Kronecker):
     refines = True
+    combine: Rule | None = Blocks(1)
+    bases: Mapping[Tensor, Sequence[Tensor]] | None = None
+    # The quantity whose factors have the eigenvectors.
+    factors: type[BackpropExtension]
+
+    def _within(self, bases: Mapping[Tensor, Sequence[Tensor]] | None) -> None:
+        if bases is not None:
+            self.bases, self.refines = bases, False
+
+    def begin(self, parameter: Tensor, form: Form, sign: Tensor | None = None) -> Any:
+        if self.bases is None:
+            return self.reduce(form, sign)
+        if parameter not in self.bases:
+            raise ValueError(
+                f"{self.savefield}: no eigenvectors are given for a parameter of shape "
+                f"{tuple(parameter.shape)} that the loss reaches"
+            )
+        bases = list(self.bases[parameter])
+        return KroneckerEigen(bases, form.rotated_square_sum(bases), form.shape, _layout(form))
+
+    def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
+        if self.bases is None:
+            return super().update(state, form, sign)
+        return self.refine(state, form)
 
     def refine(self, state: Any, form: Form) -> KroneckerEigen:
         if isinstance(state, KroneckerEigen):
             more = form.rotated_square_sum(state.eigenvectors)
-            return KroneckerEigen(
-                state.eigenvectors, state.eigenvalues + more, state.shape, state.layout
-            )
+            values = state.eigenvalues + more
+            return KroneckerEigen(state.eigenvectors, values, state.shape, state.layout)
         bases = [spectrum(factor)[1] for factor in state]
         return KroneckerEigen(bases, form.rotated_square_sum(bases), state.shape, state.layout)
+
+    def before(self) -> BackpropExtension | None:
+        if self.bases is not None:
+            return None
+        factors = copy.copy(self)
+        factors.__class__ = self.factors  # type: ignore[assignment]
+        factors.savefield = f"{self.savefield}_factors"
+        return factors
+
+    def after(self, values: Mapping[Tensor, Any]) -> BackpropExtension:
+        within = copy.copy(self)
+        within._within({p: value.eig().eigenvectors for p, value in values.items()})
+        return within
 
 
 class EKFLR(_EigenvalueCorrected, KFLR):
@@ -540,23 +637,49 @@ class EKFLR(_EigenvalueCorrected, KFLR):
     ``sum_{v,n} (Q_B^T G_{vn} Q_A)^2``. Of all matrices with these eigenvectors it is the nearest to the
     block in Frobenius norm.
 
+    Of several batches: eigenvalues in one given basis are added. The basis is that of the factors of
+    all batches, which takes a pass over them of its own (:func:`backpack.accumulate` makes both).
+
     Args:
         kfac_approx: see :class:`KFLR`.
+        bases: eigenvectors for each parameter, such as ``{p: p.kflr.eig().eigenvectors}``, in place of
+            those of the pass's own factors.
     """
 
     savefield = "ekflr"
+    factors = KFLR
+
+    def __init__(
+        self, kfac_approx: Sharing = None, bases: Mapping[Tensor, Sequence[Tensor]] | None = None
+    ) -> None:
+        super().__init__(kfac_approx)
+        self._within(bases)
 
 
 class EKFAC(_EigenvalueCorrected, KFAC):
     """:class:`EKFLR` from Monte-Carlo columns, ``p.ekfac``; factors and eigenvalues share the draws.
 
+    Over several batches, or with ``bases``, eigenvalues have draws of their own.
+
     Args:
         mc_samples: draws per data point.
         generator: source of randomness.
         kfac_approx: see :class:`KFLR`.
+        bases: see :class:`EKFLR`.
     """
 
     savefield = "ekfac"
+    factors = KFAC
+
+    def __init__(
+        self,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        kfac_approx: Sharing = None,
+        bases: Mapping[Tensor, Sequence[Tensor]] | None = None,
+    ) -> None:
+        super().__init__(mc_samples, generator, kfac_approx)
+        self._within(bases)
 
 
 # --------------------------------------------------------------------------------------
@@ -616,6 +739,7 @@ class Product(BackpropExtension):
 
     source = NoColumns()
     needs_gradient = False
+    combine = Functions(1)
     curvature: Literal["ggn", "hessian", "positive"]
     modify = "clip"
 
@@ -632,6 +756,8 @@ class GGNMP(Product):
 
     ``ggnmp(mat)`` maps ``[K, *p]`` (or one vector ``p``) to the same shape, after the ``with`` block
     too: the graph is kept until the field is overwritten or deleted.
+
+    Of several batches: the sum, whose graphs are all kept.
 
     Args:
         savefield: another name of the field.

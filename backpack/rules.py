@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack import recurrent
-from backpack.batch import Batch, batch_of, solo_axis
+from backpack.batch import Batch, axis_of, batch_of, owners_of, solo_axis
 from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches
 
 ToForm = Callable[[Tensor], Form]
@@ -376,6 +376,37 @@ def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
     rest = [padded[d] for d in range(ndim) if d != batch.dim]
     sums = [2] + [3 + j for j, size in enumerate(rest) if size == 1]
     return Dense(g.sum(sums).reshape(*g.shape[:2], *shape))
+
+
+@op_rule(Tensor.__setitem__)
+def setitem(batch: Batch, target: Tensor, index: Any, values: Any) -> Pairs | None:
+    """``target[index] = values``."""
+    whole = target.shape
+    count = torch.arange(target.numel(), device=target.device).reshape(whole)
+    # The index may be another when it is asked for.
+    places = count[index]
+
+    def kept(g: Tensor) -> Form:
+        """The target, where nothing was written."""
+        g = g.flatten(1).index_fill(1, places.reshape(-1), 0).reshape(g.shape)
+        return reduce_to(batch, g, whole)
+
+    if not isinstance(values, Tensor):
+        return [(target, kept)]
+    shape = values.shape
+
+    def form(g: Tensor) -> Form:
+        g = g.flatten(1)[:, places]
+        samples = owners_of(batch, whole, g.device).reshape(-1)[places]
+        axis = axis_of(samples, batch.size)
+        inner = shape[max(len(shape) - places.dim(), 0) :]
+        if axis is not None:
+            return Dense(reduce_to(axis, g, inner).values.reshape(len(g), batch.size, *shape))
+        mine = torch.arange(batch.size, device=g.device).reshape(-1, *[1] * samples.dim()) == samples
+        each = g.unsqueeze(1) * mine
+        return Dense(each.sum_to_size(*each.shape[:2], *inner).reshape(*each.shape[:2], *shape))
+
+    return [(target, kept), (values, form)]
 
 
 def _scaled(g: Tensor, alpha: Any) -> Tensor:

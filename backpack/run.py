@@ -29,7 +29,7 @@ from backpack.backprop import (
 )
 from backpack.blocks import Block, Nested, current_block
 from backpack.checks import Names, check, parameters_of
-from backpack.columns import Columns, ColumnSource, Pass, Wanted
+from backpack.columns import Columns, ColumnSource, Pass, Wanted, cotangent_places
 from backpack.exposed import Exposed, passes_its_input_on
 from backpack.factors import Dense, Form, Pullback, Together, merge, of_one, products_kept
 from backpack.kronecker import KroneckerBlock
@@ -120,9 +120,7 @@ class Run:
 
     def _products(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
         """Functions that go through the graph again; ``_Watch`` made backward keep it."""
-        joint, absorbed = graph.joint()
-        outputs = [record.edge for node, (record, _) in graph.losses.items() if node not in absorbed]
-        outputs += [GradientEdge(node, b.place) for node, bs in joint.items() for b in bs]
+        outputs = [edge for edge, _ in cotangent_places(graph)]
         for leaf in self.leaves.values():
             for ext in self.products:
                 p = leaf.parameter
@@ -418,7 +416,7 @@ class Run:
             if ext.savefield in leaf.states:
                 state = ext.update(leaf.states[ext.savefield], form, sign)
             else:
-                state = ext.reduce(form, sign)
+                state = ext.begin(leaf.parameter, form, sign)
             leaf.states[ext.savefield] = state
 
     def _nested(self) -> Nested:

@@ -290,6 +290,18 @@ def loss_at(node: Node) -> LossRecord | None:
 # Making taps
 
 
+class View(NamedTuple):
+    """How a tensor that was written to in place looks at another, on which autograd notes that.
+
+    Attributes:
+        places: of its entries, in the other.
+        axis: the other's sample axis.
+    """
+
+    places: Tensor
+    axis: Batch
+
+
 def make_tap(
     recording: Recording,
     func: Any,
@@ -303,6 +315,7 @@ def make_tap(
     inputs: tuple[Node, ...],
     base: Tensor | None = None,
     whole: bool = False,
+    view: View | None = None,
 ) -> None:
     """Note a tap.
 
@@ -319,7 +332,9 @@ def make_tap(
     # What belongs to one sample is a batch of one.
     own = batch.single()
     if rule is not None and batch.lost is None:
-        found = _unbatched(rule, func, args, kwargs) if whole else rule(own, *args, **kwargs)
+        found = _unbatched(rule, func, args, kwargs) if own.size == 1 else None
+        if found is None and not whole:
+            found = rule(own, *args, **kwargs)
         for tensor, form in found or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))
@@ -333,6 +348,9 @@ def make_tap(
         pairs += fallback(own, place, func, args, kwargs, list(missing.values()), at_once)  # type: ignore[arg-type]
     if own is not batch:
         pairs = [(tensor, of_sample(form, batch)) for tensor, form in pairs]
+    if view is not None and batch.lost is None:
+        pairs = [(tensor, _looking(form, view.places)) for tensor, form in pairs]
+        batch = view.axis
     if base is not None and base.grad_fn is not None and node.name() == "ViewBackward0":
         shape = node._input_metadata[0].shape
         below = batch if batch.lost is not None else reshaped(batch, shape, base.shape)
@@ -368,6 +386,10 @@ def of_sample(form: ToForm, batch: Batch) -> ToForm:
     sample, size = batch.solo, batch.size
     assert sample is not None
     return lambda g: Single(form(g), sample, size)
+
+
+def _looking(form: ToForm, places: Tensor) -> ToForm:
+    return lambda g: form(g.flatten(1)[:, places])
 
 
 def _viewed(form: ToForm, shape: torch.Size) -> ToForm:

@@ -33,7 +33,9 @@ sphinx_gallery_conf = {
     "examples_dirs": "../tutorials",
     "gallery_dirs": "tutorials",
     "filename_pattern": ".",
-    "subsection_order": [f"../tutorials/{each}" for each in ("quantities", "models", "training")],
+    "subsection_order": [
+        f"../tutorials/{each}" for each in ("quantities", "models", "training", "datasets")
+    ],
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "show_memory": False,

@@ -14,6 +14,7 @@ PLACES = (
     "backpack.hessianfree",
     "backpack.custom_module",
     "backpack.optim",
+    "backpack.own",
 )
 
 

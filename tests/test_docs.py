@@ -15,7 +15,7 @@ PAGES = sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")])
 
 def test_public_names_are_on_api_pages() -> None:
     text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
-    directives = re.findall(r"^\.\. auto(?:class|function):: ([\w.]+)", text, re.MULTILINE)
+    directives = re.findall(r"^\.\. auto(?:class|function|data):: ([\w.]+)", text, re.MULTILINE)
     assert len(set(directives)) == len(directives)
     public = runpy.run_path(str(DOCS / "undocumented.py"))["public_names"]()
     assert len(public) > 50

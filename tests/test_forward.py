@@ -92,7 +92,7 @@ def test_the_text_says_where_the_axis_was_lost() -> None:
     model = extend(_model(lambda m, x: m.o(m.l(x.mean(0)).tanh())))
     loss = model(torch.randn(4, 3)).sum()
     message = (
-        r"'o.weight' takes part in the loss .* lost first at linear: a reduction over the sample axis"
+        r"'o.weight' takes part in the loss .* lost first at mean: a reduction over the sample axis"
     )
     with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
         loss.backward()

@@ -258,4 +258,4 @@ def test_gradients_and_hooks_are_left_alone() -> None:
         assert all(p.grad is None for p in model.parameters())
         count = len(seen)
         loss.backward()
-    assert count == 0 and len(seen) == 1
+    assert count == 0 and seen

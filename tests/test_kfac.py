@@ -439,3 +439,119 @@ def test_corrected_eigenvalues_of_two_losses_are_refused(quantity) -> None:
     with backpack(quantity()), pytest.raises(NotImplementedError, match="another loss"):
         loss.backward()
     assert not any(hasattr(p, quantity().savefield) for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------
+# Padding, rows that were picked, and samples one by one
+
+APPROXIMATIONS = [None, "expand", "reduce"]
+
+
+def _kflr(layer: nn.Module, model: nn.Module, X: Tensor, y: Tensor, approx) -> list[Tensor]:
+    with backpack(KFLR(kfac_approx=approx)):
+        extend(nn.CrossEntropyLoss())(extend(model.double())(X), y).backward()
+    return layer.weight.kflr
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+def test_padding_of_an_embedding_is_a_vector_of_zeros(approx) -> None:
+    """Where the table is not read the layer's input is zero; its output counts as any other."""
+    index, y = torch.randint(5, (N, 3)), torch.randint(2, (N,))
+    index[0] = 2
+    table, head = (
+        nn.Embedding(5, 4, padding_idx=2),
+        nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)),
+    )
+    linear = nn.Linear(5, 4, bias=False)
+    linear.weight.data = table.weight.data.T.clone()
+    vectors = F.one_hot(index, 5).double() * (index != 2).unsqueeze(-1)
+    A, B = _kflr(table, nn.Sequential(table, *copy.deepcopy(head)), index, y, approx)
+    b, a = _kflr(linear, nn.Sequential(linear, *copy.deepcopy(head)), vectors, y, approx)
+    close(A, a)
+    close(B, b)
+
+
+ROWS = torch.tensor([0, 1, 1, 3, 1, 3])
+
+
+def _picks(m: nn.Module, a: Tensor) -> Tensor:
+    """Some rows several times, some never; summed up for the sample they belong to."""
+    found = m.l(a[ROWS]).sin()
+    return m.o(torch.zeros(N, found.shape[1], dtype=found.dtype).index_add(0, ROWS, found))
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_samples_with_different_numbers_of_positions(kind: str, approx) -> None:
+    """By the definitions of arXiv:2311.00636, each sample with the positions it has."""
+    layer = nn.Linear(5, 3, bias=False) if kind == "linear" else nn.Embedding(5, 3)
+    model = Apply(_picks, l=layer, o=nn.Linear(3, 2)).double()
+    index, y = torch.randint(1, 5, (N,)), torch.randint(2, (N,))
+    vectors = F.one_hot(index, 5).double()
+    factors = _kflr(layer, model, vectors if kind == "linear" else index, y, approx)
+    B, A = factors if kind == "linear" else reversed(factors)
+    # Columns at each row, from the loss Hessians.
+    rows = layer(vectors if kind == "linear" else index).detach()[ROWS].requires_grad_()
+
+    def head(rows: Tensor) -> Tensor:
+        return model.o(torch.zeros(N, 3, dtype=rows.dtype).index_add(0, ROWS, rows.sin()))
+
+    def loss(f: Tensor) -> Tensor:
+        return F.cross_entropy(f, y)
+
+    H: Tensor = torch.autograd.functional.hessian(loss, head(rows).detach())  # type: ignore[assignment]
+    J: Tensor = torch.autograd.functional.jacobian(head, rows)  # type: ignore[assignment]
+    a, count = vectors[ROWS], torch.bincount(ROWS, minlength=N)
+    own = F.one_hot(ROWS, N).double()
+    if approx == "expand":
+        expected_a = a.T @ a / len(ROWS)
+        expected_b = torch.einsum("ncri,ncmd,mdrj->ij", J, H, J)
+    else:
+        J = torch.einsum("ncri,rm->ncmi", J, own)
+        expected_b = torch.einsum("ncri,ncmd,mdrj->ij", J, H, J)
+        means = own.T @ a / count.clamp(min=1).unsqueeze(1)
+        expected_a = (means.T @ means if approx == "reduce" else a.T @ a) / N
+    close(A, expected_a)
+    close(B, expected_b)
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize(
+    "name", ["linear", "linear-2d", "conv", "conv-1", "embedding", "gru", "matmul"]
+)
+def test_samples_one_by_one_are_a_batch(name: str, approx) -> None:
+    """A loop over the samples gives what the batch gives, factors of the same shapes included."""
+    layers: dict[str, tuple[nn.Module, Tensor, Callable]] = {
+        "linear": (nn.Linear(3, 2), torch.randn(N, 3), lambda m, a: m.l(a).tanh()),
+        "linear-2d": (nn.Linear(3, 2), torch.randn(N, 4, 3), lambda m, a: m.l(a).tanh().sum(-2)),
+        "conv": (nn.Conv1d(2, 2, 2), torch.randn(N, 2, 4), lambda m, a: m.l(a).tanh().sum(-1)),
+        "conv-1": (nn.Conv1d(2, 2, 2), torch.randn(N, 2, 4), lambda m, a: m.l(a).tanh().sum(-1)),
+        "embedding": (nn.Embedding(5, 2), torch.randint(5, (N, 3)), lambda m, a: m.l(a).tanh().sum(-2)),
+        "gru": (nn.GRU(2, 2, batch_first=True), torch.randn(N, 3, 2), lambda m, a: m.l(a)[0].sum(-2)),
+        "matmul": (
+            nn.Linear(3, 2),
+            torch.randn(N, 4, 3),
+            lambda m, a: (a @ m.l.weight.T).tanh().sum(-2),
+        ),
+    }
+    layer, X, f = layers[name]
+
+    def loop(m: nn.Module, a: Tensor) -> Tensor:
+        if name == "conv-1":
+            return torch.cat([f(m, a[n : n + 1]) for n in range(N)])
+        return torch.stack([f(m, each) for each in a])
+
+    y, o = torch.randint(3, (N,)), nn.Linear(2, 3)
+    X = X.double() if X.is_floating_point() else X
+    results = []
+    for each in (f, loop):
+        model = extend(Apply(lambda m, a, each=each: m.o(each(m, a)), l=layer, o=o)).double()
+        with backpack(KFLR(kfac_approx=approx), BatchGrad(), EKFLR()):
+            extend(nn.CrossEntropyLoss())(model(X), y).backward()
+        used = [p for p in model.parameters() if hasattr(p, "kflr")]
+        results.append([t for p in used for t in (*p.kflr, p.grad_batch, p.ekflr[1])])
+        for p in used:
+            del p.kflr, p.grad_batch, p.ekflr
+    assert len(results[0]) == len(results[1])
+    for one, other in zip(*results, strict=True):
+        close(one, other)

@@ -249,6 +249,18 @@ def test_pairs() -> None:
     assert block._fields == ("eigenvectors", "eigenvalues")
 
 
+def test_made_of_their_entries_again() -> None:
+    """As programs do that map functions over lists and tuples, whatever their class."""
+    block, _, dense = computed("linear", "KFLR")
+    again = type(block)(2 * factor for factor in block)
+    close(again.to_dense(), 4 * dense)
+    eigen = computed("convolution", "EKFLR")[0]
+    close(type(eigen)(*eigen).eigenvalues, eigen.eigenvalues)
+    assert eigen._make(eigen).shape == eigen.eigenvalues.shape
+    assert eigen._replace(eigenvalues=2 * eigen.eigenvalues).shape == eigen.shape
+    assert computed("transposed", "EKFLR")[0]._replace().layout == "convt"
+
+
 def test_differentiable() -> None:
     model, lossfunc = extend(nn.Linear(2, 2).double()), extend(nn.MSELoss())
     X = randn(3, 2).requires_grad_()

@@ -16,8 +16,8 @@ ROOT = Path(backpack.__file__).parent
 RIVER = [
     *"batch aliases probe moves entries placing propagation memory kernels factors recurrent".split(),
     *"rules losses opened taps functions inputs tangents tracing capture backprop".split(),
-    *"certificate columns hessian products chain sources kronecker quantities blocks".split(),
-    *"checks exposed run direct engine extend oracle".split(),
+    *"certificate columns hessian products chain sources kronecker combining quantities".split(),
+    *"blocks checks exposed run direct engine extend accumulation dataset oracle".split(),
 ]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "gram", "kronecker", "newton", "private")
@@ -26,6 +26,7 @@ BELOW_VIVIT = {"backpack", "backpack.own", "backpack.engine", "backpack.extend"}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
 EXTRAS = {
     "kernels.py": {"triton"},
+    "dataset.py": {"rich", "tqdm"},
     "optim/private.py": {"dp_accounting"},
     "vivit/operators.py": {"scipy"},
     "vivit/figures.py": {"matplotlib"},

@@ -305,11 +305,142 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+def _written(write: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """Parameters are written in place into part of what a layer has made."""
+
+    def forward(m: Any, a: Tensor) -> Tensor:
+        h = m.l(a).clone()
+        return m.k((h if (found := write(m, h)) is None else found).tanh())
+
+    return forward
+
+
+def _iadd(h: Tensor, index: Any, value: Tensor) -> None:
+    h[index] += value
+
+
+def _imul(h: Tensor, index: Any, value: Tensor) -> None:
+    h[index] *= value
+
+
+def _set(h: Tensor, index: Any, value: Any) -> None:
+    h[index] = value
+
+
+def _added(out: Tensor, h: Tensor) -> Tensor:
+    out += h
+    return out
+
+
+def _both(m: Any, h: Tensor) -> Tensor:
+    v = h[:, 1:]
+    v.mul_(m.b[:2])
+    h[:, 0] = m.b[2]
+    v.add_(m.b[0])
+    return h + v.sum(1, keepdim=True)
+
+
+def _buffer(m: Any, a: Tensor) -> Tensor:
+    out = torch.zeros(4, 3, dtype=a.dtype)
+    out[:] = m.b
+    return m.k(out * m.l(a))
+
+
+def _steps_of_buffer(m: Any, a: Tensor) -> Tensor:
+    """The first step is a parameter's, the others are the data's."""
+    out = torch.zeros(3, 4, 3, dtype=a.dtype)
+    out[0] = m.b
+    for t in (1, 2):
+        out[t] = m.l(a * t).tanh()
+    return m.k(out).tanh().sum(0)
+
+
+def _made_set(m: Any, a: Tensor) -> Tensor:
+    """Data is written into what parameters have made."""
+    out = (m.b * m.bb).view(4, 3, 1).repeat(1, 1, 2)
+    out[..., 1] = m.l(a)
+    return m.k(out.sum(2))
+
+
+def _square(h: Tensor) -> Tensor:
+    return h[:, :1, None, None].expand(4, 4, 2, 2)
+
+
+MASK = torch.tensor([True, False, True, True])
+GRID = torch.arange(12).reshape(4, 3) % 3 > 0
+APART |= {
+    "iadd-column": _written(lambda m, h: _iadd(h, (slice(None), 0), m.b[0])),
+    "iadd-row": _written(lambda m, h: _iadd(h, 2, m.b)),
+    "iadd-rows": _written(lambda m, h: _iadd(h, slice(1, 3), m.bb[:2])),
+    "iadd-mask": _written(lambda m, h: _iadd(h, MASK, m.b)),
+    "imul-columns": _written(lambda m, h: _imul(h, (slice(None), slice(1, 3)), m.b[:2])),
+    "set-column": _written(lambda m, h: _set(h, (slice(None), 1), m.bb[:, 0])),
+    "set-row": _written(lambda m, h: _set(h, 1, m.b)),
+    "set-mask": _written(lambda m, h: _set(h, MASK, m.b)),
+    "set-mask-rows": _written(lambda m, h: _set(h, MASK, m.bb[1:])),
+    "set-grid": _written(lambda m, h: _set(h, GRID, m.bb.reshape(-1)[:8])),
+    "set-grid-number": _written(lambda m, h: _set(h, GRID, m.b[1])),
+    "set-list": _written(lambda m, h: _set(h, [0, 3], m.b[None])),
+    "set-entry": _written(lambda m, h: _set(h, (1, 2), m.b[0] * 2)),
+    "set-view": _written(lambda m, h: _set(h.view(4, 1, 3), (slice(2), 0, 1), m.b[:2])),
+    "view-add_": _written(lambda m, h: h[:, 0].add_(m.b[0]) is None or None),
+    "view-t": _written(lambda m, h: h.t().mul_(m.bb.t()) is None or None),
+    "view-diagonal": _written(lambda m, h: h.diagonal().add_(m.b) is None or None),
+    "view-flat": _written(lambda m, h: h.view(-1)[2:5].mul_(m.b) is None or None),
+    "view-returned": _written(lambda m, h: F.pad(h[:, 1:].mul_(m.b[0]), (1, 0)) + h),
+    "view-both": _written(_both),
+    "buffer": _buffer,
+    "buffer-steps": _steps_of_buffer,
+    # forms of indices
+    "index-grid": lambda m, a: m.k(m.l(a)[GRID].view(4, 2).sum(1, keepdim=True) * m.b),
+    "index-all": lambda m, a: m.k(m.l(a)[torch.arange(4)[:, None], torch.tensor([[0, 2, 1]])].tanh()),
+    "index-table": lambda m, a: m.k(m.bb[torch.arange(4), None] + m.l(a)[:, None])[:, 0],
+    "index-between": lambda m, a: m.k(m.l(a)[:, None, :, None].expand(4, 2, 3, 2)[:, 1, :, 0].tanh()),
+    "masked_select": lambda m, a: m.k(m.l(a).masked_select(GRID).view(4, 2).sum(1, keepdim=True) * m.b),
+    "cat-reshape": lambda m, a: m.k(torch.cat(m.l(a).split([1, 3])).view(4, 3, 1).squeeze(2)),
+    "take": lambda m, a: m.k(m.l(a).take(torch.arange(12).view(4, 3).flip(1))),
+    "flips": lambda m, a: m.k(m.l(a).flip(0, 1).tanh()).flip(0),
+    "rot90": lambda m, a: m.k(m.l(a).rot90(1).rot90(-1)),
+    "kron": lambda m, a: torch.kron(m.l(a), m.b[None, :2]).tanh(),
+    "kron-rows": lambda m, a: m.k(torch.kron(m.b[:2, None], m.l(a)).view(2, 4, 3).sum(0)),
+    "vstack": lambda m, a: m.k(torch.vstack([m.l(a[:1]), m.l(a[1:])])),
+    "hstack": lambda m, a: torch.hstack([m.l(a), m.k(a).tanh()]),
+    "pixel_shuffle": lambda m, a: F.pixel_shuffle(_square(m.l(a)) * m.b[0], 2),
+    "made": lambda m, a: m.k(_added(m.b.exp().expand(4, 3).clone(), m.l(a))),
+    "made-set": _made_set,
+    "made-mul": lambda m, a: m.k((m.bb * 2).mul_(m.l(a))),
+    "broadcast": lambda m, a: m.k(torch.mul(*torch.broadcast_tensors(m.l(a), m.b))),
+    "broadcast-axis": lambda m, a: m.k(torch.broadcast_tensors(m.l(a), _zeros().to(a)[None])[0][0]),
+    "diagonal": lambda m, a: m.k(m.l(a).diag_embed().diagonal(dim1=1, dim2=2)),
+    "unfold": lambda m, a: F.unfold(m.l(a)[:, None, None], (1, 2)).flatten(1) @ m.bb,
+    "einsum": lambda m, a: m.k(torch.einsum("...d,de", m.l(a), m.k.weight)),
+    "einsum-implicit": lambda m, a: m.k(torch.einsum("zd,ed", m.l(a), m.k.weight).T),
+    "einsum-sublists": lambda m, a: m.k(torch.einsum(m.l(a), [0, 1], m.k.weight, [1, 2], [0, 2])),
+    "einsum-rows": lambda m, a: m.k(torch.einsum("ab,ax->xa", m.l(a), m.bb).T),
+    "einsum-square": lambda m, a: torch.einsum("ab,ax->xa", m.l(a), m.bb.repeat(1, 2)[:, :4]).T,
+    "loop": lambda m, a: torch.stack([m.k(m.l(x).tanh()) for x in a]),
+    "loop-places": lambda m, a: torch.stack([m.k(m.l(a[n]).tanh()) * m.b for n in range(4)]),
+    "loop-rows": lambda m, a: torch.cat([m.k(m.l(a[n : n + 1]).tanh()) for n in range(4)]),
+    "loop-numbers": lambda m, a: torch.stack([m.l(x).sin().sum() * m.b[0] for x in a])[:, None] * m.b,
+    "loop-pairs": lambda m, a: torch.stack([m.k(x * y) for x, y in zip(m.l(a), a, strict=True)]),
+    "loop-splits": lambda m, a: torch.cat([m.k(m.l(x)).tanh() for x in a.split([1, 2, 1])]),
+    "loop-buffer": lambda m, a: _filled(m, a),
+}  # fmt: skip
+
+
+def _filled(m: Any, a: Tensor) -> Tensor:
+    out = torch.zeros(4, 3, dtype=a.dtype)
+    for n in range(4):
+        out[n] = m.k(m.l(a[n]).tanh())
+    return out * m.b
+
+
 @pytest.mark.parametrize("name", APART)
 def test_samples_kept_apart_agree(name: str) -> None:
     torch.manual_seed(0)
     report = check(
-        _layers(APART[name])(), nn.MSELoss(), torch.randn(4, 3), torch.zeros(4, 3).double(), ALL
+        *(model := _layers(APART[name])(), nn.MSELoss(), X := torch.randn(4, 3)),
+        *(torch.zeros_like(model(X.clone())).double(), ALL),
     )
     assert report.ok, f"\n{report}"
 

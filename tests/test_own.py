@@ -31,6 +31,18 @@ def page() -> Iterator[dict[str, Any]]:
     LOSSES.pop(space["log_cosh"])
 
 
+def test_batches(page: dict[str, Any]) -> None:
+    """Fields that the page computed in batches are those of one batch."""
+    found = [(p.grad_max, p.trace_ggn_batch, p.trace_h) for p in page["network"].parameters()]
+    with page["backpack"].backpack(
+        page["GradientMax"](), page["BatchTraceGGN"](), page["TraceHessian"]()
+    ):
+        page["lossfunc"](page["network"](page["X"]), page["y"]).backward()
+    for p, values in zip(page["network"].parameters(), found, strict=True):
+        for a, b in zip(values, (p.grad_max, p.trace_ggn_batch, p.trace_h), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_page(page: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     model, X, y = page["network"], page["X"], page["y"]
     quantities = [E.BatchGrad(), E.Variance(), E.DiagGGNExact(), E.BatchDiagGGNExact(), E.DiagHessian()]

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack.extensions import (
+    KFLR,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
     DiagHessian,
+    EmpiricalKFAC,
     SqrtGGNExact,
     Variance,
 )
@@ -142,7 +144,7 @@ def test_what_all_samples_look_at(name: str, size: int) -> None:
 def test_lost_rows_that_meet_a_parameter() -> None:
     model = extend(Apply(lambda m, x: m.l(x.t() @ x), l=nn.Linear(4, 4)))
     loss = model(torch.randn(N, 4)).sum()
-    message = "'l.weight'.*lost first at linear: a product over the sample axis"
+    message = "'l.weight'.*lost first at matmul: a product over the sample axis"
     with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
         loss.backward()
 
@@ -190,3 +192,24 @@ def test_one_sample_without_an_axis() -> None:
     """All rows of the output are those of the sample."""
     model = Apply(lambda m, x: m.o(m.l(x.view(5, 4)).tanh()), l=nn.Linear(4, 4), o=nn.Linear(4, 3))
     compare(model, [torch.randn(1, 5, 4)], [0] * 5, samples=1)
+
+
+@pytest.mark.parametrize("ext", [KFLR, EmpiricalKFAC])
+def test_factors_of_an_unbatched_layer(ext: type) -> None:
+    torch.manual_seed(0)
+    layers = {"c": nn.Conv2d(1, 4, 2), "l": nn.Linear(4, 4), "o": nn.Linear(4, 3)}
+
+    def alone(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.l(m.c(x[0]).tanh().flatten()).tanh())[None]
+
+    def batched(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.l(m.c(x).tanh().flatten(1)).tanh())
+
+    X, y, found = torch.randn(1, 1, 2, 2), torch.tensor([1]), []
+    for f in (alone, batched):
+        model, lossfunc = extend(Apply(f, **layers)), extend(nn.CrossEntropyLoss())
+        with backpack(ext()):
+            lossfunc(model(X), y).backward()
+        found.append([factor for p in model.parameters() for factor in getattr(p, ext.savefield)])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there)

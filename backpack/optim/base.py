@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from backpack.accumulation import MicroBatches
 from backpack.engine import backpack
 from backpack.extend import extend
 from backpack.quantities import BackpropExtension
@@ -250,6 +251,12 @@ class CurvatureOptimizer(BackpackOptimizer):
 
     Parameters without a gradient and frozen ones (``requires_grad=False``) stay as they are.
 
+    Several backward passes before a step, in one block or in several, are micro-batches of one loss:
+    the sum of those whose ``backward`` was called. Gradients add up, and curvature combines by the rule
+    of its quantity (:mod:`backpack.combining`). So ``k`` equal parts of a batch, each with its mean
+    loss divided by ``k``, make the step of the whole batch; parts of ``N_k`` out of ``N`` samples do
+    with ``N_k / N * loss``, and losses that are sums as they are.
+
     Args:
         params: a model or parameters, see :class:`BackpackOptimizer`.
         extension: the quantity.
@@ -265,6 +272,10 @@ class CurvatureOptimizer(BackpackOptimizer):
     _step_supports_amp_scaling = True  # torch: `step` itself undoes the scaler's factor
 
     _RANGES = {**BackpackOptimizer._RANGES, "update_every": (1, False)}
+
+    # Backward passes since the last step, and marks of the gradients that they left.
+    _passes: MicroBatches | None = None
+    _gradients: Mapping[Tensor, tuple[int, int] | None] = {}
 
     def __init__(
         self,
@@ -309,8 +320,8 @@ class CurvatureOptimizer(BackpackOptimizer):
     ) -> Iterator[backpack]:
         """The block for the step's backward pass: ``backpack(*optimizer.extensions, *more)``.
 
-        The block must hold one backward pass: gradients of several passes add up, their curvature
-        does not.
+        Several passes before a step, in one block or in several, are of micro-batches (see the class).
+        Further quantities are those of the last pass.
 
         Args:
             *more: further quantities, for other purposes.
@@ -320,27 +331,70 @@ class CurvatureOptimizer(BackpackOptimizer):
             **options: further arguments of :class:`backpack.backpack`.
 
         Raises:
-            RuntimeError: if gradients and quantities of an earlier pass are still there.
-            ValueError: if ``scale`` is not positive.
+            RuntimeError: if gradients and quantities of another block are still there, or those of an
+                earlier pass, for a quantity whose values do not combine.
+            ValueError: if ``scale`` is not positive, or another than that of earlier micro-batches.
         """
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be positive and finite, got {scale!r}")
-        for p, _ in self._trained():
-            if p.grad is not None and hasattr(p, self._extension.savefield):
-                raise RuntimeError(
-                    f"parameter {self._name(p)} has a gradient and {self._extension.savefield} of an "
-                    "earlier backward pass, and quantities of several passes do not add up; call "
-                    "optimizer.step() or optimizer.zero_grad() first"
-                )
-        with backpack(*self.extensions, *more, **options) as block:
-            yield block
+        self._check_earlier(scale)
+        if not self.extensions:
+            with backpack(*more, **options) as block:
+                yield block
+        else:
+            passes = self._passes or MicroBatches(self._extension)
+            with passes.block(*more, **options) as block:
+                yield block
+            self._passes = passes if passes.totals.batches else None
+            self._gradients = {p: _mark(p.grad) for p in passes.totals.entries}
         self._scale, self._entered = scale, True
 
     # Whether there was a block since the last step.
     _entered = False
 
+    def _check_earlier(self, scale: float | None) -> None:
+        """See whether earlier passes are of the same step, and can have another one added to them."""
+        field = self._extension.savefield
+        if self._passes is not None and self._reset():
+            self._discard()
+        known = self._passes.totals.entries if self._passes is not None else {}
+        for p, _ in self._trained():
+            if p.grad is not None and hasattr(p, field) and p not in known:
+                raise RuntimeError(
+                    f"parameter {self._name(p)} has a gradient and {field} of a backward pass outside "
+                    "of this optimizer's blocks, to which no other can be added; call optimizer.step() "
+                    "or optimizer.zero_grad() first"
+                )
+        if self._passes is None:
+            return
+        why = self._passes.refuse_more()
+        if why is not None:
+            p = next(iter(known))
+            raise RuntimeError(
+                f"parameter {self._name(p)} has a gradient and {field} of an earlier backward pass, to "
+                f"which no other can be added ({why}); call optimizer.step() or optimizer.zero_grad() "
+                "first"
+            )
+        if scale != self._scale:
+            raise ValueError(
+                f"micro-batches of one step have one scale, but it is {scale} now and was {self._scale}"
+            )
+
+    def _reset(self) -> bool:
+        """Whether gradients of earlier passes were reset otherwise than by this optimizer."""
+        had = [p for p, mark in self._gradients.items() if mark is not None]
+        gone = [p for p in had if p.grad is None]
+        if gone and len(gone) < len(had):
+            raise RuntimeError(
+                f"the gradient of parameter {self._name(gone[0])} was reset, but not those of all "
+                "parameters; call optimizer.zero_grad()"
+            )
+        changed = all(_mark(p.grad) != self._gradients[p] for p in had)
+        return bool(had) and changed and not any(p.grad is not None and p.grad.any() for p in had)
+
     def _discard(self) -> None:
-        self._scale, self._entered = None, False
+        self._scale = self._passes = None
+        self._gradients, self._entered = {}, False
         for group in self.param_groups:
             for p in group["params"]:
                 p.__dict__.pop(self._extension.savefield, None)
@@ -438,6 +492,11 @@ def made(
         return quantity(**arguments)
     except (TypeError, NotImplementedError) as error:
         raise TypeError(f"{owner.__name__} takes no such arguments: {', '.join(arguments)}") from error
+
+
+def _mark(gradient: Tensor | None) -> tuple[int, int] | None:
+    """What changes when a gradient is replaced or written to."""
+    return None if gradient is None else (id(gradient), gradient._version)
 
 
 def _finite(tensor: Tensor) -> bool:

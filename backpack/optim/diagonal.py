@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from backpack import extensions
+from backpack.combining import Counted
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
 from backpack.quantities import BackpropExtension, Context
 
@@ -118,6 +119,7 @@ class _MeanGradSquared(extensions.SumGradSquared):
     """``mean_grad_squared = N sum_n g_n^2 = 1/N sum_n (N g_n)^2``, shape ``p``."""
 
     savefield = "mean_grad_squared"
+    combine = Counted(2)
 
     def finish(self, state: Tensor, context: Context) -> Tensor:
         return state * context.samples

@@ -5,13 +5,15 @@ Letters: ``B``, ``A`` the factors of a weight, ``[o, o]`` and ``[i, i]``; ``gamm
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backpack import extensions
-from backpack.factors import spectrum
+from backpack.combining import Blocks, Never, Rule
+from backpack.factors import Dense, Form, Lookup, Outer, Sum, spectrum
 from backpack.kronecker import (
     KroneckerBlock,
     KroneckerEigen,
@@ -102,8 +104,21 @@ class _Kronecker(CurvatureOptimizer):
 class _EigenvalueCorrected(_Kronecker):
     """Division in the eigenbasis of the factors."""
 
+    # The quantity that leaves eigenvalues for later.
+    holding: type[BackpropExtension]
+
+    def __init__(self, *args: Any, micro_batches: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if micro_batches:
+            self._extension.__class__ = self.holding
+        else:
+            self._extension.combine = Never(
+                "eigenvalues are those in the basis of all micro-batches' factors, for which what they "
+                "are computed from must be held; pass micro_batches=True to the optimizer"
+            )
+
     def _update(self, use: Use, decay: float) -> State:
-        block = self._block(use)
+        block = use.quantity.eigen() if isinstance(use.quantity, Held) else self._block(use)
         assert isinstance(block, KroneckerEigen)
         bases = [working(each) for each in block.eigenvectors]
         eigenvalues = working(block.eigenvalues) / use.scale
@@ -129,6 +144,73 @@ class _EigenvalueCorrected(_Kronecker):
             small = eigenvalues <= _tolerance(eigenvalues)
             rotated = (rotated / eigenvalues).masked_fill(small, 0.0)
         return as_parameter(multiply(bases, rotated), state["transposed"], use.parameter.shape)
+
+
+class Held(NamedTuple):
+    """What eigenvalues in a basis that is not known yet are computed from."""
+
+    factors: KroneckerFactored
+    forms: list[Form]
+
+    def eigen(self) -> KroneckerEigen:
+        """Eigenvectors of the factors, eigenvalues of the forms."""
+        bases = [spectrum(factor)[1] for factor in self.factors]
+        values = [form.rotated_square_sum(bases) for form in self.forms]
+        total = sum(values[1:], values[0])
+        return KroneckerEigen(bases, total, self.factors.shape, self.factors.layout)
+
+
+class _AllHeld(Rule):
+    """Factors combine, forms are collected."""
+
+    blocks = Blocks()
+
+    def take(self, value: Held, context: Any) -> Held:
+        return value
+
+    def weigh(self, part: Held, factor: float) -> Held:
+        factors = self.blocks.weigh(part.factors, factor)
+        assert factor == 1 and isinstance(factors, KroneckerFactored)
+        return Held(factors, part.forms)
+
+    def add(self, part: Held, other: Held) -> Held:
+        return Held(part.factors.add(other.factors), part.forms + other.forms)
+
+    def absent(self, part: Held, seen: int, samples: int) -> Held:
+        factors = self.blocks.absent(part.factors, seen, samples)
+        assert isinstance(factors, KroneckerFactored)
+        return Held(factors, [])
+
+
+class _Holding(extensions.BackpropExtension):
+    """EKFAC or EKFLR whose eigenvalues are left for later."""
+
+    combine: Rule | None = _AllHeld()
+
+    def begin(self, parameter: Tensor, form: Form, sign: Tensor | None = None) -> Any:
+        return Held(self.reduce(form, sign), [_held(form)])
+
+    def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
+        return Held(super().update(state.factors, form, sign), [*state.forms, _held(form)])
+
+
+class _HoldingEKFLR(_Holding, extensions.EKFLR):
+    refines = False
+
+
+class _HoldingEKFAC(_Holding, extensions.EKFAC):
+    refines = False
+
+
+def _held(form: Form) -> Form:
+    """A form that needs neither graph nor inputs, which may be written over."""
+    if isinstance(form, Outer):
+        return replace(form, inputs=form.a.clone())
+    if isinstance(form, Lookup):
+        return replace(form, index=form.index.clone())
+    if isinstance(form, Sum):
+        return Sum(tuple(map(_held, form.forms)))
+    return Dense(form.dense())
 
 
 # --------------------------------------------------------------------------------------
@@ -267,6 +349,9 @@ class EKFLR(_EigenvalueCorrected):
     damping is exact, and always that of the present step. With ``damping`` and ``l2`` both zero,
     directions without curvature get no step.
 
+    The basis is that of all micro-batches' factors, for which the inputs of layers and the gradients at
+    their outputs are held until the step, if there are to be several (``micro_batches=True``).
+
     Averages over steps are kept as a diagonal in the latest basis: at an update the old average is
     turned into the new basis, of which the diagonal is kept, ``E_old <- (Q_new^T Q_old)^2 E_old`` with
     squared entries, and then averaged as factors are.
@@ -274,10 +359,11 @@ class EKFLR(_EigenvalueCorrected):
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
             ``update_every``, ``kl_clip`` and ``process_local``.
+        micro_batches: allow several backward passes before a step, at the cost of that memory.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
     """
 
-    quantity = extensions.EKFLR
+    quantity, holding = extensions.EKFLR, _HoldingEKFLR
 
 
 class EKFAC(_EigenvalueCorrected):
@@ -286,9 +372,10 @@ class EKFAC(_EigenvalueCorrected):
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
             ``update_every``, ``kl_clip`` and ``process_local``.
+        micro_batches: see :class:`EKFLR`.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
     """
 
-    quantity = extensions.EKFAC
+    quantity, holding = extensions.EKFAC, _HoldingEKFAC

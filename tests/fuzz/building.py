@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,14 +47,17 @@ class Built:
         shapes = [tuple(each.shape) for each in self.inputs]
         return f"inputs {shapes}, batch_dim {self.batch_dim} | {self.program}"
 
+    def data(self) -> list[int]:
+        """Places of the inputs that hold samples."""
+        return _data(self.program, self.inputs)
+
     def changed(self, n: int, shift: float, seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs with another n-th sample."""
         return _changed(self.program, self.inputs, self.samples, self.batch_dim, n, shift, seed)
 
 
-def _data(program: Program, inputs: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Inputs that hold samples."""
-    return ((i, x) for i, x in enumerate(inputs) if not (program.table_first and i == 0))
+def _data(program: Program, inputs: tuple[Tensor, ...]) -> list[int]:
+    return list(range(int(program.table_first), len(inputs)))
 
 
 def _changed(
@@ -69,8 +71,8 @@ def _changed(
 ) -> tuple[Tensor, ...]:
     found = list(inputs)
     generator = torch.Generator().manual_seed(seed)
-    for i, x in _data(program, inputs):
-        x = x.clone()
+    for i in _data(program, inputs):
+        x = found[i].clone()
         row = x.select(batch_dim, n)
         row += shift * (1 + torch.rand(row.shape, generator=generator, dtype=row.dtype))
         found[i] = x

@@ -77,7 +77,11 @@ def trial(seed: int, length: tuple[int, int] = (1, 5), direct: bool = True) -> V
             truth = truths_of(case)[0]
         except (NoSuchProgram, RuntimeError, ValueError, IndexError):
             return Verdict("no program")
-        if sum(p.numel() for p in truth.at.parameters.values()) > LARGEST or not truth.convex:
+        if (
+            sum(p.numel() for p in truth.at.parameters.values()) > LARGEST
+            or not truth.convex
+            or case.built.reordered
+        ):
             return Verdict("no program")
         name = rng.choice(list(OPTIMIZERS))
         return _judged(name, case, truth, f"{case} | {name}")

@@ -201,6 +201,8 @@ def _refused(case: Case, truth: Truth, outcome: Outcome, what: str) -> Verdict |
         return Verdict("loss mixes", what=what)
     if name != "first" and "not convex" in text and not truth.convex:
         return Verdict("not convex", what=what)
+    if name != "first" and "differentiated twice" in text:
+        return Verdict("not twice", what=what)
     apart = case.built.apart and not truth.mixes
     return Verdict("refused apart" if apart else "refused mixing", f"[{name}] {text[9:]}", what)
 

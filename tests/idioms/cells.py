@@ -50,7 +50,9 @@ class Cell(NamedTuple):
             value.backward()
 
         ends_linear = loss.last is LOSSES[0].last
-        columns = len(truth.at.owner) // truth.at.samples
+        # Every loss has columns of its own.
+        taken = sum(f.numel() for f in idiom.apply(truth.at.outputs))
+        columns = max(len(truth.at.owner), taken) // truth.at.samples
         return Comparison(truth, model, backward, ends_linear, columns=columns)
 
     def _call(self) -> Callable[[Tensor], Tensor]:

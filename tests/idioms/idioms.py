@@ -96,6 +96,12 @@ def _order(o: Tensor) -> Tensor:
     return torch.arange(len(o)).roll(1)
 
 
+def _flat_and_last(outputs: list[Tensor]) -> list[Tensor]:
+    """A loss of everything, and one of the last step."""
+    (o,) = outputs
+    return [o.reshape(-1, o.shape[-1]), o[:, -1]]
+
+
 IDIOMS = [
     Idiom("plain", "rows", lambda outputs: outputs),
     Idiom("plain-times", "times", lambda outputs: outputs, classes=False),
@@ -115,6 +121,8 @@ IDIOMS = [
     Idiom("cat", "rows", lambda outputs: [torch.cat(outputs)], 2),
     Idiom("stack", "rows", lambda outputs: [torch.stack(outputs, 1).flatten(0, 1)], 2),
     Idiom("two-losses", "rows", lambda outputs: outputs, 2),
+    Idiom("twice", "rows", lambda outputs: [outputs[0], outputs[0]]),
+    Idiom("part-too", "times", _flat_and_last),
     Idiom("heads", "rows", lambda outputs: list(outputs[0].chunk(2, 1))),
     Idiom("sorted", "rows", one(lambda o: o[_order(o)])),
     Idiom("t", "rows", one(lambda o: o.t()), classes=False),

@@ -21,7 +21,7 @@ NOT_CONVEX = {
 # Torch has no second derivative of these. Their rules have, where the loss is extended.
 NOT_TWICE = ("multi-margin-1", "multi-margin-2", "multilabel-margin")
 # Two losses that have rules come one after the other.
-SEVERAL_LOSSES = ("two-losses", "heads")
+SEVERAL_LOSSES = ("two-losses", "twice", "part-too", "heads")
 # What is no chain of operations that keep rows of samples.
 NO_CHAIN = (
     *("cat", "stack", "two-losses", "heads", "times-first", "times-outside", "t", "t-back"),

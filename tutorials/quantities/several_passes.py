@@ -80,7 +80,8 @@ torch.testing.assert_close(weight.grad_batch, fields[0] + 3 * fields[1])
 #
 # A large batch in three parts: gradients add up by themselves, quantities that are sums over
 # samples are added by hand. Each part's loss is divided by the number of parts, so that their sum
-# is the mean over all.
+# is the mean over all. (Not every quantity is such a sum: ``backpack.accumulate`` and
+# ``backpack.accumulating`` know the rule of each, see :doc:`/datasets`.)
 
 model.zero_grad()
 diagonal = torch.zeros_like(weight)
