@@ -34,7 +34,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "tutorials",
     "filename_pattern": ".",
     "subsection_order": [
-        f"../tutorials/{each}" for each in ("quantities", "models", "training", "datasets")
+        f"../tutorials/{each}" for each in ("quantities", "models", "training", "datasets", "curvature")
     ],
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,

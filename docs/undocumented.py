@@ -15,6 +15,9 @@ PLACES = (
     "backpack.custom_module",
     "backpack.optim",
     "backpack.own",
+    "backpack.vivit",
+    "backpack.vivit.extensions.hooks",
+    "backpack.vivit.hessianfree",
 )
 
 

@@ -113,7 +113,8 @@ class Pairs:
             )
         found = self.curvature._combine_columns(self.coefficients.mT, self.parameters)
         norms = sum(
-            (v.reshape(len(v), -1).double().square().sum(1) for v in found), self.values.new_zeros(())
+            (v.reshape(len(v), v.shape[1:].numel()).double().square().sum(1) for v in found),
+            self.values.new_zeros(()),
         )
         norms = norms.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         return [v / norms.to(v).reshape(-1, *(1 for _ in v.shape[1:])) for v in found]
@@ -613,7 +614,7 @@ class LowRank:
         gammas = slopes * count
         parts, first = [], 0
         for rows in self._columns(parameters):
-            part = roots[first : first + rows.count].reshape(rows.columns, rows.samples, -1)
+            part = roots[first : first + rows.count].unflatten(0, (rows.columns, rows.samples))
             parts.append(part.square().sum(0) * (count / rows.scale**2))
             first += rows.count
         return Derivatives(self._out(gammas, parameters), self._out(torch.cat(parts), parameters))

@@ -58,7 +58,7 @@ class Operator(ABC):
 
     def join(self, vectors: Sequence[Tensor]) -> Tensor:
         """A list of ``[K, *p]`` as vectors ``[K, D]``."""
-        return torch.cat([v.reshape(len(v), -1) for v in vectors], 1)
+        return torch.cat([v.reshape(len(v), v.shape[1:].numel()) for v in vectors], 1)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         if x.dim() not in (1, 2) or len(x) != self.size:

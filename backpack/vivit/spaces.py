@@ -35,4 +35,4 @@ def overlap(first: Directions, second: Directions) -> float:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1)
+    return x.reshape(len(x), x.shape[1:].numel())

@@ -409,3 +409,60 @@ def test_memory_is_let_go() -> None:
         assert rows() is None
     finally:
         gc.enable()
+
+
+def test_graph_of_gradients() -> None:
+    """With ``create_graph``, numbers are the same, and hold no graph."""
+    case = brute()
+    with warnings.catch_warnings(), LowRank() as curvature:
+        warnings.simplefilter("ignore")
+        case.loss().backward(create_graph=True)
+    assert not curvature.eigvalsh().requires_grad
+    near(curvature.trace(), case.ggns.sum(0).trace())
+    assert not any(v.requires_grad for v in curvature.eigh(2).vectors)
+    near(flat(curvature.solve(1.0)), flat(curvature.newton(curvature.eigh(), 1.0, bulk=1.0)) * -1, 1e-6)
+    for p in case.model.parameters():
+        p.grad = None
+
+
+def test_autocast() -> None:
+    """Columns in half precision are summed in single precision."""
+    model, lossfunc = extend(network().float()), extend(nn.CrossEntropyLoss())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lossfunc(model(X.float()), Y)
+    with LowRank() as curvature:
+        loss.backward()
+    G = brute().ggns.sum(0)
+    values = curvature.eigvalsh()
+    assert values.dtype == torch.float32
+    near(values[:3], torch.linalg.eigvalsh(G).flip(0)[:3], 0.05)
+    pairs = curvature.eigh(3)
+    found = curvature.derivatives(pairs.vectors)
+    near(found.lambdas.mean(0), pairs.values.double(), 1e-3)
+
+
+def test_checkpointing() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    model, lossfunc = extend(Checkpointed()), extend(nn.CrossEntropyLoss())
+    with LowRank() as curvature:
+        lossfunc(model(X), Y).backward()
+    near(curvature.trace(), brute().ggns.sum(0).trace())
+
+
+def test_empty_batch() -> None:
+    model, lossfunc = extend(nn.Linear(3, 2)), extend(nn.MSELoss(reduction="sum"))
+    with LowRank() as curvature:
+        lossfunc(model(torch.rand(0, 3)), torch.rand(0, 2)).backward()
+    assert curvature.eigvalsh().shape == (0,) and float(curvature.trace()) == 0
+    pairs = curvature.eigh(3)
+    assert [v.shape for v in pairs.vectors] == [(0, 2, 3), (0, 2)]
+    assert curvature.derivatives(pairs).gammas.shape == (0, 0)
+    assert all(float(s.abs().sum()) == 0 for s in curvature.solve(1.0))
+    assert all(float(s.abs().sum()) == 0 for s in curvature.newton(pairs, 1.0))

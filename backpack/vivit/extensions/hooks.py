@@ -44,7 +44,7 @@ class _Gram(_Hook):
         self._total: Tensor | None = None
 
     def _look(self, parameter: Tensor, value: Tensor) -> None:
-        rows = value.flatten(0, self.axes - 1).reshape(value.shape[: self.axes].numel(), -1)
+        rows = value.reshape(value.shape[: self.axes].numel(), value.shape[self.axes :].numel())
         gram = rows @ rows.mT
         if self.layerwise:
             setattr(parameter, self.savefield, gram)
