@@ -18,6 +18,10 @@ PLACES = (
     "backpack.vivit",
     "backpack.vivit.extensions.hooks",
     "backpack.vivit.hessianfree",
+    "backpack.cockpit",
+    "backpack.cockpit.quantities",
+    "backpack.cockpit.utils.configuration",
+    "backpack.cockpit.utils.schedules",
 )
 
 

@@ -549,6 +549,32 @@ def test_a_sink_that_fails() -> None:
     assert len(monitor.history()) == 2
 
 
+def test_an_alarm_that_fails() -> None:
+    class Fails(Spike):
+        def find(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    model, optimizer = problem()
+    monitor = watch(model, optimizer, quantities=["loss"], every=1, alarms=Fails())
+    with pytest.warns(UserWarning, match="an alarm is dropped, as it raised ZeroDivisionError"):
+        train(model, optimizer, 2)
+    monitor.close()
+    assert len(monitor.history()) == 2
+
+
+@pytest.mark.parametrize("where", ["begins", "ended", "_conclude"])
+def test_errors_of_the_monitor_itself(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, unwatched."""
+    model, optimizer = problem()
+    before = state_of(model)
+    monitor = watch(model, optimizer, quantities=["loss", "norm_test"], every=1)
+    train(model, optimizer, 1)
+    monkeypatch.setattr(monitor, where, lambda *args: 1 / 0)
+    with pytest.warns(UserWarning, match="the monitor is closed, as it raised ZeroDivisionError"):
+        train(model, optimizer, 3)
+    assert state_of(model) == before and monitor.history().steps == [0]
+
+
 def test_too_little_room() -> None:
     """Where forms take more than they may, projections are made at once, and only alpha is left out."""
     model, _ = problem()
@@ -793,19 +819,34 @@ def test_an_alarm_does_something() -> None:
     alarm = Spike(least=3, then=lambda monitor, finding: called.append(finding), deeper=("business", 2))
     model, optimizer = problem()
     monitor = watch(model, optimizer, quantities=["loss"], every=1, alarms=alarm)
-    for step in range(10):
+    for step in range(12):
         X, y = batch()
         optimizer.zero_grad()
-        ((100.0 if step == 5 else 1.0) * F.cross_entropy(model(X), y)).backward()
+        ((100.0 if step == 7 else 1.0) * F.cross_entropy(model(X), y)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
     monitor.close()
     (finding,) = called
     assert finding.kind == "spike" and finding.quantity == "loss"
-    assert monitor.history().column("hess_trace")[0] == [6, 7]
-    assert monitor.history().steps == list(range(10))
+    assert monitor.history().column("hess_trace")[0] == [8, 9]
+    assert monitor.history().steps == list(range(12))
     (event,) = [e for e in monitor.history().events if e["event"] == "spike"]
-    assert event["step"] == 5
+    assert event["step"] == 7
+
+
+def test_an_alarm_that_ends_the_watch() -> None:
+    """Other hooks of the optimizer are called all the same."""
+    model, optimizer = problem()
+    alarm = Spike(least=3, then=lambda monitor, finding: monitor.close())
+    monitor = watch(model, optimizer, quantities=["loss"], every=1, alarms=alarm)
+    called: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    for step in range(9):
+        X, y = batch()
+        optimizer.zero_grad()
+        ((100.0 if step == 7 else 1.0) * F.cross_entropy(model(X), y)).backward()
+        optimizer.step()
+    assert len(called) == 9 and monitor.history().steps == list(range(8))
 
 
 def faults() -> dict[str, Callable[[int, nn.Module], float]]:

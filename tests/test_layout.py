@@ -31,6 +31,12 @@ EXTRAS = {
     "vivit/operators.py": {"scipy"},
     "vivit/figures.py": {"matplotlib"},
     "cockpit/history.py": {"pandas"},
+    "cockpit/report.py": {"IPython", "matplotlib"},
+    "cockpit/figure.py": {"matplotlib"},
+    "cockpit/callbacks.py": {"lightning", "pytorch_lightning", "transformers"},
+    "cockpit/plotter.py": {"PIL"},
+    "cockpit/terminal.py": {"rich"},
+    "cockpit/__main__.py": {"rich"},
 }
 CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
 

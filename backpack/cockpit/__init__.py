@@ -17,11 +17,13 @@ from backpack.cockpit.alarms import (
     Spike,
     Vanishing,
 )
+from backpack.cockpit.callbacks import LightningCockpit, TransformersCockpit
 from backpack.cockpit.cockpit import Cockpit
 from backpack.cockpit.configurations import hess_trace, tic_diag, tic_trace
 from backpack.cockpit.history import History
 from backpack.cockpit.measures import Measure, MissingError, Step
 from backpack.cockpit.monitor import Monitor, watch
+from backpack.cockpit.plotter import CockpitPlotter
 from backpack.cockpit.sinks import CSV, TensorBoard
 
 __all__ = [
@@ -29,10 +31,12 @@ __all__ = [
     "Alarm",
     "AlphaRange",
     "Cockpit",
+    "CockpitPlotter",
     "DeadUnits",
     "Exploding",
     "Finding",
     "History",
+    "LightningCockpit",
     "Measure",
     "MissingError",
     "Monitor",
@@ -40,6 +44,7 @@ __all__ = [
     "Spike",
     "Step",
     "TensorBoard",
+    "TransformersCockpit",
     "Vanishing",
     "hess_trace",
     "tic_diag",

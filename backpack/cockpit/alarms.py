@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from backpack.cockpit.history import History
 
+# Steps with which the next is compared: the run has a trend.
+NEAR = 5
+
 
 class Finding(NamedTuple):
     """What an alarm has found.
@@ -84,8 +87,8 @@ class Spike(Alarm):
     """The loss or the gradient is far above what it was lately.
 
     Args:
-        z: how many deviations above the median, of logarithms.
-        window: number of tracked steps before that count.
+        z: how many deviations above the median of the last few steps, of logarithms.
+        window: number of tracked steps from which deviations are estimated.
         least: number of them without which nothing is said.
         then: see :class:`Alarm`.
         deeper: see :class:`Alarm`.
@@ -111,17 +114,18 @@ class Spike(Alarm):
                 math.log(v) for s, v in zip(steps, before, strict=True) if s < step and 0 < v < math.inf
             ]
             logs, value = logs[-self.window :], values.get(key)
-            if len(logs) < self.least or value is None or not 0 < value < math.inf:
+            if len(logs) < max(self.least, NEAR + 1) or value is None or not 0 < value < math.inf:
                 continue
-            middle = median(logs)
+            middle = median(logs[-NEAR:])
+            apart = [logs[k] - median(logs[k - NEAR : k]) for k in range(NEAR, len(logs))]
             # No less than a twentieth: a quiet run has small deviations.
-            spread = max(1.4826 * median(abs(x - middle) for x in logs), 0.05)
+            spread = max(1.4826 * median(map(abs, apart)), 0.05)
             z = (math.log(value) - middle) / spread
             if z > self.z:
                 return self._found(
                     key,
                     f"{key} is {value:.3g}, {value / math.exp(middle):.1f} times its median over the "
-                    f"last {len(logs)} tracked steps (z = {z:.1f})",
+                    f"last {NEAR} tracked steps (z = {z:.1f})",
                 )
         return None
 

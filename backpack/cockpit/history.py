@@ -113,7 +113,7 @@ class History:
         """The numbers of a step; empty if it was not tracked."""
         return dict(self._records.get(step, {}))
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """All keys, in the order in which they came."""
         return list(dict.fromkeys(key for record in self._records.values() for key in record))
 
@@ -124,7 +124,7 @@ class History:
 
     def layers(self, name: str) -> list[str]:
         """Layers (or parameters) for which a quantity has values of its own."""
-        return [key[len(name) + 1 :] for key in self.keys() if key.startswith(f"{name}/")]
+        return [key[len(name) + 1 :] for key in self.names() if key.startswith(f"{name}/")]
 
     def last(self, key: str) -> Any:
         """The latest value of a key; ``None`` if there is none."""

@@ -99,6 +99,7 @@ class Step:
         parameter_norms: norms of the parameters before the step.
         distances: norms of their distances to where they were when the monitor began.
         rates: learning rates of the optimizer's groups.
+        plain: whether the optimizer is plain SGD.
         memory: what measures remember from step to step.
     """
 
@@ -121,6 +122,7 @@ class Step:
         self.parameter_norms: Tensor | None = None
         self.distances: Tensor | None = None
         self.rates: list[float] | None = None
+        self.plain = False
         self.memory: dict[str, Tensor] = {}
 
     # ---------------------------------------------------------------------------------
@@ -507,14 +509,15 @@ def noise_scale(step: Step) -> Tensor:
         step.memory["noise_scale"] = (
             parts if before is None else before + (1 - DECAY) * (parts - before)
         )
-    parts = step.memory.get("noise_scale", parts)
-    return _divided(parts[0], parts[1])
+    noise_, signal = step.memory.get("noise_scale", parts)
+    # Where the estimate of the signal is negative there is none to speak of.
+    return torch.where(signal > 0, noise_ / signal, torch.nan)
 
 
 @_measure("norms update", layered=False)
 def cabs(step: Step) -> Tensor:
-    if not step.rates or len(set(step.rates)) != 1:
-        raise MissingError("it needs an optimizer with one learning rate")
+    if not step.plain or not step.rates or len(set(step.rates)) != 1:
+        return _one(torch.nan)  # it is defined for plain SGD with one learning rate
     count = step.samples
     value = step.rates[0] * (step.S - count * step.squared_norm) / (count * step.loss)
     return value[:1]

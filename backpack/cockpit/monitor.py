@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backpack.cockpit import passes
+from backpack.cockpit import passes, terminal
 from backpack.cockpit.alarms import Alarm, Finding, alarms_of
 from backpack.cockpit.alpha import End, alpha
 from backpack.cockpit.attention import AttentionLogits
@@ -26,6 +27,7 @@ from backpack.cockpit.history import History
 from backpack.cockpit.lossmodules import LossModules
 from backpack.cockpit.measures import Measure, MissingError, Passed, Step
 from backpack.cockpit.processes import processes_of
+from backpack.cockpit.report import show_in_notebook, show_window, write
 from backpack.cockpit.sharpness import critical_sharpness
 from backpack.cockpit.sinks import Sink, sink_of
 from backpack.cockpit.utils.schedules import linear
@@ -36,6 +38,8 @@ from backpack.own import BackpropExtension
 ENTRIES = 2**18
 _EXTENDED = "_backpack_extend"
 # What is no matter of first-order forms.
+# Quantities of which it is worth knowing that they are not a number.
+_KEPT = {"loss", "grad_norm", "param_norm", "update_size"}
 _OTHERS = {"gradient", "update", "reference", "products", "attention", "columns"}
 
 
@@ -72,6 +76,7 @@ class Monitor:
         batch_dim: int = 0,
         hold: int = 2**30,
         closure: Callable[[], Any] | None = None,
+        together: bool = False,
     ) -> None:
         wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         self.model: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
@@ -81,7 +86,7 @@ class Monitor:
         self.names, self._parameters = list(named), list(named.values())
         self._among = frozenset(self._parameters)
         self.groups, self._rows = grouped(self.names, per)
-        self.processes = processes_of(model)
+        self.processes = processes_of(model, together)
         self.attention: AttentionLogits | None = None
         self.loss_modules: LossModules | None = None
         self._refused: dict[str, str] = {}
@@ -107,7 +112,7 @@ class Monitor:
         self._tracking = self._listening = False
         self._handles: list[Any] = []
         self._marked = [each for each in self.model.modules() if _EXTENDED in each.__dict__]
-        self._open = True
+        self._open, self._within = True, False
         if optimizer is not None:
             self._handles = [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -249,15 +254,22 @@ class Monitor:
         self._listen(False)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._tracking:
+        if self._open and self._tracking:
             # Backward passes inside the optimizer's step are those of a closure.
             given = args[1] if len(args) > 1 else (kwargs or {}).get("closure")
             self._inside = given is not None
             self._note_parameters()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._finish()
-        self._prepare()
+        if not self._open:
+            return
+        self._within = True
+        try:
+            self._finish()
+            if self._open:
+                self._prepare()
+        finally:
+            self._within = False
 
     def _note_parameters(self) -> None:
         if "update" in self.needs:
@@ -268,8 +280,11 @@ class Monitor:
     def _finish(self) -> None:
         """A step is over."""
         if self._listening:
-            with torch.no_grad():
-                self._conclude()
+            try:
+                with torch.no_grad():
+                    self._conclude()
+            except Exception as error:
+                self.broke(error)
         self.clock.stepped(self._tracking, self._listening)
         self.step_count += 1
 
@@ -352,6 +367,13 @@ class Monitor:
         self._reset()
         self._inside, self._before = inside, before
 
+    def broke(self, error: Exception) -> None:
+        """An error of the monitor's own: a warning, and training goes on unwatched."""
+        reason = f"{type(error).__name__}: {error}"
+        self._history.event(self.step_count, "left out", f"everything: {reason}", quantity="all")
+        self.close()
+        warnings.warn(f"cockpit: the monitor is closed, as it raised {reason}", stacklevel=2)
+
     def ended(self, call: passes.Call) -> None:
         """A backward pass is over."""
         if not self._concerned:
@@ -421,7 +443,7 @@ class Monitor:
         self._start = None
         if not self._tracking:
             return
-        step.grad_norms = self._grad_norms
+        step.grad_norms, step.plain = self._grad_norms, self._steps_along()
         self._add_update(step)
         values: dict[str, Any] = {}
         for measure in self.measures:
@@ -430,10 +452,8 @@ class Monitor:
             self._try(name, lambda: getattr(self, f"_{name}")(step, values))  # noqa: B023
         self._plan(step)
         self._add(self.step_count, values)
-        for alarm in self.alarms:
-            finding = alarm.check(self.step_count, values, self._history)
-            if finding is not None:
-                self._raise(alarm, finding)
+        for alarm in list(self.alarms):
+            self._ask(alarm, values)
 
     def _whole_parts(self) -> dict[str, str]:
         found = {}
@@ -453,7 +473,7 @@ class Monitor:
 
     def _put(self, name: str, numbers: Tensor, values: dict[str, Any]) -> None:
         for group, value in zip(self.groups, numbers.tolist(), strict=False):
-            if value == value or not group:
+            if value == value or name in _KEPT:
                 values[f"{name}/{group}" if group else name] = value
 
     def _add_update(self, step: Step) -> None:
@@ -526,6 +546,17 @@ class Monitor:
             "began": time.time(),
         }
 
+    def _ask(self, alarm: Alarm, values: dict[str, Any]) -> None:
+        """Whether there is reason for an alarm."""
+        try:
+            finding = alarm.check(self.step_count, values, self._history)
+        except Exception as error:
+            self.alarms.remove(alarm)
+            warnings.warn(f"cockpit: an alarm is dropped, as it raised {error!r}", stacklevel=2)
+            return
+        if finding is not None:
+            self._raise(alarm, finding)
+
     def _raise(self, alarm: Alarm, finding: Finding) -> None:
         self._history.event(self.step_count, finding.kind, finding.message, quantity=finding.quantity)
         if alarm.then is not None:
@@ -558,17 +589,16 @@ class Monitor:
         if kept or not self._steps_along():
             return step.onto(step.update).sum(0)
         rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
-        gradients, factors = step.gradients, []
-        for p in self._parameters:
-            along = gradients[p].double() if p in gradients else None
-            norm = 0.0 if along is None else float(along.norm()) * rates.get(p, 0.0)
-            factors.append(float(step.update[p].double().norm()) / norm if norm else None)
-        known = sorted(f for f in factors if f is not None)
-        middle = known[len(known) // 2] if known else 0.0
-        if any(abs(f - middle) > 1e-3 * middle for f in known):
+        gradients = step.gradients
+        expected = _norms([gradients.get(p) for p in self._parameters]).cpu()
+        expected *= expected.new_tensor([rates.get(p, 0.0) for p in self._parameters])
+        moved = _norms([step.update[p] for p in self._parameters]).cpu()
+        # Clipped by its norm, the gradient has become shorter by one factor.
+        factor = float(moved.norm() / expected.norm()) if float(expected.norm()) else 0.0
+        if float((moved - factor * expected).norm()) > 1e-3 * float(moved.norm()):
             self._along = False
             raise MissingError("the gradient was changed before the optimizer's step")
-        weights = [-middle * rates.get(p, 0.0) for p in self._parameters]
+        weights = [-factor * rates.get(p, 0.0) for p in self._parameters]
         projected = step._projected
         return projected.new_tensor(weights) @ projected
 
@@ -649,6 +679,22 @@ class Monitor:
         """What was seen so far."""
         return self._history
 
+    def report(self, path: Any, title: str | None = None) -> Path:
+        """Write a report: ``.html`` needs nothing else; ``.png``, ``.pdf``, ``.svg`` by matplotlib."""
+        return write(self._history, path, title or type(self.model).__name__)
+
+    def show(self, window: bool = False) -> None:
+        """Show the run so far: the report in a notebook's cell, a table on a terminal.
+
+        Args:
+            window: open a window with the figure instead (matplotlib must be installed).
+        """
+        title = type(self.model).__name__
+        if window:
+            show_window(self._history, title)
+        elif not show_in_notebook(self._history, title):
+            terminal.show(self._history, title)
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on after a restart: plain containers and tensors."""
         return {
@@ -674,12 +720,19 @@ class Monitor:
         if self.optimizer is not None:
             self._prepare()
 
+    def start_at(self, step: int) -> None:
+        """Go on at a step of a run that was interrupted, without the state of its monitor."""
+        self.step_count, self._began = step, False
+        if self.optimizer is not None:
+            self._prepare()
+
     def close(self) -> None:
         """Take every hook off, and leave the model as it was. The history stays."""
         if not self._open:
             return
         self._open = False
-        for handle in self._handles:
+        # Hooks that are being called cannot be removed; they do nothing any more.
+        for handle in self._handles if not self._within else ():
             handle.remove()
         self._listen(False)
         self._collect()
@@ -736,6 +789,7 @@ def watch(
     batch_dim: int = 0,
     hold: int = 2**30,
     closure: Callable[[], Any] | None = None,
+    together: bool = False,
 ) -> Monitor:
     """Watch a training run; the training loop is not touched.
 
@@ -749,7 +803,7 @@ def watch(
         ...     lossfunc(model(torch.rand(5, 4)), torch.tensor([0, 1, 2, 1, 0])).backward()
         ...     _ = optimizer.step()
         >>> monitor.close()
-        >>> monitor.history().steps, monitor.history().keys()[:3]
+        >>> monitor.history().steps, monitor.history().names()[:3]
         ([0, 2], ['time', 'loss', 'grad_norm'])
 
     Args:
@@ -769,6 +823,8 @@ def watch(
         hold: number of bytes of layers' inputs and output gradients that may be kept until a step is
             over, where projections on its update are wanted.
         closure: gives the loss of the last batch again, for ``critical_sharpness`` only.
+        together: whether all processes of torch's default group train the model, averaging gradients;
+            needless where ``model`` is the parallel wrapper.
 
     Returns:
         The monitor.
@@ -786,4 +842,5 @@ def watch(
         batch_dim=batch_dim,
         hold=hold,
         closure=closure,
+        together=together,
     )

@@ -67,6 +67,9 @@ class Listener(Protocol):
     def failed(self) -> None:
         """The pass raised an error."""
 
+    def broke(self, error: Exception) -> None:
+        """An error of its own, which does not end the user's training."""
+
 
 class _State(threading.local):
     inside = False
@@ -170,14 +173,27 @@ def _heard(root: Tensor, gradient: Tensor | None, original: Callable[..., Any]) 
                 listener.failed()
             raise
         for listener in listeners:
-            listener.ended(call)
+            _guarded(listener, lambda: listener.ended(call))  # noqa: B023
         return result
     finally:
         _state.inside = False
 
 
+def _guarded(listener: Listener, function: Callable[[], Any]) -> Any:
+    """What a function of a listener gives; ``None`` if it raises."""
+    try:
+        return function()
+    except Exception as error:
+        listener.broke(error)
+        return None
+
+
 def _with_quantities(call: Call, listeners: list[Listener], original: Callable[..., Any]) -> Any:
-    asked = [(ext, each) for each in listeners for ext in each.begins(call)]
+    asked = [
+        (ext, each)
+        for each in listeners
+        for ext in _guarded(each, lambda: each.begins(call)) or ()  # noqa: B023
+    ]
     # A loss that is not finite is an error of a block's; a monitor notes it, and lets training go on.
     if not asked or not call.finite:
         return original()

@@ -30,9 +30,18 @@ class Distributed(Group):
         return total
 
 
-def processes_of(model: nn.Module) -> Group:
-    """The processes that train a model; of a plain module this one alone."""
+def processes_of(model: nn.Module, together: bool = False) -> Group:
+    """The processes that train a model; of a plain module this one alone.
+
+    Args:
+        model: the model.
+        together: whether all processes of the default group train it, which a plain module does not
+            tell.
+    """
+    group: Any = None
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        group = Distributed(model.process_group)
-        return group if group.size > 1 else Group()
-    return Group()
+        group = model.process_group
+    elif not (together and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Group()
+    found = Distributed(group)
+    return found if found.size > 1 else Group()

@@ -103,7 +103,7 @@ def joined(forms: Sequence[Form]) -> Form | None:
             alike = isinstance(form, Outer) and form.layout == first.layout
             if not alike or not _same_inputs(first.inputs, form.inputs):  # type: ignore[attr-defined]
                 return None
-        return replace(first, g=torch.cat([form.g for form in forms]))  # type: ignore[attr-defined]
+        return replace(first, g=_side_by_side([form.g for form in forms]))  # type: ignore[attr-defined]
     if isinstance(first, Lookup):
         for form in rest:
             if not isinstance(form, Lookup) or not torch.equal(form.index, first.index):
@@ -116,6 +116,38 @@ def joined(forms: Sequence[Form]) -> Form | None:
         whole = [part for part in parts if part is not None]
         return Sum(tuple(whole)) if len(whole) == len(parts) else None
     return None
+
+
+def sharing(form: Form, other: Form) -> Form:
+    """The other form, with the inputs of the first where they are equal: memory is held once."""
+    if isinstance(form, Sum) and isinstance(other, Sum) and len(form.forms) == len(other.forms):
+        pairs = zip(form.forms, other.forms, strict=True)
+        return Sum(tuple(sharing(a, b) for a, b in pairs))
+    if not isinstance(form, Outer) or not isinstance(other, Outer):
+        return other
+    a, b = form.inputs, other.inputs
+    if isinstance(a, Patches) and isinstance(b, Patches):
+        same = a.ndim == b.ndim and _equal(a.windows, b.windows)
+    else:
+        same = isinstance(a, Tensor) and isinstance(b, Tensor) and _equal(a, b)
+    return replace(other, inputs=a) if same else other
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same view of memory with the same contents (which may overlap)."""
+    about = [(x.shape, x.stride(), x.dtype, x.device, x.storage_offset()) for x in (a, b)]
+    memory = [x.untyped_storage() for x in (a, b)]
+    if about[0] != about[1] or memory[0].nbytes() != memory[1].nbytes():
+        return False
+    whole = [torch.empty(0, dtype=a.dtype, device=a.device).set_(each) for each in memory]
+    return memory[0].data_ptr() == memory[1].data_ptr() or torch.equal(*whole)
+
+
+def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Columns ``[v, ..., s, o]`` as one tensor, in the order of memory that they have."""
+    if all(g.stride(-1) == 1 for g in columns):
+        return torch.cat(list(columns))
+    return torch.cat([g.mT for g in columns]).mT
 
 
 def _same_inputs(a: Tensor | Patches, b: Tensor | Patches) -> bool:
@@ -303,11 +335,18 @@ class Rows:
                 first += form.columns
         self.forms[parameter] = placed
         if len(kept) > 1:  # columns were copied
-            self.versions[parameter] += [(t, t._version) for _, f in placed for t in tensors_of(f)]
-            alive = {id(t) for _, form in placed for t in tensors_of(form)}
-            self.versions[parameter] = [
-                pair for pair in self.versions[parameter] if id(pair[0]) in alive
-            ]
+            known = [(t, t._version) for _, f in placed for t in tensors_of(f)]
+            self.versions[parameter] = _of_memory(self.versions[parameter] + known, placed)
+
+    def share(self, other: Rows) -> None:
+        """Hold inputs that the other rows have too in their memory."""
+        for parameter, placed in self.forms.items():
+            theirs = other.forms.get(parameter, [])
+            if len(placed) == len(theirs) == 1:
+                ((place, form),) = placed
+                self.forms[parameter] = [(place, sharing(theirs[0][1], form))]
+                known = self.versions[parameter] + other.versions[parameter]
+                self.versions[parameter] = _of_memory(known, self.forms[parameter])
 
     def of(self, parameter: Tensor) -> list[tuple[slice, Form]]:
         """The forms of a parameter.
@@ -323,6 +362,32 @@ class Rows:
                     "since; ask for results before, or give the model a copy of what you overwrite"
                 )
         return self.forms.get(parameter, [])
+
+
+def _of_memory(versions: Versions, placed: list[tuple[slice, Form]]) -> Versions:
+    """The versions of tensors that forms still refer to."""
+    alive = {id(t) for _, form in placed for t in tensors_of(form)}
+    return [pair for pair in versions if id(pair[0]) in alive]
+
+
+class Beside(Rows):
+    """Columns of a pass and its individual gradients, for products of all with all."""
+
+    def __init__(self, first: Rows, second: Rows) -> None:
+        super().__init__(first.columns + second.columns, first.samples)
+        self.parts = first, second
+
+    def of(self, parameter: Tensor) -> list[tuple[slice, Form]]:
+        """As one form, if they meet the same inputs: rows are then written once."""
+        first, second = (rows.of(parameter) for rows in self.parts)
+        if len(first) == len(second) == 1:
+            (place, form), (_, other) = first[0], second[0]
+            whole = joined([form, other]) if place.stop == self.parts[0].columns else None
+            if whole is not None:
+                return [(slice(place.start, self.columns), whole)]
+        columns = self.parts[0].columns
+        shifted = [(slice(v.start + columns, v.stop + columns), form) for v, form in second]
+        return first + shifted
 
 
 def memory_of(sides: Iterable[Rows]) -> int:
@@ -428,15 +493,18 @@ def combine(
     """Sums of all rows with weights ``[k, rows]``: for each parameter ``[k, *p]``."""
     result = []
     for p in parameters:
-        total = p.detach().new_zeros(len(weights), *p.shape, dtype=dtype or p.dtype)
+        total: Tensor | None = None
         first = 0
         for rows in sides:
             w = weights[:, first : first + rows.count] * rows.scale
             w = w.reshape(len(weights), rows.columns, rows.samples)
             for v, form in rows.of(p):
                 found = in_precision(form, dtype)
-                total += found.combine(w[:, v].to(found.like.dtype)).to(total)
+                part = found.combine(w[:, v].to(found.like.dtype)).to(dtype or p.dtype)
+                total = part if total is None else total.add_(part)
             first += rows.count
+        if total is None:
+            total = p.detach().new_zeros(len(weights), *p.shape, dtype=dtype or p.dtype)
         result.append(total)
     return result
 

@@ -31,6 +31,7 @@ from backpack.own import (
     SampledRoot,
 )
 from backpack.vivit.kept import (
+    Beside,
     Keep,
     Kept,
     Numbered,
@@ -112,12 +113,15 @@ class Pairs:
                 "merge); ask for their vectors before, or compute them anew"
             )
         found = self.curvature._combine_columns(self.coefficients.mT, self.parameters)
-        norms = sum(
-            (v.reshape(len(v), v.shape[1:].numel()).double().square().sum(1) for v in found),
-            self.values.new_zeros(()),
-        )
-        norms = norms.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-        return [v / norms.to(v).reshape(-1, *(1 for _ in v.shape[1:])) for v in found]
+        squares = self.values.new_zeros(len(self), dtype=torch.float64)
+        for v in found:
+            squares += (
+                torch.linalg.vector_norm(v.reshape(len(v), v.shape[1:].numel()), dim=1)
+                .double()
+                .square()
+            )
+        lengths = squares.sqrt().clamp(min=float(torch.finfo(torch.float32).tiny))
+        return [v.div_(lengths.to(v).reshape(-1, *(1 for _ in v.shape[1:]))) for v in found]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -268,6 +272,9 @@ class LowRank:
             rows = found.gradients.setdefault(samples, Rows(1, kept, weight=weight))
             rows.add(parameter, pieces, [0])
             found.samples[parameter] = samples
+        for samples, rows in found.gradients.items():
+            if samples in found.columns and self._subsampling == (None, None):
+                rows.share(found.columns[samples])
         self._passes.append(found)
         self._order |= {p: None for p in self._source.order if p in found.samples}
         self._order |= dict.fromkeys(found.samples)
@@ -417,7 +424,27 @@ class LowRank:
     def _gram(self, parameters: list[Tensor], exact: bool = False) -> Tensor:
         """``V^T V [R, R]``, in double precision."""
         rows = self._columns(parameters)
-        return self._once("gram", parameters, exact, lambda d: inner(rows, rows, parameters, d))
+
+        def make(dtype: torch.dtype | None) -> Tensor:
+            if not self._joins(parameters):
+                return inner(rows, rows, parameters, dtype)
+            # The gradient is one more column.
+            (mine,), (gradients,) = rows, self._gradients(parameters)
+            both = [Beside(mine, gradients)]
+            whole, group = inner(both, both, parameters, dtype), frozenset(parameters)
+            self._known["slopes", group, dtype] = whole[: mine.count, mine.count :]
+            self._known["gradients", group, dtype] = whole[mine.count :, mine.count :]
+            return whole[: mine.count, : mine.count]
+
+        return self._once("gram", parameters, exact, make)
+
+    def _joins(self, parameters: list[Tensor]) -> bool:
+        """Whether products with individual gradients cost little beside those of columns."""
+        if not self._keeps_gradients:
+            return False
+        rows = self._columns(parameters) + self._gradients(parameters)
+        same = len(rows) == 2 and len({(each.samples, each.scale) for each in rows}) == 1
+        return same and rows[0].scale == 1 and rows[0].columns > 2
 
     def _slopes(self, parameters: list[Tensor], exact: bool = False) -> Tensor:
         """``V^T g_n [R, N]``."""

@@ -466,3 +466,19 @@ def test_empty_batch() -> None:
     assert curvature.derivatives(pairs).gammas.shape == (0, 0)
     assert all(float(s.abs().sum()) == 0 for s in curvature.solve(1.0))
     assert all(float(s.abs().sum()) == 0 for s in curvature.newton(pairs, 1.0))
+
+
+def test_inputs_are_held_once() -> None:
+    """Padded inputs are made for columns and for gradients: one copy stays, one form serves both."""
+    model = extend(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten()))
+    with LowRank() as curvature:
+        extend(nn.MSELoss())(model(X.float()), torch.rand(N, 72)).backward()
+    weight = model[0].weight
+    (columns,), (gradients,) = curvature._columns([weight]), curvature._gradients([weight])
+    ((_, a),), ((_, b),) = columns.of(weight), gradients.of(weight)
+    assert a.inputs is b.inputs
+    before = curvature.gradient_gram()
+    curvature._known.clear()
+    curvature.gram()
+    near(curvature.gradient_gram(), before.double(), 1e-5)
+    assert len(curvature._known) == 3
