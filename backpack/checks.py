@@ -48,7 +48,7 @@ class Names:
             f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, code "
             "that ran outside the extended module, or with data in which samples are mixed. Write "
             "that part with ordinary torch functions inside the extended module, give a custom "
-            "Function a rule (backpack.rules.op_rule), or freeze the parameter with "
+            "Function a rule (backpack.own.op_rule), or freeze the parameter with "
             "requires_grad_(False)"
         )
 
