@@ -19,7 +19,7 @@ from backpack.vivit import LowRank
 images, labels = load_digits(return_X_y=True)
 X = torch.tensor(images, dtype=torch.float32) / 16
 y = torch.tensor(labels)
-TRAIN, TEST, WRONG = 500, 200, 40
+TRAIN, TEST, WRONG = 400, 100, 30
 
 torch.manual_seed(0)
 given = y[:TRAIN].clone()
