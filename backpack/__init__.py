@@ -12,17 +12,17 @@ from importlib import import_module, metadata
 from typing import Any
 
 from backpack import context, extensions
-from backpack.accumulation import accumulating
-from backpack.batch import Batch
-from backpack.capture import disable
+from backpack.capture.extend import extend, unextend
+from backpack.capture.switch import disable
 from backpack.compat import convert_module_to_backpack, memory_cleanup
 from backpack.context import CTX
-from backpack.dataset import accumulate
-from backpack.engine import backpack
-from backpack.extend import extend, unextend
-from backpack.losses import loss_rule
-from backpack.oracle import check
-from backpack.rules import op_rule
+from backpack.dataset.accumulating import accumulating
+from backpack.dataset.loop import accumulate
+from backpack.engine.block import backpack
+from backpack.losses.base import loss_rule
+from backpack.rules.base import op_rule
+from backpack.samples.axis import Batch
+from backpack.testing.oracle import check
 
 try:
     __version__ = metadata.version("backpack-anew")

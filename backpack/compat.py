@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from backpack.kronecker import KroneckerBlock
+from backpack.kronecker.objects import KroneckerBlock
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from backpack.blocks import Options, current_block
-from backpack.quantities import BackpropExtension
+from backpack.engine.state import Options, current_block
+from backpack.quantities.base import BackpropExtension
 
 
 def _owner() -> Options | None:

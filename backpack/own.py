@@ -11,14 +11,30 @@ Everything that code outside the library builds on is imported from here; the fi
   :class:`Sum`, :class:`Pullback` (which needs the graph), and :class:`Patches` in an :class:`Outer`.
 """
 
-from backpack.batch import Batch, batch_of
-from backpack.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
-from backpack.combining import Added, Blocks, Counted, Functions, Joined, Moments, Never, Rule
-from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches, Pullback, Sum, Together
-from backpack.losses import LossHessian, elementwise, loss_rule
-from backpack.quantities import BackpropExtension, Context
-from backpack.rules import Pairs, op_rule, reduce_to
-from backpack.sources import (
+from backpack.forms.base import Dense, Form
+from backpack.forms.layout import Layout, Patches
+from backpack.forms.lookup import Lookup
+from backpack.forms.outer import Outer
+from backpack.forms.several import Pullback, Sum, Together
+from backpack.graph.tracing import axis_at
+from backpack.losses.base import LossHessian, loss_rule
+from backpack.losses.elementwise import elementwise
+from backpack.quantities.base import BackpropExtension, Context
+from backpack.quantities.combining import (
+    Added,
+    Blocks,
+    Counted,
+    Functions,
+    Joined,
+    Moments,
+    Never,
+    Rule,
+)
+from backpack.rules.base import Pairs, op_rule
+from backpack.rules.elementwise import reduce_to
+from backpack.samples.axis import Batch, batch_of
+from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
+from backpack.sources.table import (
     AveragedRoot,
     ExactRoot,
     HessianRoot,
@@ -28,7 +44,6 @@ from backpack.sources import (
     RandomSigns,
     SampledRoot,
 )
-from backpack.tracing import axis_at
 
 __all__ = [
     "Rule",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.oracle import Oracle, Report
-from backpack.sources import ExactRoot
+from backpack.sources.table import ExactRoot
+from backpack.testing.oracle import Oracle, Report
 
 
 def hessian_block(loss: Tensor, p: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from backpack import certificate
+from backpack.engine import certificate
 
 certificate.default = "always"
 

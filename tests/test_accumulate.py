@@ -21,11 +21,10 @@ import backpack
 from backpack import backpack as block_of
 from backpack import extend
 from backpack import extensions as E
-from backpack.combining import Added, Joined, Moments
-from backpack.factors import Form
-from backpack.kronecker import KroneckerEigen, KroneckerFactored
-from backpack.oracle import Oracle, _exactly
-from backpack.own import ExactRoot
+from backpack.forms.base import Form
+from backpack.kronecker.objects import KroneckerEigen, KroneckerFactored
+from backpack.own import Added, ExactRoot, Joined, Moments
+from backpack.testing.oracle import Oracle, _exactly
 from tests.cases import Apply, P
 
 N = 7

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, extend
-from backpack.batch import MARK, entered
 from backpack.extensions import BatchGrad
+from backpack.samples.axis import MARK, entered
 from tests.cases import Apply
 from tests.rows import compare
 

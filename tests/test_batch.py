@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backpack.batch import NOBODY, Batch, Rows, axis_of, owners_of
+from backpack.samples.axis import NOBODY, Batch, Rows, axis_of, owners_of
 
 AXES = [
     (Batch(3), (3, 4)),

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from backpack import backpack, backprop, chain, extend, hessian
+from backpack import backpack, extend
 from backpack import extensions as E
-from backpack import run as running
-from backpack.oracle import Oracle
+from backpack.engine import run as running
+from backpack.graph import survey as backprop
+from backpack.sources import hessian
+from backpack.sources import kfra as chain
+from backpack.testing.oracle import Oracle
 from tests.cases import CASES, Case, seq, x
 
 # By columns of curved entries, by the Hessian at the output, by entries of the parameter.

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, certificate, extend, propagation
+from backpack import backpack, extend
+from backpack.engine import certificate
 from backpack.extensions import GGNMP, BatchGrad, BatchL2Grad, DiagGGNExact
+from backpack.samples import propagate as propagation
 from tests.cases import Apply
 
 N = 4

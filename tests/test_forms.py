@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backpack import backpack, extend, factors
+from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.columns import ColumnSource
-from backpack.factors import Dense, Form, Layout, Lookup, Outer, Patches, Pullback, Sum, merge
-from backpack.quantities import BackpropExtension, Context
-from backpack.rules import unfold
-from backpack.sources import ExactRoot, LossGradient
+from backpack.forms import base
+from backpack.forms import outer as outer_forms
+from backpack.forms.base import Dense, Form
+from backpack.forms.layout import Layout, Patches
+from backpack.forms.lookup import Lookup
+from backpack.forms.outer import Outer
+from backpack.forms.several import Pullback, Sum, merge
+from backpack.quantities.base import BackpropExtension, Context
+from backpack.rules.convolution import unfold
+from backpack.sources.columns import ColumnSource
+from backpack.sources.table import ExactRoot, LossGradient
 from tests.cases import CASES, LOSSES, Apply, Case
 
 
@@ -101,7 +107,7 @@ class Held:
 @pytest.mark.parametrize("block", [2**12, 2**26], ids=["single columns", "all together"])
 def test_a_graph_holds_patches_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not once for each block of columns, with `create_graph`."""
-    monkeypatch.setitem(factors.BLOCK_BYTES, "cpu", block)
+    monkeypatch.setitem(base.BLOCK_BYTES, "cpu", block)
     torch.manual_seed(0)
     x = torch.rand(2, 3, 200).double().requires_grad_()
     windows = unfold(x, (10,), (1,), ((0, 0),), (1,)).unflatten(1, (1, -1))
@@ -209,8 +215,8 @@ def run(case: Case, **options: Any) -> set[type[Form]]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each way of computing, whatever it costs here; in many pieces or in one."""
     if request.param == "tiles":
-        monkeypatch.setitem(factors.PATCH_BYTES, "cpu", 8 * 50)
-        monkeypatch.setattr(factors, "ROWS_BYTES", 8 * 50)
+        monkeypatch.setitem(base.PATCH_BYTES, "cpu", 8 * 50)
+        monkeypatch.setattr(outer_forms, "ROWS_BYTES", 8 * 50)
     if request.param in ("written", "factored"):
         written = request.param == "written"
         monkeypatch.setattr(Outer, "_writes", lambda form, vectors: written)
@@ -346,7 +352,7 @@ class Largest(TorchDispatchMode):
 def test_memory_is_bounded(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of columns times samples times parameter: results, inputs, and pieces of some size."""
     room, size = 20000, 4000
-    monkeypatch.setitem(factors.PATCH_BYTES, "cpu", 8 * room)
+    monkeypatch.setitem(base.PATCH_BYTES, "cpu", 8 * room)
     n, v, s = 12, 8, positions
     o, i = 40, 100
     form: Form = Outer(rand(n, 1, s, i), rand(v, n, 1, s, o), Layout(torch.Size((o, i))))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend, probe
+from backpack import backpack, extend
 from backpack.extensions import BatchGrad
+from backpack.samples import separability as probe
 from tests.cases import Apply
 from tests.rows import compare
 

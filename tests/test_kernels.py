@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backpack import backpack, extend, kernels
+from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.factors import Layout, Outer, Patches
-from backpack.rules import unfold
+from backpack.forms import triton as kernels
+from backpack.forms.layout import Layout, Patches
+from backpack.forms.outer import Outer
+from backpack.rules.convolution import unfold
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = pytest.mark.parametrize(

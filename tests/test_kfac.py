@@ -22,8 +22,8 @@ from backpack.extensions import (
     EmpiricalKFAC,
     SumGradSquared,
 )
-from backpack.factors import spectrum
-from backpack.oracle import Oracle
+from backpack.forms.products import spectrum
+from backpack.testing.oracle import Oracle
 from tests.cases import Apply, Case, P, flat, norm, seq, x
 
 N = 4

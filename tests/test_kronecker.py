@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backpack import kronecker
+from backpack.kronecker import lists as kronecker
 from backpack.utils import kroneckers
 
 SQUARE = [[3], [3, 2], [2, 4, 3]]

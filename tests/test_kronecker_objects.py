@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.kronecker import KroneckerBlock, KroneckerEigen, KroneckerFactored, pi_damping
+from backpack.kronecker.objects import KroneckerBlock, KroneckerEigen, KroneckerFactored, pi_damping
 from tests.cases import Apply, P
 
 N = 6

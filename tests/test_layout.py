@@ -13,20 +13,32 @@ import backpack
 from backpack import extensions, optim, vivit
 
 ROOT = Path(backpack.__file__).parent
-RIVER = [
-    *"batch aliases probe moves entries placing propagation memory kernels factors recurrent".split(),
-    *"rules losses opened taps functions inputs tangents tracing capture backprop".split(),
-    *"certificate columns hessian products chain sources kronecker combining quantities".split(),
-    *"blocks checks exposed run direct engine extend accumulation dataset oracle".split(),
-]
+# Rooms in the order in which data flows, and the files of each: a file imports from no later one.
+ROOMS = {
+    "samples": """axis aliases separability movers contractions indexing reductions entries writes
+        propagate""",
+    "forms": "memory triton products base layout lookup outer several",
+    "rules": """base recursions elementwise linear convolution lookup normalization recurrent fallback
+        decompositions""",
+    "losses": "base elementwise piecewise softmax twice",
+    "graph": "taps tangents tracing survey",
+    "capture": "switch functions inputs loss_records tracker in_place recorder hooks extend",
+    "sources": "columns hessian kfra table",
+    "kronecker": "objects lists",
+    "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",
+    "engine": "state layer_io refusals certificate run direct block",
+    "dataset": "totals micro_batches accumulating loop",
+    "testing": "oracle",
+}
+RIVER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files.split()]
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "gram", "kronecker", "newton", "private")
 # What stands on the core as anybody's own code may: low-rank curvature and the monitor.
-OPEN = {"backpack", *(f"backpack.{name}" for name in "own engine extend hessianfree".split())}
+OPEN = {"backpack", "backpack.own", "backpack.hessianfree"}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
 EXTRAS = {
-    "kernels.py": {"triton"},
-    "dataset.py": {"rich", "tqdm"},
+    "forms/triton.py": {"triton"},
+    "dataset/loop.py": {"rich", "tqdm"},
     "optim/private.py": {"dp_accounting"},
     "vivit/operators.py": {"scipy"},
     "vivit/figures.py": {"matplotlib"},
@@ -38,7 +50,8 @@ EXTRAS = {
     "cockpit/terminal.py": {"rich"},
     "cockpit/__main__.py": {"rich"},
 }
-CORE = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
+# Files at the top, which hold names only.
+TOP = {"__init__", "own", "compat", "context"}
 
 
 def imports(path: Path) -> set[str]:
@@ -68,24 +81,43 @@ def ours(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", RIVER)
 def test_imports_go_one_way(name: str) -> None:
-    above = RIVER[: RIVER.index(name)]
-    later = {f"backpack.{other}" for other in RIVER if other not in above}
-    assert ours(ROOT / f"{name}.py").isdisjoint(later)
-    assert "backpack" not in ours(ROOT / f"{name}.py")
+    found = ours(ROOT / f"{name.replace('.', '/')}.py")
+    above = {f"backpack.{other}" for other in RIVER[: RIVER.index(name)]}
+    assert found <= above | {f"backpack.{room}" for room in ROOMS if f"backpack.{room}.base" in above}
+
+
+def test_every_file_has_a_room() -> None:
+    files = {f"{p.parent.name}.{p.stem}" for room in ROOMS for p in (ROOT / room).glob("*.py")}
+    assert files - {f"{room}.__init__" for room in ROOMS} == set(RIVER)
+    assert {path.stem for path in ROOT.glob("*.py")} == TOP
 
 
 def test_reading_order() -> None:
-    assert f"    {', '.join(RIVER)}\n" in (ROOT.parent / "CONTRIBUTING.md").read_text()
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    for room, files in ROOMS.items():
+        assert f"| `{room}/` | {', '.join(files.split())} |" in text, room
 
 
-def test_no_cycles() -> None:
-    """Files that the river does not name take part in no cycle either."""
-    below = {name: {m.split(".")[1] for m in ours(ROOT / f"{name}.py") if "." in m} for name in CORE}
-    done: set[str] = set()
-    while len(done) < len(CORE):
-        ready = {name for name in CORE if name not in done and below[name] & set(CORE) <= done}
-        assert ready, f"a cycle among {sorted(set(CORE) - done)}"
-        done |= ready
+@pytest.mark.parametrize("room", ROOMS)
+def test_heads_say_what_comes_in_and_goes_out(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
+    assert text is not None and "\nIn: " in text and " Out: " in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_tables_are_filled(room: str) -> None:
+    """A file that registers functions is imported with its room, whatever is asked of it."""
+    head = imports(ROOT / room / "__init__.py")
+    for file in ROOMS[room].split():
+        tree = ast.parse((ROOT / room / f"{file}.py").read_text())
+        called = {ast.unparse(d.func) for node in tree.body for d in decorators(node)}
+        if called & {"op_rule", "loss_rule", "mover"}:
+            assert f"backpack.{room}.{file}" in head or file == "movers"
+
+
+def decorators(node: ast.stmt) -> list[ast.Call]:
+    found = getattr(node, "decorator_list", [])
+    return [each for each in found if isinstance(each, ast.Call)]
 
 
 def test_optimizers_stand_on_everything() -> None:

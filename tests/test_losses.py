@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.batch import Batch
-from backpack.losses import LOSSES, LossHessian
-from backpack.oracle import Oracle, check
+from backpack.losses.base import LOSSES, LossHessian
+from backpack.samples.axis import Batch
+from backpack.testing.oracle import Oracle, check
 
 QUANTITIES = [
     E.BatchGrad(),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from backpack import backpack, extend, memory
+from backpack import backpack, extend
 from backpack.extensions import BatchDiagGGNExact, BatchGrad, SqrtGGNExact
+from backpack.forms import memory
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend, probe
+from backpack import backpack, extend
 from backpack.extensions import (
     KFLR,
     BatchDiagGGNExact,
@@ -20,7 +20,8 @@ from backpack.extensions import (
     DiagHessian,
     Variance,
 )
-from backpack.oracle import Oracle, check
+from backpack.samples import separability as probe
+from backpack.testing.oracle import Oracle, check
 from tests.cases import Apply, P
 
 FIRST = (BatchGrad(), BatchL2Grad(), Variance())

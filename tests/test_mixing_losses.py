@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack import optim
-from backpack.quantities import BackpropExtension
+from backpack.quantities.base import BackpropExtension
 from tests.idioms.compare import SPLIT
 from tests.idioms.idioms import Sizes, made
 from tests.idioms.losses import BY_NAME

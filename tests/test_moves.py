@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from backpack.batch import NOBODY, Batch, Rows, axis_of, mark, owners_of, solo_axis
-from backpack.entries import ENTRIES
-from backpack.moves import MOVERS, spellings
-from backpack.propagation import ELEMENTWISE, POINTWISE, propagate
+from backpack.samples.axis import NOBODY, Batch, Rows, axis_of, mark, owners_of, solo_axis
+from backpack.samples.entries import ENTRIES
+from backpack.samples.movers import MOVERS, spellings
+from backpack.samples.propagate import ELEMENTWISE, POINTWISE, propagate
 
 N = 3
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from backpack import extensions as E
-from backpack.oracle import Report, check
-from backpack.run import Run
+from backpack.engine.run import Run
+from backpack.testing.oracle import Report, check
 
 
 def report(*extensions: E.BackpropExtension, lossfunc: nn.Module | None = None) -> Report:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from backpack import extensions as E
-from backpack.losses import LOSSES
-from backpack.oracle import check
-from backpack.rules import RULES
+from backpack.losses.base import LOSSES
+from backpack.rules.base import RULES
+from backpack.testing.oracle import check
 
 PAGE = Path(__file__).parent.parent / "docs" / "own.md"
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.factors import Form
-from backpack.oracle import Oracle
+from backpack.forms.base import Form
 from backpack.own import BackpropExtension, Context, HessianRoot, RandomSigns
+from backpack.testing.oracle import Oracle
 from tests.cases import CASES, Case
 
 # A parameter used nonlinearly, twice, through another tensor, or in none of these ways.

@@ -21,7 +21,7 @@ from backpack.extensions import (
     SumGradSquared,
     Variance,
 )
-from backpack.oracle import Oracle
+from backpack.testing.oracle import Oracle
 from tests.cases import CASES
 
 NAMES = (

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from backpack import extensions as E
-from backpack.oracle import Oracle, check
+from backpack.testing.oracle import Oracle, check
 from tests.cases import Apply, P, classes, norm
 
 QUANTITIES = (

@@ -21,7 +21,7 @@ from backpack.extensions import (
     SqrtGGNExact,
     Variance,
 )
-from backpack.oracle import check
+from backpack.testing.oracle import check
 from tests.cases import Apply, P
 from tests.rows import compare
 

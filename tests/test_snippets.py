@@ -10,7 +10,7 @@ from torch.nn import CrossEntropyLoss, Flatten, Linear, Sequential
 
 from backpack import backpack, disable, extend
 from backpack.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, Variance
-from backpack.oracle import Oracle
+from backpack.testing.oracle import Oracle
 from tests.resnet import ResNet18
 
 

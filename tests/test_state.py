@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, batch, blocks, disable, extend, factors, probe, rules
+from backpack import backpack, disable, extend
+from backpack.engine import state as blocks
 from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian
-from backpack.rules import RULES
+from backpack.forms import products
+from backpack.rules import convolution
+from backpack.rules.base import RULES
+from backpack.samples import axis as batch
+from backpack.samples import separability as probe
 
 
 def network() -> nn.Module:
@@ -30,8 +35,8 @@ def untouched() -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         assert batch.entered.axes == {}
-        assert rules._kept.values is None
-        assert factors._grams.known is None
+        assert convolution._kept.values is None
+        assert products._grams.known is None
         assert blocks.open_blocks == []
         assert disable.store_io
 

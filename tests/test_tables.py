@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack import extensions as E
-from backpack.oracle import check
+from backpack.testing.oracle import check
 from tests.blocks import Blocks
 from tests.cases import Apply, flat, ids, norm, x
 

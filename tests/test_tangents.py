@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend, tangents
+from backpack import backpack, extend
 from backpack.extensions import GGNMP
+from backpack.graph import tangents
 from backpack.hessianfree import R_op, ggn_vector_product
-from backpack.oracle import Oracle
+from backpack.testing.oracle import Oracle
 
 SQUARE = (3, 3)
 Function = Callable[..., Tensor]

@@ -10,8 +10,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from backpack.losses import LOSSES
-from backpack.rules import RULES
+from backpack.losses.base import LOSSES
+from backpack.rules.base import RULES
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("*/*.py"))

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.factors import Form, Layout, Lookup, Outer, Patches
-from backpack.oracle import Oracle
+from backpack.forms.base import Form
+from backpack.forms.layout import Layout, Patches
+from backpack.forms.lookup import Lookup
+from backpack.forms.outer import Outer
 from backpack.own import BackpropExtension, ExactRoot
+from backpack.testing.oracle import Oracle
 from tests.cases import CASES, Apply, Case, P, ids, seq, x
 
 EXTS: tuple[Callable[[], Any], ...] = (

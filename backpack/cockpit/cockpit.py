@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backpack import disable
+from backpack import backpack, disable
 from backpack.cockpit.context import CockpitCTX, get_loss
 from backpack.cockpit.quantities.quantity import Quantity
-from backpack.engine import backpack
 from backpack.own import BackpropExtension
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from backpack.extend import extend, unextend
+from backpack import extend, unextend
 
 
 class LossModules:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backpack import extend, unextend
 from backpack.cockpit import passes, terminal
 from backpack.cockpit.alarms import Alarm, Finding, alarms_of
 from backpack.cockpit.alpha import End, alpha
@@ -31,7 +32,6 @@ from backpack.cockpit.report import show_in_notebook, show_window, write
 from backpack.cockpit.sharpness import critical_sharpness
 from backpack.cockpit.sinks import Sink, sink_of
 from backpack.cockpit.utils.schedules import linear
-from backpack.extend import extend, unextend
 from backpack.own import BackpropExtension
 
 # Entries that are looked at for a histogram, for each parameter.

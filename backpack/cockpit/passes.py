@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from backpack.engine import backpack
+from backpack import backpack
 from backpack.own import BackpropExtension
 
 _SCALE = "_cockpit_scale"
@@ -230,7 +230,7 @@ def _refused(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None:
         code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__")
-        if (module, code.co_name) == ("backpack.run", "begin"):
+        if (module, code.co_name) == ("backpack.engine.run", "begin"):
             return True
         trace = trace.tb_next
     return False

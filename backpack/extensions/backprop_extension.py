@@ -3,7 +3,7 @@
 There is nothing to fail at: every quantity holds for every module.
 """
 
-from backpack.quantities import BackpropExtension
+from backpack.quantities.base import BackpropExtension
 
 FAIL_ERROR = "ERROR"
 FAIL_WARN = "WARNING"

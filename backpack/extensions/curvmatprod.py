@@ -1,5 +1,5 @@
 """Products with blocks of curvature matrices."""
 
-from backpack.quantities import GGNMP, HMP, PCHMP
+from backpack.quantities.matrix_products import GGNMP, HMP, PCHMP
 
 __all__ = ["GGNMP", "HMP", "PCHMP"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backpack.graph.tangents import jacobian_products
 from backpack.hessianfree._tensors import Tensors, as_tuple, check_like
-from backpack.tangents import jacobian_products
 
 
 def R_op(

@@ -19,10 +19,10 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from backpack.accumulation import MicroBatches
-from backpack.engine import backpack
-from backpack.extend import extend
-from backpack.quantities import BackpropExtension
+from backpack.capture.extend import extend
+from backpack.dataset.micro_batches import MicroBatches
+from backpack.engine.block import backpack
+from backpack.quantities.base import BackpropExtension
 
 State = dict[str, Any]
 # A model, or what any `torch.optim.Optimizer` takes.
@@ -253,7 +253,7 @@ class CurvatureOptimizer(BackpackOptimizer):
 
     Several backward passes before a step, in one block or in several, are micro-batches of one loss:
     the sum of those whose ``backward`` was called. Gradients add up, and curvature combines by the rule
-    of its quantity (:mod:`backpack.combining`). So ``k`` equal parts of a batch, each with its mean
+    of its quantity (:class:`backpack.own.Rule`). So ``k`` equal parts of a batch, each with its mean
     loss divided by ``k``, make the step of the whole batch; parts of ``N_k`` out of ``N`` samples do
     with ``N_k / N * loss``, and losses that are sums as they are.
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from backpack import extensions
-from backpack.combining import Counted
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
-from backpack.quantities import BackpropExtension, Context
+from backpack.quantities.base import BackpropExtension, Context
+from backpack.quantities.combining import Counted
 
 
 class _Diagonal(CurvatureOptimizer):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backpack.optim.base import BackpackOptimizer, Params, State, _finite
-from backpack.quantities import BackpropExtension
+from backpack.quantities.base import BackpropExtension
 from backpack.vivit import LowRank
 
 

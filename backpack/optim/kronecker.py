@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from backpack import extensions
-from backpack.combining import Blocks, Never, Rule
-from backpack.factors import Dense, Form, Lookup, Outer, Sum, spectrum
-from backpack.kronecker import (
+from backpack.forms.base import Dense, Form
+from backpack.forms.lookup import Lookup
+from backpack.forms.outer import Outer
+from backpack.forms.products import spectrum
+from backpack.forms.several import Sum
+from backpack.kronecker.objects import (
     KroneckerBlock,
     KroneckerEigen,
     KroneckerFactored,
@@ -25,7 +28,8 @@ from backpack.kronecker import (
     working,
 )
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
-from backpack.quantities import BackpropExtension
+from backpack.quantities.base import BackpropExtension
+from backpack.quantities.combining import Blocks, Never, Rule
 
 # A factor that is not positive definite after this many doublings of its damping is an error.
 DOUBLINGS = 10

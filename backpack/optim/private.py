@@ -14,12 +14,12 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from backpack.backprop import Graph, survey
-from backpack.batch import Batch
-from backpack.engine import backpack
+from backpack.engine.block import backpack
 from backpack.extensions import BatchL2Grad
+from backpack.graph.survey import Graph, survey
+from backpack.graph.taps import BORDER, TAPS, notes
 from backpack.optim.base import BackpackOptimizer, Params, State
-from backpack.taps import BORDER, TAPS, notes
+from backpack.samples.axis import Batch
 
 
 class DPSGD(BackpackOptimizer):

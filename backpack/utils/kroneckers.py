@@ -1,6 +1,6 @@
 """Algebra of Kronecker factors, under the name programs import (see :mod:`backpack.kronecker`)."""
 
-from backpack.kronecker import (
+from backpack.kronecker.lists import (
     apply_inv_kfac_mat_prod,
     apply_kfac_mat_prod,
     inv_kfac_mat_prod,

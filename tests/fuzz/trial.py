@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.quantities import BackpropExtension
+from backpack.quantities.base import BackpropExtension
 from tests.fuzz import losses
 from tests.fuzz.building import Built, build
 from tests.fuzz.draft import NoSuchProgram

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from backpack import backpack
 from backpack import extensions as E
-from backpack.oracle import _exactly
-from backpack.quantities import BackpropExtension
+from backpack.quantities.base import BackpropExtension
+from backpack.testing.oracle import _exactly
 from tests.idioms.reference import Truth
 
 TOLERANCE = 1e-8

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from backpack import backpack, disable, extend, optim
 from backpack import extensions as E
-from backpack.kronecker import KroneckerEigen
-from backpack.oracle import Oracle
+from backpack.kronecker.objects import KroneckerEigen
+from backpack.testing.oracle import Oracle
 
 N = 5
 

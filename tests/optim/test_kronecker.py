@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.kronecker import pi_damping
+from backpack.kronecker.objects import pi_damping
 from backpack.optim.kronecker import _inverse
-from backpack.oracle import Oracle
+from backpack.testing.oracle import Oracle
 from tests.cases import Apply, P
 from tests.optim.problems import Problem, dense
 

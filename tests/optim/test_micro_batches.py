@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.accumulation import rule_of
-from backpack.combining import Never
+from backpack.dataset.totals import rule_of
 from backpack.optim.base import CurvatureOptimizer
-from backpack.oracle import _exactly
+from backpack.quantities.combining import Never
+from backpack.testing.oracle import _exactly
 from tests.cases import Apply, P
 from tests.optim.problems import STEPS, Problem
 from tests.optim.test_kronecker import head

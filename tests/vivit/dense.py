@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack import extend, unextend
-from backpack.oracle import Oracle
+from backpack.testing.oracle import Oracle
 from tests.cases import Case, LossCase
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.oracle import check
+from backpack.testing.oracle import check
 from tests.zoo.compare import Trial
 from tests.zoo.models import ZOO
 from tests.zoo.unusual import Checkpointed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backpack import Batch, backpack, check, extend, op_rule
 from backpack.extensions import BatchGrad, DiagGGNExact, DiagHessian, Variance
-from backpack.factors import Dense
+from backpack.forms.base import Dense
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)

@@ -1,7 +1,7 @@
 """Names of the original; see :mod:`backpack.extensions._absent`."""
 
 from backpack.extensions._absent import ModuleExtension
-from backpack.quantities import BackpropExtension as FirstOrderBackpropExtension
+from backpack.quantities.base import BackpropExtension as FirstOrderBackpropExtension
 
 
 class FirstOrderModuleExtension(ModuleExtension):

@@ -1,5 +1,5 @@
 """The original's place of :class:`BatchGrad`."""
 
-from backpack.quantities import BatchGrad
+from backpack.quantities.first_order import BatchGrad
 
 __all__ = ["BatchGrad"]

@@ -1,5 +1,5 @@
 """The original's place of :class:`Variance`."""
 
-from backpack.quantities import Variance
+from backpack.quantities.first_order import Variance
 
 __all__ = ["Variance"]

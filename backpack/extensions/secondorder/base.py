@@ -1,5 +1,5 @@
 """A name of the original: its base class of curvature quantities."""
 
-from backpack.quantities import BackpropExtension as SecondOrderBackpropExtension
+from backpack.quantities.base import BackpropExtension as SecondOrderBackpropExtension
 
 __all__ = ["SecondOrderBackpropExtension"]

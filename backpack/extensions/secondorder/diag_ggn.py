@@ -1,5 +1,5 @@
 """Diagonals of the generalized Gauss-Newton matrix."""
 
-from backpack.quantities import BatchDiagGGNExact, BatchDiagGGNMC, DiagGGNExact, DiagGGNMC
+from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagGGNMC, DiagGGNExact, DiagGGNMC
 
 __all__ = ["BatchDiagGGNExact", "BatchDiagGGNMC", "DiagGGNExact", "DiagGGNMC"]

@@ -1,5 +1,5 @@
 """Diagonals of the Hessian."""
 
-from backpack.quantities import BatchDiagHessian, DiagHessian
+from backpack.quantities.diagonal import BatchDiagHessian, DiagHessian
 
 __all__ = ["BatchDiagHessian", "DiagHessian"]

@@ -1,0 +1,121 @@
+"""Custom ``autograd.Function``s: where samples are in their results.
+
+``Function.apply`` is no operation that can be seen, and what runs inside ``forward`` need not be what
+``backward`` differentiates. So a result is known by its node, and the node's own ``backward`` is tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from backpack.graph.taps import TAPS, notes
+from backpack.samples.axis import Batch, regular_axis, solo_axis
+from backpack.samples.separability import axis_by_backward
+
+_FUNCTION = "backpack_function"
+
+
+def is_custom(tensor: Tensor) -> bool:
+    """Whether a custom Function has made this tensor."""
+    return tensor.requires_grad and isinstance(tensor.grad_fn, BackwardCFunction)
+
+
+def settle(tensor: Tensor, axis: Batch | None) -> None:
+    """The axis of a Function's result is known: it was called through an operation that was seen."""
+    assert tensor.grad_fn is not None
+    notes(tensor.grad_fn).setdefault(_FUNCTION, {})[tensor.output_nr] = axis
+
+
+class Functions:
+    """The custom Functions of one forward pass."""
+
+    def __init__(self) -> None:
+        # Sample axes of tensors that were touched without grad, by their places in the graph.
+        self.touched: dict[tuple[Node, int], Batch] = {}
+
+    def touch(self, tensor: Tensor, axis: Batch) -> None:
+        """Data was read where grad mode is off: inside a Function, perhaps."""
+        if tensor.grad_fn is None and tensor._base is not None:
+            return  # a view of which autograd knows nothing
+        with torch.enable_grad():
+            edge = get_gradient_edge(tensor)
+        self.touched[edge.node, edge.output_nr] = axis
+
+    def axis(self, tensor: Tensor, noted: Batch | None, entries: set[Node]) -> Batch | None:
+        """The sample axis of a Function's result.
+
+        Args:
+            tensor: the result.
+            noted: what the operations inside ``forward`` have left on it.
+            entries: nodes of inputs of the model that require grad.
+
+        Returns:
+            ``None`` if it is made from parameters only.
+        """
+        node = tensor.grad_fn
+        assert node is not None
+        known = notes(node).setdefault(_FUNCTION, {})
+        if tensor.output_nr not in known:
+            known[tensor.output_nr] = self._find(tensor, node, noted, entries)
+        return known[tensor.output_nr]
+
+    def _find(
+        self, tensor: Tensor, node: Node, noted: Batch | None, entries: set[Node]
+    ) -> Batch | None:
+        if TAPS in notes(node):
+            return noted
+        name = node.name().removesuffix("Backward")
+        edges = [GradientEdge(child, nr) for child, nr in node.next_functions if child is not None]
+        axes = [self.touched.get((edge.node, edge.output_nr)) for edge in edges]
+        data = [(edge, axis) for edge, axis in zip(edges, axes, strict=True) if axis is not None]
+        unknown = [edge.node for edge in edges if (edge.node, edge.output_nr) not in self.touched]
+        size = next((axis.size for _, axis in data), noted.size if noted is not None else 0)
+        lost = next((axis for _, axis in data if axis.lost), None)
+        if lost is not None:
+            return lost
+        if any(_holds_data(each, entries) for each in unknown):
+            return Batch(size, lost=f"{name}, a custom autograd.Function, hides what it does to data")
+        if not data:
+            return noted
+        if size == 1:
+            return solo_axis(0, 1, tensor.shape, tensor.device)
+        tentative = all(axis.tentative for _, axis in data)
+        candidates = [axis for axis in (noted, *(axis for _, axis in data)) if axis is not None]
+        for d, length in enumerate(tensor.shape):
+            if length % size == 0:
+                candidates += [regular_axis(size, d, 1, length // size)]
+                candidates += [regular_axis(size, d, length // size, 1)]
+        fit = [axis.certain() for axis in candidates if not axis.lost and axis.fits(tensor.shape)]
+        entries_of_data, known = [edge for edge, _ in data], [axis for _, axis in data]
+        verdict = axis_by_backward(tensor, entries_of_data, known, list(dict.fromkeys(fit)), _key(node))
+        found = verdict if isinstance(verdict, Batch) else None
+        if found is None:
+            found = Batch(size, lost=f"{name}, a custom autograd.Function, {verdict}")
+        return replace(found, tentative=True) if tentative else found
+
+
+def _key(node: Any) -> Any:
+    """What a Function keeps for its backward besides tensors; ``None`` if that cannot be told."""
+    kept = vars(node)
+    plain = (int, float, bool, str, type(None), tuple, list)
+    return (type(node), str(kept)) if all(isinstance(x, plain) for x in kept.values()) else None
+
+
+def _holds_data(node: Node, entries: set[Node]) -> bool:
+    """Whether taps, or inputs, lie at a node or below it."""
+    stack, seen = [node], set[Node]()
+    while stack:
+        here = stack.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if here in entries or TAPS in notes(here):
+            return True
+        stack += [child for child, _ in here.next_functions if child is not None]
+    return False

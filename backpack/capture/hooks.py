@@ -1,0 +1,221 @@
+"""Hooks of extended modules: they open and close the recording of a forward pass."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from backpack.capture.inputs import carriers, doubtful
+from backpack.capture.loss_records import note_loss, on_backward
+from backpack.capture.recorder import Recorder
+from backpack.capture.switch import disable
+from backpack.capture.tracker import flatten
+from backpack.graph.taps import (
+    BORDER,
+    LOSS,
+    Border,
+    Recording,
+    notes,
+)
+from backpack.samples.axis import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
+
+
+class _State(threading.local):
+    recorder: Recorder | None = None
+
+
+_state = _State()
+
+
+def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of extended modules: the outermost call opens a recording."""
+    recorder = _state.recorder
+    if recorder is not None:
+        recording = recorder.recording
+        if recording.module() is module:
+            if _calls_running(module) > 1:
+                recording.depth += 1
+                return
+        elif "_backpack_root" not in module.__dict__ or _calls_running(recording.module()):
+            return
+        # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
+        # others on torch's stack: it stays there, and passes everything on.
+        recorder.close()
+        _state.recorder = None
+        _forget()
+    if not _recordable():
+        return
+    batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
+    recording = Recording(weakref.ref(module), None, batch_dim)
+    entered.axes, entered.written = _axes_of_inputs(recording, module, args, kwargs), {}
+    entered.ids = frozenset(map(id, recording.arguments))
+    _state.recorder = Recorder(recording, after_forward)
+    _state.recorder.__enter__()
+
+
+def _axes_of_inputs(
+    recording: Recording, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> dict[int, Batch]:
+    """The sample axes of a model's inputs, by ids: certain for the one that carries the batch."""
+    dim = recording.batch_dim
+    named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in flatten(x)]
+    named += [(name, t) for name, x in kwargs.items() for t in flatten(x)]
+    tensors = [t for _, t in named]
+    # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.
+    leaves = [t for t in tensors if type(t) is not Tensor and isinstance(t, nn.Parameter)]
+    own = list(module.parameters()) if len(leaves) == len(tensors) else leaves
+    for tensor in tensors:
+        recording.arguments.append(tensor)
+        if tensor.requires_grad:
+            recording.entries.add(get_gradient_edge(tensor).node)
+    marked = [axis for t in tensors if (axis := batch_of(t)) is not None]
+    free = [
+        (name, t)
+        for name, t in named
+        if t.dim() > dim and batch_of(t) is None and not any(t is p for p in own)
+    ]
+    given = [t for _, t in free]
+    left = [] if marked else carriers(given, dim)
+    sizes = [given[j].shape[dim] for j in left]
+    recording.size = marked[0].size if marked else sizes[0] if sizes else None
+    certain = set(left[:1])
+    if left and doubtful(given[left[0]]):
+        # Those that shapes do not tell from it are no guesses: where they disagree, no one is right.
+        most = given[left[0]].dim()
+        certain |= {j for j in left if given[j].dim() >= most}
+        recording.doubted = len(left) > 1
+    # With one sample its place is no sign that the right input was taken.
+    others = sizes[1:] if recording.size != 1 else [t.shape[dim] for t in given]
+    if recording.doubted or set(others) - {recording.size}:
+        recording.inputs = [(name, t.shape) for name, t in free]
+        recording.sizes = frozenset(others)
+    return {
+        id(t): regular_axis(t.shape[dim], dim, tentative=j not in certain)
+        for j, t in enumerate(given)
+        if t.shape[dim] == recording.size
+    }
+
+
+def _recordable() -> bool:
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return disable.should_store_io() and torch.is_grad_enabled() and not compiling
+
+
+def _calls_running(module: nn.Module | None) -> int:
+    """How many calls of ``module`` are on this thread's stack."""
+    if module is None:
+        return 0
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of extended modules (called also if forward raised): close the recording."""
+    recorder = _state.recorder
+    if recorder is None or recorder.recording.module() is not module:
+        return
+    recording = recorder.recording
+    if recording.depth:
+        recording.depth -= 1
+        return
+    axes = {id(tensor): _last_axis(recorder, tensor) for tensor in flatten(output)}
+    _close()
+    for tensor in flatten(output):
+        node = tensor.grad_fn
+        if node is None:
+            continue
+        axis = axes[id(tensor)]
+        if axis is not None:
+            # What the loss takes is data, whatever its targets look like.
+            axis = axis if axis.lost else axis.certain()
+            mark(tensor, axis)
+        recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
+        border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)
+        kept.setdefault(BORDER, []).append(border)
+        if LOSS not in kept:  # which is listened to
+            node.register_prehook(lambda grads: on_backward(recording, None, grads))
+
+
+def _doubt(recording: Recording, output: Tensor, axis: Batch | None) -> torch.Size | None:
+    """The shape of an output that speaks for another input as the one that carries the batch."""
+    dim = recording.batch_dim
+    if not recording.inputs or output.dim() <= dim or output.shape[dim] not in recording.sizes:
+        return None
+    if axis is None or axis.lost or not axis.fits(output.shape):
+        return output.shape
+    at_its_place = axis.dim == dim and output.shape[dim] == recording.size
+    elsewhere = axis.plain and not recording.doubted
+    return None if at_its_place or elsewhere else output.shape
+
+
+def _last_axis(recorder: Recorder, output: Tensor) -> Batch | None:
+    """The sample axis of an output of the model, as its memory is now."""
+    try:
+        axis = recorder.axis_of(output)
+        if recorder.recording.size != 1 or not output.dim():
+            return axis
+        known = axis is not None and axis.fits(output.shape)
+        return axis if known else solo_axis(0, 1, output.shape, output.device)
+    except Exception as error:
+        recorder.give_up("the model's output", output, error)
+        return batch_of(output)
+
+
+# Loss modules that do nothing but call one function: by their hook, without a mode.
+LOSS_MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (
+        torch.nn.functional.cross_entropy,
+        ("weight", "ignore_index", "reduction", "label_smoothing"),
+    ),
+    nn.MSELoss: (torch.nn.functional.mse_loss, ("reduction",)),
+    nn.BCEWithLogitsLoss: (
+        torch.nn.functional.binary_cross_entropy_with_logits,
+        ("weight", "pos_weight", "reduction"),
+    ),
+}
+
+
+def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook of extended loss modules in :data:`LOSS_MODULES`."""
+    node = output.grad_fn
+    if node is None or _state.recorder is not None or not _recordable():
+        return
+    func, names = LOSS_MODULES[type(module)]
+    f = args[0] if args else kwargs["input"]
+    axis, dim = batch_of(f), module.__dict__.get("_backpack_batch_dim", 0)
+    if axis is None and f.dim() > dim:
+        axis = regular_axis(f.shape[dim], dim)
+    recording = Recording(weakref.ref(module), None, dim)
+    options = {name: getattr(module, name) for name in names}
+    note_loss(recording, func, axis, args, {**kwargs, **options}, node, module)
+
+
+def _close() -> None:
+    recorder = _state.recorder
+    assert recorder is not None
+    _state.recorder = None
+    try:
+        recorder.close()
+        recorder.__exit__(None, None, None)
+        for ref in recorder.adopted:
+            tensor = ref()
+            if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
+                delattr(tensor, MARK)
+    finally:
+        _forget()
+        recorder.recording.arguments.clear()
+
+
+def _forget() -> None:
+    """What is known of tensors in a forward pass goes with it."""
+    entered.axes, entered.ids, entered.written = {}, frozenset(), {}

@@ -1,0 +1,268 @@
+"""Forward: find the taps, the operations in which parameters meet data.
+
+While the outermost extended module runs, a torch-function mode sees every operation. A result
+depends on the data if an argument does; the mark is :class:`~backpack.samples.axis.Batch`. An operation
+with a data-dependent result and an argument that requires grad but does not depend on the data is a
+tap, noted on its autograd node.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from backpack.capture.functions import is_custom
+from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
+from backpack.capture.tracker import BATCH_NORMS, NONLINEAR, tensors_in
+from backpack.graph.taps import (
+    LAYERS,
+    TAPS,
+    Recording,
+    Tap,
+    lost_form,
+    notes,
+    of_sample,
+    store_tap,
+)
+from backpack.losses.base import LOSSES
+from backpack.rules.base import SEVERAL_OUTPUTS
+from backpack.rules.decompositions import OPENED
+from backpack.rules.fallback import fallback
+from backpack.rules.recurrent import recurrent_axis
+from backpack.samples.axis import MARK, Batch, batch_of, entered, mark
+from backpack.samples.movers import MOVERS, spellings
+from backpack.samples.propagate import (
+    ELEMENTWISE,
+    EXPANSIONS,
+    FACTORIES,
+    known,
+    moved,
+    settled,
+)
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+# Functions whose results need a second look, and types of results that need none.
+_WATCHED = BATCH_NORMS | NONLINEAR | EXPANSIONS
+
+
+# Each result is made from one of the arguments, the one at the same place.
+_EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
+
+
+_PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
+
+
+class Recorder(InPlaceTracker, TorchFunctionMode):
+    """Sees every operation of one forward pass; ``finish`` is the hook that ends it."""
+
+    def __init__(self, recording: Recording, finish: Callable[..., None]) -> None:
+        super().__init__(recording)
+        # Cleared when a forward pass ended without its hook: then everything is passed on.
+        self.live = True
+        module = recording.module()
+        assert module is not None
+        # Modules extended by name have this hook; of the others only the outermost needs it.
+        self.hook: Any = None
+        if "_backpack_root" not in module.__dict__:
+            self.hook = module.register_forward_hook(finish, always_call=True)
+
+    def close(self) -> None:
+        """See no more."""
+        self.live = False
+        if self.hook is not None:
+            self.hook.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self.live:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        route = _ROUTES.get(func)
+        if route is not None:
+            return route(self, func, args, kwargs or {})
+        if kwargs and kwargs.get("out") is not None:
+            return self.write_into(func, args, kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        # The user's forward pass goes on, whatever happens here.
+        try:
+            self._see(func, args, kwargs or {}, out)
+        except Exception as error:
+            self.give_up(func, out, error)
+        return out
+
+    def _see(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Look at a call that is over."""
+        if not torch.is_grad_enabled():
+            self.touch(args, kwargs)
+        if type(out) is not Tensor:
+            if type(out) not in _PLAIN:
+                self._look(func, args, kwargs, out)
+            return
+        # Nearly all calls: one argument depends on the data, the others are parameters or none.
+        first, several, sources = None, False, False
+        axes = entered.axes
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(a, Tensor):
+                batch = getattr(a, MARK, None) or axes.get(id(a))
+                if batch is None:
+                    sources = sources or a.requires_grad
+                elif first is None:
+                    first, axis = a, batch
+                else:
+                    several = True
+            elif type(a) is list or type(a) is tuple:
+                several = several or not all(type(each) is int for each in a)
+        if several or func in _WATCHED or func in LOSSES or entered.written:
+            self._look(func, args, kwargs, out)
+        elif first is None:
+            if sources or func in FACTORIES or any(t._base is not None for t in tensors_in(args)):
+                self._look(func, args, kwargs, out)
+        elif axis.lost is not None or (self.functions.touched and is_custom(first)):
+            self._look(func, args, kwargs, out)
+        else:
+            mover = MOVERS.get(func)
+            found = axis if mover is None else moved(mover, axis, first, out, args, kwargs)
+            unsure = found.lost or not found.fits(out.shape) or out is first
+            unsure = unsure or (found.picked is not None and not out.requires_grad)
+            if mover is None:
+                grew = func in ELEMENTWISE and out.dim() != first.dim()
+                unsure = unsure or grew or not known(func, axis, first, args)
+            # A plain layer is a tap without a closer look.
+            if unsure or (sources and (kwargs or not self._layer(func, args, out, found, first))):
+                self._look(func, args, kwargs, out)
+            else:
+                out._backpack_batch = found  # type: ignore[attr-defined]
+
+    def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
+        """The usual tap, a layer with a weight of its own; ``False``: look closer."""
+        node, places = out.grad_fn, LAYERS.get(func)
+        if places is None or node is None or out._base is not None or batch.solo is not None:
+            return False
+        at, *own = places
+        if input is not args[at]:
+            return False
+        weight, bias = (args[j] if j < len(args) else None for j in own)
+        if weight is None or not weight.requires_grad or weight.grad_fn is not None:
+            return False
+        if bias is not None and bias.grad_fn is not None:
+            return False
+        inputs: tuple[Node, ...] = ()
+        if input.requires_grad:
+            inputs = (input.grad_fn or get_gradient_edge(input).node,)
+        recording = self.recording
+        tap = Tap(func, 0, batch, inputs, recording, args=args)
+        notes(node)[TAPS] = [tap]
+        recording.taps.append(weakref.ref(tap))
+        return True
+
+    def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Look at a call with all its arguments and results."""
+        marked, sources, faint = self.sort_arguments(args, kwargs)
+        if isinstance(out, Tensor):
+            if not marked and sources and func in EXPANSIONS:
+                self.note_expansion(func, args, kwargs, out, sources)
+            elif marked or faint or not sources:
+                self.note_result(func, args, kwargs, out, 0, marked, sources, faint)
+        elif isinstance(out, (tuple, list)) and (marked or faint):
+            own = list(tensors_in(args)) if func in _EACH else []
+            for place, each in enumerate(out):
+                if own:
+                    marked, sources, faint = self.sort_arguments((own[place],), {})
+                if isinstance(each, Tensor) and (marked or faint):
+                    self.note_result(func, args, kwargs, each, place, marked, sources, faint)
+
+    def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``parameter.data``, which autograd does not see."""
+        out = func(*args, **kwargs)
+        if args[0].requires_grad:
+            self.recording.unseen.append(weakref.ref(args[0]))
+        if (axis := batch_of(args[0])) is not None:
+            mark(out, axis)
+        return out
+
+    def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``pack_padded_sequence``: steps of all samples one after the other, samples nowhere."""
+        self.recording.packed = True
+        return func(*args, **kwargs)
+
+    def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Operations with parameters inside are done by operations that can be seen."""
+        marked, sources, faint = self.sort_arguments(args, kwargs)
+        if (marked or faint) and sources and torch.is_grad_enabled():
+            try:
+                with self:
+                    out = OPENED[func](*args, **kwargs)
+            except Exception:  # the user's mistake, which the operation itself reports, or ours
+                out = NotImplemented
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        try:
+            if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+                self._recurrent(func, args, kwargs, out, marked, sources, faint)
+            elif marked or faint:
+                for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
+                    if isinstance(each, Tensor):
+                        self.note_result(func, args, kwargs, each, place, marked, sources, faint)
+        except Exception as error:
+            self.give_up(func, out, error)
+        return out
+
+    def _recurrent(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        out: tuple[Tensor, ...],
+        marked: list[tuple[Tensor, Batch]],
+        sources: list[Tensor],
+        faint: list[Batch],
+    ) -> None:
+        """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
+        states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
+        axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+        sources = sources + [t for t in demoted if t.requires_grad]
+        data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
+        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
+        for place, each in enumerate(out):
+            here = axis.moved(1) if place else axis
+            batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
+            if batch.tentative and faint and not batch.lost and each.requires_grad:
+                batch = self.settle_doubt(func, batch, each, args, faint)
+            if batch.lost:
+                self.lose(func, each, batch)
+                if batch.tentative:
+                    continue
+            else:
+                mark(each, batch)
+            if each.grad_fn is not None and sources:
+                own = batch.single()
+                if whole:
+                    found = fallback(own, place, func, args, kwargs, sources, True)
+                elif batch.lost:
+                    found = [(s, lost_form) for s in sources]
+                else:
+                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
+                pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                if own is not batch:
+                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
+                store_tap(
+                    *(self.recording, func, each.grad_fn, each.output_nr, batch),
+                    *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
+                )
+
+
+_ROUTES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(FUNCTIONAL_TWINS, Recorder.write_in_place),
+    **dict.fromkeys(OPENED, Recorder._open),
+    _DATA: Recorder._data,
+    torch._VF._pack_padded_sequence: Recorder._pack,
+}

@@ -1,0 +1,277 @@
+"""What is known of tensors while a model runs: their sample axes, and the taps that follow."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from backpack.capture.functions import Functions, is_custom, settle
+from backpack.capture.loss_records import note_loss
+from backpack.forms.base import Dense
+from backpack.graph.taps import (
+    CURVED,
+    ENDS,
+    MIXES,
+    Recording,
+    make_tap,
+    notes,
+    store_tap,
+)
+from backpack.losses.base import LOSSES
+from backpack.rules.base import ToForm
+from backpack.samples.aliases import through_base
+from backpack.samples.axis import Batch, batch_of, mark, regular_axis
+from backpack.samples.movers import LIKE
+from backpack.samples.propagate import (
+    ELEMENTWISE,
+    FACTORIES,
+    name_of,
+    settled,
+    traced,
+)
+
+# Operations that curve each entry by itself.
+NONLINEAR = frozenset(
+    func
+    for name in (
+        "sigmoid tanh elu selu celu gelu silu mish softplus logsigmoid exp expm1 log log1p sqrt rsqrt "
+        "reciprocal sin cos erf"
+    ).split()
+    for space in (torch, Tensor, torch.nn.functional, torch._C._nn)
+    if (func := getattr(space, name, None)) is not None
+)
+
+
+BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
+
+
+def tensors_in(args: tuple | list) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif type(a) in (tuple, list):
+            yield from tensors_in(a)
+
+
+def flatten(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested containers, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from flatten(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from flatten(each)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from flatten(getattr(value, name))
+
+
+class Tracker:
+    """Follows the sample axis from arguments to results, and notes what is found on the graph."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+        self.functions = Functions()
+        # Tensors that got an axis by an operation in place.
+        self.adopted: list[weakref.ref[Tensor]] = []
+
+    def axis_of(self, tensor: Tensor) -> Batch | None:
+        """The sample axis of a tensor, also where no operation that was seen has made it."""
+        batch = batch_of(tensor)
+        if is_custom(tensor):
+            found = self.functions.axis(tensor, batch, self.recording.entries)
+        elif batch is None and tensor._base is not None:
+            found = through_base(tensor)
+        else:
+            return batch
+        if found is not None and found is not batch:
+            mark(tensor, found)
+        return found
+
+    def sort_arguments(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[Tensor, Batch]], list[Tensor], list[Batch]]:
+        """Arguments that depend on the data, those that require grad but do not, faint ones' axes.
+
+        Faint are tensors that count as constants although they depend on the data: the axis is lost,
+        but no gradient flows through them, or none but that of parameters.
+        """
+        marked: list[tuple[Tensor, Batch]] = []
+        sources: list[Tensor] = []
+        faint: list[Batch] = []
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(a, Tensor):
+                batch = self.axis_of(a)
+                if batch is not None and (
+                    batch.lost is None or (a.requires_grad and not batch.tentative)
+                ):
+                    marked.append((a, batch))
+                    continue
+                if batch is not None:
+                    faint.append(batch)
+                if a.requires_grad:
+                    sources.append(a)
+            elif type(a) in (tuple, list) and a and not isinstance(a[0], (int, slice)):
+                more = self.sort_arguments(tuple(tensors_in(a)), {})
+                marked, sources, faint = marked + more[0], sources + more[1], faint + more[2]
+        return marked, sources, faint
+
+    def note_result(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        out: Tensor,
+        place: int,
+        marked: list[tuple[Tensor, Batch]],
+        sources: list[Tensor],
+        faint: list[Batch],
+    ) -> None:
+        recording = self.recording
+        if not marked:
+            size = recording.size
+            if faint:
+                axis, _ = settled(func, out, faint[0], recording.batch_dim)
+                if axis.lost:
+                    self.lose(func, out, axis, fresh=False)
+                else:
+                    mark(out, axis)
+            elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
+                mark(out, regular_axis(size, tentative=True))
+            return
+        batch, demoted = traced(func, args, kwargs, out, marked, place)
+        batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        fresh = True
+        if batch.tentative and faint and not batch.lost and out.requires_grad:
+            batch = self.settle_doubt(func, batch, out, args, faint)
+            fresh = not batch.lost
+        if batch.lost and batch.tentative:
+            if func not in LIKE:
+                self.lose(func, out, batch, fresh)
+            return
+        if batch.lost:
+            self.lose(func, out, batch)
+            _note_end(recording, out, marked)
+        elif any(out is t for t, _ in marked):
+            return  # the argument itself
+        else:
+            mark(out, batch)
+        if demoted:
+            sources = sources + [t for t in demoted if t.requires_grad]
+        node = out.grad_fn if out.requires_grad else None
+        if node is None:
+            return
+        if func in LOSSES:
+            f = kwargs.get("input", args[0] if args else None)
+            at = batch_of(f) if isinstance(f, Tensor) else None
+            own = any(f is t for t in recording.arguments)
+            module = recording.module() if own else None
+            note_loss(recording, func, at, args, kwargs, node, module)
+        elif func in BATCH_NORMS and _trains(args, kwargs):
+            notes(node)[MIXES] = "batch norm in training mode"
+        elif func in NONLINEAR and len(marked) == 1 and not batch.lost:
+            notes(node)[CURVED] = batch
+        if sources:
+            inputs = tuple(
+                t.grad_fn or get_gradient_edge(t).node
+                for t, _ in marked
+                if t.requires_grad and not any(t is s for s in sources)
+            )
+            # F.linear may return a view of its result: in-place operations replace the view's node.
+            base = out._base
+            if base is not None and node.next_functions[0][0] is not base.grad_fn:
+                base = None
+            make_tap(
+                *(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs),
+                *(base, whole),  # type: ignore[arg-type]
+            )
+        if is_custom(out):
+            settle(out, batch)
+
+    def settle_doubt(
+        self, func: Any, batch: Batch, out: Tensor, args: tuple, faint: list[Batch]
+    ) -> Batch:
+        """A tentative axis meets data that has lost its own: they agree if all rows get the same."""
+        for t in tensors_in(args):
+            axis = batch_of(t)
+            if axis is not None and axis.lost:
+                place = batch.dim - (out.dim() - t.dim())
+                if func not in ELEMENTWISE or (place >= 0 and t.shape[place] != 1):
+                    return faint[0]
+        return batch
+
+    def lose(self, func: Any, out: Tensor, lost: Batch, fresh: bool = True) -> None:
+        """The axis of a result is not known; ``fresh``: that of its arguments was."""
+        recording = self.recording
+        where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
+        if recording.lost is None and out.requires_grad:
+            recording.lost = where
+        # What counts as a constant may meet a parameter later, for whom the place is news.
+        mark(out, replace(lost, lost=where) if lost.tentative else lost)
+
+    def give_up(self, func: Any, out: Any, error: Exception) -> None:
+        """A call that could not be followed: nothing is known of its results."""
+        why = f"a call that cannot be followed ({type(error).__name__}: {error})"
+        for each in flatten(out):
+            lost = Batch(self.recording.size or 1, lost=why, tentative=not each.requires_grad)
+            self.lose(func, each, lost)
+
+    def touch(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Data is read without grad: inside a custom Function, perhaps."""
+        for a in tensors_in((*args, *kwargs.values())):
+            if a.requires_grad and (axis := self.axis_of(a)) is not None:
+                self.functions.touch(a, axis)
+
+    def adopt(self, target: Tensor) -> None:
+        """A tensor without an axis gets one, and may have been there before: not to be left on it."""
+        self.adopted.append(weakref.ref(target))
+
+    def note_expansion(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor, sources: list[Tensor]
+    ) -> None:
+        """A parameter expanded to one row per sample: the sample axis appears here."""
+        size, node = self.recording.size, out.grad_fn
+        old = args[0]
+        grew = out.dim() > old.dim() or old.shape[0] == 1
+        if size and size > 1 and node is not None and out.dim() and out.shape[0] == size and grew:
+            batch = regular_axis(size, tentative=True)
+            mark(out, batch)
+            shape = old.shape
+            repeats = _repeats(old, out)
+            forms: list[tuple[Tensor, ToForm]] = [(old, lambda g: Dense(_unexpand(g, shape, repeats)))]
+            store_tap(self.recording, func, node, out.output_nr, batch, forms, (), True)
+
+
+def _note_end(recording: Recording, out: Tensor, marked: list[tuple[Tensor, Batch]]) -> None:
+    """Remember what a result was computed from in which samples are no longer apart."""
+    if out.grad_fn is not None:
+        ends = [(get_gradient_edge(t), axis) for t, axis in marked if t.requires_grad and not axis.lost]
+        notes(out.grad_fn)[ENDS] = [(edge, axis, recording) for edge, axis in ends]
+
+
+def _repeats(old: Tensor, out: Tensor) -> list[int]:
+    padded = (1,) * (out.dim() - old.dim()) + tuple(old.shape)
+    return [o // max(p, 1) for o, p in zip(out.shape, padded, strict=True)]
+
+
+def _unexpand(g: Tensor, shape: torch.Size, repeats: list[int]) -> Tensor:
+    """``[v, N, *expanded] -> [v, N, *shape]``: sum over everything but the sample axis."""
+    split: list[int] = []
+    for length, factor in zip(g.shape[2:], repeats[1:], strict=True):
+        split += [factor, length // max(factor, 1)]
+    g = g.reshape(*g.shape[:2], *split)
+    g = g.sum(tuple(range(2, g.dim(), 2))) if split else g
+    return g.reshape(*g.shape[:2], *shape)
+
+
+def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))

@@ -1,0 +1,327 @@
+"""The ``with`` block: sees calls of ``backward``, and begins a run for each backward pass."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from backpack.capture import loss_records
+from backpack.engine import certificate
+from backpack.engine.direct import DirectRun
+from backpack.engine.run import Run
+from backpack.engine.state import Block, ExtensionHook, Nested, current_block, open_blocks
+from backpack.graph.taps import LossRecord, Recording
+from backpack.quantities.base import BackpropExtension
+from backpack.quantities.matrix_products import Product
+from backpack.sources.columns import ColumnSource
+
+
+class backpack:  # noqa: N801
+    """Compute quantities during the backward passes inside the block.
+
+    Example:
+        >>> from backpack import extend
+        >>> from backpack.extensions import BatchL2Grad, DiagGGNExact
+        >>> model, lossfunc = extend(torch.nn.Linear(4, 3)), extend(torch.nn.CrossEntropyLoss())
+        >>> loss = lossfunc(model(torch.rand(5, 4)), torch.tensor([0, 1, 2, 1, 0]))
+        >>> with backpack(BatchL2Grad(), DiagGGNExact()):
+        ...     loss.backward()
+        >>> model.weight.batch_l2.shape, model.weight.diag_ggn_exact.shape
+        (torch.Size([5]), torch.Size([3, 4]))
+
+    Args:
+        *exts: quantities, instances of the classes in :mod:`backpack.extensions`. Of two that save
+            to the same field the later counts.
+        extension_hook: called with every module that owns parameters as soon as their quantities are
+            saved, and before that with an extended loss module. Torch's own layers (recurrent ones and
+            attention aside) have ``input0`` and ``output`` during the call.
+        debug: print what was captured.
+        retain_graph: keep what was captured although ``backward`` frees the graph's buffers.
+        chunk_size: number of second-order columns carried through the graph at a time; by default
+            as many as fit a memory budget.
+        gradient: with ``False``, ``loss.backward()`` computes the quantities only: no ``p.grad`` is
+            computed or changed, which saves a third of a gradient, and hooks of parameters are not
+            called. (Functions of ``torch.autograd`` compute it all the same.) Without first-order
+            quantities the graph's memory is freed with the loss, not by ``backward``. For clipping,
+            curvature of a trained model, attribution.
+        parameters: compute quantities of these parameters only; by default of all that have a gradient.
+        certify: how often to try out, by two more passes through the graph, that below the model's
+            output samples are apart as it seemed in the forward pass: ``"once"`` for each model and
+            kind of graph, again at a low rate, and where samples are picked by an index; ``"always"``;
+            ``"never"``. By default once (``engine.certificate.default``). A failure is an error that
+            names the operation at which samples are mixed.
+
+    Raises:
+        ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
+
+    With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
+    As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
+    the model; :func:`backpack.memory_cleanup` (``memory_cleanup(model)``) lets go of it.
+
+    Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
+    entered it.
+    """
+
+    def __init__(
+        self,
+        *exts: BackpropExtension,
+        extension_hook: ExtensionHook | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+        chunk_size: int | None = None,
+        gradient: bool = True,
+        parameters: Iterable[Tensor] | None = None,
+        certify: certificate.Mode | None = None,
+    ) -> None:
+        for ext in exts:
+            if isinstance(ext, type):
+                raise ValueError(
+                    f"backpack expects instances of extensions, but got the class {ext.__name__}; "
+                    f"write backpack({ext.__name__}())"
+                )
+            if not isinstance(ext, BackpropExtension):
+                raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
+            if not isinstance(ext.source, ColumnSource):
+                raise ValueError(f"{ext!r} names no source of columns, but {ext.source!r}")
+        fields = [ext.savefield for ext in exts]
+        for name in sorted({name for name in fields if fields.count(name) > 1}):
+            warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        self.extensions = tuple({ext.savefield: ext for ext in exts}.values())
+        self.extension_hook = extension_hook
+        self.debug = debug
+        self.retain_graph = retain_graph
+        self.chunk_size = chunk_size
+        if certify not in (None, *certificate.MODES):
+            raise ValueError(f"certify must be one of {certificate.MODES}, got {certify!r}")
+        self.gradient = gradient
+        self.parameters = None if parameters is None else frozenset(parameters)
+        self.certify: certificate.Mode = certify or certificate.default
+        self._blocks: list[_Block] = []
+
+    @classmethod
+    def beside(cls, *exts: BackpropExtension, parameters: Iterable[Tensor] | None = None) -> backpack:
+        """A block with these quantities beside those of the block that is open, which it stands in for.
+
+        For tools that look at a backward pass in which their user may compute quantities too.
+
+        Args:
+            *exts: further quantities.
+            parameters: compute them for these parameters only; all are taken where a block is open.
+        """
+        outer = current_block()
+        if outer is None:
+            return cls(*exts, parameters=parameters)
+        owner = outer.owner
+        return cls(
+            *(*owner.extensions, *exts),
+            extension_hook=owner.extension_hook,
+            debug=owner.debug,
+            retain_graph=owner.retain_graph,
+            chunk_size=owner.chunk_size,
+            gradient=owner.gradient,
+            certify=owner.certify,
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.extensions) or self.extension_hook is not None
+
+    def __enter__(self) -> backpack:
+        block = _Block(self)
+        self._blocks.append(block)
+        block.open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # Another thread may have entered the same object since.
+        block = [each for each in self._blocks if each.thread == threading.get_ident()][-1]
+        self._blocks.remove(block)
+        block.close()
+
+
+class _Block(Block):
+    def __init__(self, owner: backpack) -> None:
+        super().__init__(owner)
+        self.watch = _Watch(self)
+
+    def open(self) -> None:
+        open_blocks.append(self)
+        self.watch.__enter__()
+
+    def close(self) -> None:
+        try:
+            self.watch.__exit__(None, None, None)
+        finally:
+            del self.watch  # which refers to the block
+            open_blocks.remove(self)
+            for run in list(self.runs.values()):
+                run.abort()
+            self.runs.clear()
+
+
+class _Watch(TorchFunctionMode):
+    """Sees calls of ``backward`` and ``torch.autograd.grad`` inside a block."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
+        if products and func in (Tensor.backward, torch.autograd.grad) and not self.block.nested:
+            kwargs = {**kwargs, "retain_graph": True}
+        if func is Tensor.backward:
+            gradient = kwargs.get("gradient", args[1] if len(args) > 1 else None)
+            limited = kwargs.get("inputs", args[4] if len(args) > 4 else None) is not None
+            return self._backward(func, args, kwargs, [args[0]], [gradient], limited=limited)
+        if func is torch.autograd.grad:
+            outputs = kwargs.get("outputs", args[0] if args else ())
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            gradients = kwargs.get("grad_outputs", args[2] if len(args) > 2 else None)
+            if gradients is None:
+                gradients = [None] * len(outputs)
+            elif isinstance(gradients, Tensor):
+                gradients = [gradients]
+            inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+            inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+            batched = kwargs.get("is_grads_batched")
+            if batched or any(isinstance(t, Tensor) and t.dim() for t in outputs):
+                # A Jacobian or Hessian product, not the gradient of a loss.
+                with Nested(self.block):
+                    return func(*args, **kwargs)
+            wanted = {t for t in inputs if isinstance(t, Tensor)}
+            return self._backward(func, args, kwargs, list(outputs), list(gradients), wanted, True)
+        return func(*args, **kwargs)
+
+    def _backward(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict,
+        outputs: list,
+        gradients: list,
+        wanted: set[Tensor] | None = None,
+        limited: bool = False,
+    ) -> Any:
+        block = self.block
+        outer = block.roots, block.wanted, block.complete
+        plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
+        if block.nested or not plain or not block.owner.active or current_block() is not block:
+            return func(*args, **kwargs)
+        for t in outputs:
+            if not (math.isfinite(t.item()) if t.numel() == 1 else bool(torch.isfinite(t).all())):
+                raise ValueError(
+                    f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
+                    "for NaN in the inputs or a learning rate that is too large"
+                )
+        handles = []
+        chosen = block.owner.parameters
+        if chosen is not None:
+            if wanted is None and limited:
+                wanted = set(_leaves(kwargs.get("inputs", args[4] if len(args) > 4 else None)))
+            wanted = set(chosen) if wanted is None else wanted & chosen
+        try:
+            block.wanted, block.complete = wanted, not limited
+            block.roots = [
+                (get_gradient_edge(t), torch.ones_like(t) if g is None else g)
+                for t, g in zip(outputs, gradients, strict=True)
+            ]
+            block.hooked = any(t._backward_hooks for t in outputs)
+            direct = func is Tensor.backward and not block.owner.gradient
+            if direct and block.listens:
+                return self._directly(*args, **kwargs)
+            # The run begins before anything is executed and freed.
+            begins = partial(_run_begins, block)
+            handles = [edge.node.register_prehook(begins) for edge, _ in block.roots]
+            return func(*args, **kwargs)
+        finally:
+            block.roots, block.wanted, block.complete = outer
+            for handle in handles:
+                handle.remove()
+
+    def _directly(
+        self,
+        tensor: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Tensor | GradientEdge | Sequence[Tensor | GradientEdge] | None = None,
+    ) -> None:
+        """The quantities of ``tensor.backward(...)``, without the gradient."""
+        if gradient is None and tensor.numel() != 1:
+            raise RuntimeError("backward() of a tensor with several entries needs their gradient")
+        if inputs is not None:
+            inputs = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)
+            if not inputs:
+                raise RuntimeError("inputs of backward() is empty")
+            leaves = set(_leaves(inputs))
+            self.block.wanted = leaves if self.block.wanted is None else leaves & self.block.wanted
+        keeps = create_graph if retain_graph is None else retain_graph
+        run = DirectRun(self.block, keeps or self.block.owner.retain_graph)
+        with torch.set_grad_enabled(create_graph):
+            try:
+                run.pass_down()
+            finally:
+                run.abort()
+
+
+def _leaves(inputs: Any) -> Iterator[Tensor]:
+    """The parameters that ``backward(inputs=...)`` computes gradients of."""
+    if isinstance(inputs, dict):
+        inputs = inputs.values()
+    for each in [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else inputs:
+        leaf = each if isinstance(each, Tensor) else getattr(each.node, "variable", None)
+        if leaf is not None:
+            yield leaf
+
+
+def _run_begins(block: Block, grads: Any) -> None:
+    """A backward call seen by the block's watch has reached its root."""
+    if not block.nested and block.listens:
+        _run_of(block).tap_here(grads)
+
+
+def _run_of(block: Block) -> Run:
+    task = torch._C._current_graph_task_id()
+    run = block.runs.get(task)
+    if run is None:
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        run = block.runs[task] = Run(block, task, keeps or block.owner.retain_graph)
+        Variable._execution_engine.queue_callback(run.end)
+        run.begin()
+    return run
+
+
+def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    """Backward has reached a loss or a model output."""
+    block = current_block()
+    if block is None or not block.listens:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            recording.release()
+        return
+    if block.nested:
+        return
+    run, node = _run_of(block), torch._C._current_autograd_node()
+    run.reach(node)
+    if loss is not None:
+        run.loss(loss, GradientEdge(node, 0), grads[0])
+    run.tap_here(grads)
+
+
+loss_records.reached = _reached

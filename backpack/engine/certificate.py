@@ -1,0 +1,242 @@
+"""The certificate: below the model's output no sample's gradient reaches the rows of another.
+
+Capture follows the samples through the forward pass by rules. Here its result is tried out on the graph
+that backward is about to pass through. The output's cotangent is multiplied by a number of its own for
+each sample; the gradient at every tap must be multiplied by that number in the rows that capture says
+are that sample's. The cotangent is arbitrary, so that what is found holds for the gradient and for the
+columns of every curvature alike. The numbers are powers of two, by which floating-point numbers are
+multiplied without rounding: gradients agree to the last digit, but for kernels that add in any order.
+
+That takes two passes through the graph, and is done once for each model and kind of graph, again at a
+low rate, and every time where samples were picked by an index or a mask.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.graph.survey import Graph, outputs_at
+from backpack.graph.taps import ENDS, Tap, notes
+from backpack.samples.axis import Batch
+from backpack.samples.separability import generic
+
+Mode = Literal["once", "always", "never"]
+MODES: tuple[Mode, ...] = ("once", "always", "never")
+# What blocks do that are not told.
+default: Mode = "once"
+# A graph that was certified is certified again after so many passes.
+AGAIN_AFTER = 200
+
+Starts = Sequence[tuple[GradientEdge, Batch]]
+Named = Callable[[Tap], str]
+
+_passes: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
+
+
+class Place(NamedTuple):
+    """A tap and its node."""
+
+    node: Node
+    tap: Tap
+
+    @property
+    def edge(self) -> GradientEdge:
+        return GradientEdge(self.node, self.tap.place)
+
+
+def starts_of(graph: Graph) -> Starts:
+    """Where samples are last apart: model outputs, and what a loss inside a model is computed from."""
+    found: dict[tuple[Node, int], Batch] = {}
+    for node in graph.nodes:
+        for border in outputs_at(node):
+            if border.batch is not None:
+                found[node, border.place] = border.batch
+        for edge, axis, recording in notes(node).get(ENDS, ()):
+            if recording.taps:
+                found.setdefault((edge.node, edge.output_nr), axis)
+    return [(GradientEdge(*place), axis) for place, axis in found.items()]
+
+
+def due(graph: Graph, mode: Mode) -> bool:
+    """Whether the graph of a backward pass is to be certified, which counts as one pass."""
+    if mode == "never" or all(tap.batch.size == 1 for _, tap in graph.taps):
+        return False
+    if mode == "always" or any(tap.batch.picked is not None for _, tap in graph.taps):
+        return True
+    signature, again = graph.signature(), False
+    for recording in {id(r): r for r in graph.recordings if r.taps}.values():
+        module = recording.module()
+        if module is not None:
+            counts = _passes.setdefault(module, {})
+            again |= counts.get(signature, 0) % AGAIN_AFTER == 0
+            counts[signature] = counts.get(signature, 0) + 1
+    return again
+
+
+def forget() -> None:
+    """Certify every graph anew."""
+    _passes.clear()
+
+
+def certify(graph: Graph, name: Named) -> list[Tap]:
+    """Try out whether samples are apart between the model's output and every tap.
+
+    Args:
+        graph: what lies below the root of a backward pass.
+        name: how to call the parameters of a tap.
+
+    Returns:
+        Taps that no output of a known sample axis leads to, of which nothing can be said.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    places = [Place(node, tap) for node, tap in graph.taps if not tap.batch.lost]
+    starts = starts_of(graph)
+    if not starts or not places:
+        return [place.tap for place in places]
+    plain = _pulled(starts, [place.edge for place in places], None)
+    wrong = _disagreeing(starts, places, plain, _powers)
+    if wrong:
+        # A hook need not be linear; but samples apart vanish together with their own cotangent only.
+        digits = (max(axis.size for _, axis in starts) - 1).bit_length()
+        masks = [_mask_of(digit) for digit in range(digits)]
+        wrong = next((w for mask in masks if (w := _disagreeing(starts, places, plain, mask))), [])
+    if wrong:
+        raise RuntimeError(_explain(graph, starts, wrong[0], name))
+    return [place.tap for place, g in zip(places, plain, strict=True) if g is None]
+
+
+# --------------------------------------------------------------------------------------
+# Passes through the graph
+
+# The number of each sample, from the samples of entries.
+Scale = Callable[[Tensor, torch.dtype], Tensor]
+
+
+def _powers(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """Powers of two without a pattern."""
+    levels = 5 if dtype == torch.float16 else 25
+    mixed = (samples * 2654435761 + (samples >> 3) * 40503 + 12345) % 1000003
+    return torch.pow(2.0, (mixed % levels - levels // 2).to(torch.float64)).to(dtype)
+
+
+def _mask_of(digit: int) -> Scale:
+    return lambda samples, dtype: ((samples >> digit) & 1).to(dtype)
+
+
+def _pulled(
+    starts: Starts, targets: Sequence[GradientEdge], scale: Scale | None
+) -> list[Tensor | None]:
+    """Gradients at some places, of an arbitrary cotangent at the starts, scaled sample by sample."""
+    columns = []
+    for edge, axis in starts:
+        about = edge.node._input_metadata[edge.output_nr]
+        column = generic(about.shape, torch.empty(0, dtype=about.dtype, device=about.device))
+        columns.append(column if scale is None else column * _along(axis, column, scale))
+    found = torch.autograd.grad(
+        *([edge for edge, _ in starts], list(targets), columns), retain_graph=True, allow_unused=True
+    )
+    return list(found)
+
+
+def _along(axis: Batch, like: Tensor, scale: Scale) -> Tensor:
+    ids = scale(axis.sample_ids(like.device), like.real.dtype if like.is_complex() else like.dtype)
+    return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
+
+
+def _disagreeing(
+    starts: Starts, places: Sequence[Place], plain: Sequence[Tensor | None], scale: Scale
+) -> list[Place]:
+    """Taps whose gradient is not scaled as their samples are."""
+    scaled = _pulled(starts, [place.edge for place in places], scale)
+    found = []
+    for place, before, after in zip(places, plain, scaled, strict=True):
+        if before is None or after is None:
+            continue
+        factors = _along(place.tap.batch, before, scale)
+        if not _agree(before, after, factors):
+            found.append(place)
+    return found
+
+
+def _agree(before: Tensor, after: Tensor, factors: Tensor) -> bool:
+    """Whether ``after`` is ``factors * before``, compared at the scale of ``before``."""
+    if not before.numel():
+        return True
+    positive = factors > 0
+    error = (after / torch.where(positive, factors, 1) - torch.where(positive, before, 0)).abs()
+    rounding = torch.finfo(error.dtype).eps ** 0.5 * before.abs()
+    largest = rounding.nan_to_num(posinf=0.0).amax()
+    return not bool((error > largest).any())
+
+
+# --------------------------------------------------------------------------------------
+# Where it fails
+
+
+def _explain(graph: Graph, starts: Starts, place: Place, name: Named) -> str:
+    where = _first_mixed(graph, starts, place)
+    if where is None:
+        what = (
+            f"rows of the output of {place.tap.op} belong to other samples than it seemed in the "
+            "forward pass"
+        )
+    else:
+        what = (
+            f"the samples of a batch are mixed at {where.name()}, between {place.tap.op} and the output"
+        )
+    return (
+        f"parameter {name(place.tap)}: {what}, so that its quantities of individual samples would be "
+        "wrong (found by scaling each sample's share of the gradient). Keep samples on one axis and "
+        "apart there; for batch statistics call model.eval() or use a norm within samples. "
+        "backpack(..., certify='never') leaves this check out"
+    )
+
+
+def _first_mixed(graph: Graph, starts: Starts, place: Place) -> Node | None:
+    """The operation nearest to the output that hands gradients of several samples to one entry."""
+    order = _between(starts, place.node)
+    edges = [GradientEdge(node, 0) for node in order]
+    plain, scaled = _pulled(starts, edges, None), _pulled(starts, edges, _powers)
+    (size,) = {axis.size for _, axis in starts if axis.size == place.tap.batch.size}
+    dirty: set[Node] = set()
+    for node, before, after in zip(order, plain, scaled, strict=True):
+        if before is not None and after is not None and not _owned(before, after, size):
+            dirty.add(node)
+    for node in order:
+        above = [other for other in order if any(child is node for child, _ in other.next_functions)]
+        if node in dirty and dirty.isdisjoint(above):
+            return above[-1] if above else node  # of a sum of branches the one that is longer
+    return None
+
+
+def _between(starts: Starts, target: Node) -> list[Node]:
+    """Nodes on ways from the starts to a node, those nearer to the starts first."""
+    done: dict[Node, bool] = {}
+    stack = [(edge.node, False) for edge, _ in starts]
+    entered: set[Node] = set()
+    while stack:
+        node, leaving = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if leaving:
+            done[node] = node is target or any(done.get(child, False) for child in children)
+        elif node not in entered:
+            entered.add(node)
+            stack.append((node, True))
+            stack += [(child, False) for child in children] if node is not target else []
+    return [node for node, leads in reversed(done.items()) if leads]
+
+
+def _owned(before: Tensor, after: Tensor, size: int) -> bool:
+    """Whether every entry was scaled by the number of one of the samples."""
+    factors = _powers(torch.arange(size, device=before.device), before.dtype).unique()
+    eps = torch.finfo(before.dtype).eps ** 0.5 * before.abs().amax()
+    error = torch.stack([(after / factor - before).abs() for factor in factors]).amin(0)
+    return not bool((error > eps).any())

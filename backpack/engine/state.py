@@ -1,0 +1,97 @@
+"""Blocks that are open: one entry of a ``with`` statement each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from backpack.capture.switch import captures
+from backpack.quantities.base import BackpropExtension
+
+ExtensionHook = Callable[[nn.Module], None]
+
+
+class Options(Protocol):
+    """What the user asked for."""
+
+    extensions: tuple[BackpropExtension, ...]
+    extension_hook: ExtensionHook | None
+    debug: bool
+    retain_graph: bool
+    chunk_size: int | None
+    gradient: bool
+    parameters: frozenset[Tensor] | None
+    certify: Literal["once", "always", "never"]
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to do."""
+
+
+class Block:
+    """One entry of a ``with`` statement: its thread, its runs, and the roots of backward calls.
+
+    Attributes:
+        owner: what the user asked for.
+        thread: the thread that entered it.
+        runs: the backward passes under way, by their numbers.
+        roots: where a backward call starts, with the gradients there, while one is seen.
+        hooked: whether hooks may change the gradients there.
+        wanted: what it differentiates with respect to, as far as that is known.
+        complete: whether it computes the gradients of all leaves.
+        nested: how many times the library itself is differentiating.
+    """
+
+    def __init__(self, owner: Options) -> None:
+        self.owner = owner
+        self.thread = threading.get_ident()
+        self.runs: dict[int, Any] = {}
+        self.roots: list[tuple[GradientEdge, Tensor]] | None = None
+        self.hooked = True
+        self.wanted: set[Tensor] | None = None
+        self.complete = False
+        self.nested = 0
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is anything to do, and the block's thread has not switched it off."""
+        return self.owner.active and captures(self.thread)
+
+
+open_blocks: list[Block] = []
+
+
+def current_block() -> Block | None:
+    """The innermost block of this thread; autograd's device threads share the only thread's."""
+    if not open_blocks:
+        return None
+    ident = threading.get_ident()
+    for block in reversed(open_blocks):
+        if block.thread == ident:
+            return block
+    for thread in threading.enumerate():
+        if thread.ident == ident and not isinstance(thread, threading._DummyThread):
+            return None
+    if len({block.thread for block in open_blocks}) > 1:
+        raise RuntimeError(
+            "several threads have entered backpack(...), and a backward pass on a device cannot be "
+            "told apart between them; let one thread at a time use backpack"
+        )
+    return open_blocks[-1]
+
+
+class Nested:
+    """Hooks that fire while backpack itself differentiates are not meant for it."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __enter__(self) -> None:
+        self.block.nested += 1
+
+    def __exit__(self, *exc: object) -> None:
+        self.block.nested -= 1

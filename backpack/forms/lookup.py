@@ -1,0 +1,174 @@
+"""Rows of a table: embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from backpack.forms.base import (
+    LARGEST_FACTOR,
+    Factor,
+    Form,
+    Positioned,
+    Sharing,
+    Tile,
+    bin_counts,
+    by_tiles,
+)
+from backpack.forms.memory import fresh_zeros
+from backpack.forms.products import gram
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Positioned):
+    """Rows of a table: ``G[v, n, index[n, s]] += g[v, n, s]``.
+
+    Attributes:
+        index: row of the table, ``[n, s]``.
+        g: columns at the rows read, ``[v, n, s, d]``.
+        shape: the table's shape ``[rows, d]``.
+        reads: which positions read the table, ``[n, s]``, if not all do: a padding row is a constant,
+            and a sample may have fewer positions than others.
+        counts: how many positions each sample has, ``[n]``, where they differ.
+    """
+
+    index: Tensor
+    g: Tensor
+    shape: torch.Size = field()
+    reads: Tensor | None = None
+    counts: Tensor | None = None
+    projects = True
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.g.shape[0]
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.g.shape[1]
+
+    @property
+    def like(self) -> Tensor:
+        return self.g
+
+    @property
+    def read(self) -> Tensor:
+        """``g`` at the positions that read the table, zero at others."""
+        return self.g if self.reads is None else self.g * self.reads.unsqueeze(-1)
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Lookup:
+        reads, counts = (x if x is None else x[samples] for x in (self.reads, self.counts))
+        return Lookup(self.index[samples], self.g[columns][:, samples], self.shape, reads, counts)
+
+    def dense(self) -> Tensor:
+        v, n, s, d = self.g.shape
+        rows = torch.arange(n, device=self.index.device).unsqueeze(1) * self.shape[0] + self.index
+        if torch.is_grad_enabled():
+            table = self.g.new_zeros(v, n * self.shape[0], d)
+            table = table.index_add(1, rows.flatten(), self.read.flatten(1, 2))
+        else:
+            table = fresh_zeros(self.g, (v, n * self.shape[0], d))
+            table.index_add_(1, rows.flatten(), self.read.flatten(1, 2))
+        return table.reshape(v, n, *self.shape)
+
+    def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows touched by each sample, duplicates summed: ``(sample [u], row [u], g [v, u, d])``."""
+        samples = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
+        keys = samples * self.shape[0] + self.index
+        unique, inverse = torch.unique(keys.flatten(), return_inverse=True)
+        g = self.g.new_zeros(self.columns, len(unique), self.shape[1])
+        g = g.index_add(1, inverse, self.read.flatten(1, 2))
+        return unique // self.shape[0], unique % self.shape[0], g
+
+    def _parts(self, vectors: int) -> Iterator[tuple[slice, slice, Lookup]]:
+        """Some vectors and samples, so many that ``[vectors, n, s, d]`` may be written out."""
+        size = max(1, self.g.shape[2:].numel())
+        samples = max(1, self.room // size)
+        step = max(1, self.room // (size * max(1, min(samples, self.samples))))
+        for first in range(0, self.samples, samples):
+            n = slice(first, min(first + samples, self.samples))
+            for k in range(0, vectors, step):
+                yield slice(k, min(k + step, vectors)), n, self.take(slice(None), n)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """``sum_s g . u[index]``."""
+        u = vectors.to(self.g.dtype)
+        result = u.new_zeros(len(u), self.columns, self.samples)
+        for k, n, piece in self._parts(len(u)):
+            result[k, :, n] = torch.einsum("knsd,vnsd->kvn", u[k][:, piece.index], piece.read)
+        return result
+
+    def combine(self, weights: Tensor) -> Tensor:
+        w = weights.to(self.g.dtype)
+        result = w.new_zeros(len(w), *self.shape)
+        for k, n, piece in self._parts(len(w)):
+            g = torch.einsum("kvn,vnsd->knsd", w[k, :, n], piece.read)
+            result[k] = result[k].index_add(1, piece.index.flatten(), g.flatten(1, 2))
+        return result
+
+    def inner(self, other: Form) -> Tensor:
+        """By products of positions that read the same row, where that costs less than tables."""
+        if not isinstance(other, Lookup):
+            return super().inner(other)
+        s, t = self.index.shape[1], other.index.shape[1]
+        of_row = self.columns * self.samples * s
+        if of_row * t > self.shape[0] + of_row:
+            return super().inner(other)
+        rows = isqrt(self.room) // max(s, t, 1)
+        return by_tiles(self, other, max(rows, 1), Lookup.take_tile, _same_rows)
+
+    def take_tile(self, tile: Tile) -> Lookup:
+        """Some columns and samples."""
+        return self.take(*tile)
+
+    def histogram(self, edges: Tensor) -> Tensor:
+        """Rows that are not read are zero."""
+        g = self._touched()[2]
+        zeros = self.columns * self.samples * self.shape.numel() - g.numel()
+        return bin_counts(g, edges) + zeros * bin_counts(g.new_zeros(1), edges)
+
+    def total(self) -> Tensor:
+        g = self.read.sum(0).flatten(0, 1)
+        return g.new_zeros(self.shape).index_add(0, self.index.flatten(), g)
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        samples, rows, g = self._touched()
+        squares = g * g if sign is None else g * g * sign[:, samples].unsqueeze(-1)
+        return g.new_zeros(self.shape).index_add(0, rows, squares.sum(0))
+
+    def squared_norms(self) -> Tensor:
+        samples, _, g = self._touched()
+        return g.new_zeros(self.samples).index_add(0, samples, (g * g).sum((0, 2)))
+
+    def kronecker(self, sharing: Sharing = None) -> list[Factor]:
+        """As for a matrix that multiplies one-hot vectors, which are zero where the table is not read.
+
+        ``[A, B]``, ``A`` the row frequencies.
+        """
+        if self.shape[0] > LARGEST_FACTOR:
+            return super().kronecker()
+        g = (self.g.flatten(1, 2) if sharing == "expand" else self.g.sum(2)).flatten(0, 1)
+        ones = self.g.new_ones(self.index.shape) if self.reads is None else self.reads.to(g.dtype)
+        if sharing == "reduce":
+            a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
+            sizes = self.index.shape[1] if self.counts is None else self.counts.unsqueeze(1)
+            a = a / torch.as_tensor(sizes, device=g.device).clamp(min=1)
+            return [
+                Factor(lambda: a.mT @ a / max(self.samples, 1), False),
+                Factor(lambda: gram(g), True),
+            ]
+        counts = g.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), ones.flatten())
+        count = max(self.all_positions, 1) if sharing == "expand" else max(self.samples, 1)
+        return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
+
+
+def _same_rows(left: Lookup, right: Lookup) -> Tensor:
+    """``sum_{s,t} [index_s = index_t] (g_s . g_t)``, shape ``[v, n, w, m]``."""
+    same = left.index[:, :, None, None, None] == right.index
+    products = left.read.flatten(0, 2) @ right.read.flatten(0, 2).mT
+    products = products.unflatten(1, right.g.shape[:3]).unflatten(0, left.g.shape[:3])
+    return (products * same.to(products.dtype)).sum((2, 5))

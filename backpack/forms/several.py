@@ -1,0 +1,334 @@
+"""Forms made of other forms: sums, pullbacks, those of one sample; and :func:`merge` of all uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from backpack.forms.base import Dense, Factor, Form, Positioned, Sharing, room_for_pairs
+from backpack.forms.layout import Layout, Patches
+from backpack.forms.lookup import Lookup
+from backpack.forms.memory import fresh
+from backpack.forms.outer import Outer
+
+
+@dataclass(frozen=True, eq=False)
+class Together(Form):
+    """Columns that belong to all samples together: sums over samples are known, single samples are not.
+
+    Attributes:
+        values: ``[v, *p]``.
+        samples: number of samples.
+    """
+
+    values: Tensor
+    samples: int = field()
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape[1:]
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.values.shape[0]
+
+    @property
+    def like(self) -> Tensor:
+        return self.values
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Form:
+        raise RuntimeError(
+            "a quantity looks at single samples of a form, but its class says that it does not; set "
+            "its attribute per_sample = True"
+        )
+
+    def dense(self) -> Tensor:
+        return self.take(slice(None), slice(None)).dense()
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        self.take(slice(None), slice(None))
+        yield from ()
+
+    def total(self) -> Tensor:
+        return self.values.sum(0)
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        """``sum_v sign_v G^2``; ``sign [v, n]`` is the same for all samples."""
+        return Dense(self.values.unsqueeze(1)).square_sum(None if sign is None else sign[:, :1])
+
+
+@dataclass(frozen=True, eq=False)
+class Pullback(Form):
+    """A form of a tensor made from parameters only, carried on to one of those parameters.
+
+    Attributes:
+        form: the form of the derived tensor ``t``.
+        vjp: linear map ``[m, *t] -> [m, *p]``, the transposed Jacobian of ``t`` in the parameter.
+        shape: the parameter's shape ``p``.
+    """
+
+    form: Form
+    vjp: Callable[[Tensor], Tensor]
+    shape: torch.Size = field()
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.form.columns
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.form.samples
+
+    @property
+    def like(self) -> Tensor:
+        like = self.form.like
+        return like.real if like.is_complex() else like
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Pullback:
+        return Pullback(self.form.take(columns, samples), self.vjp, self.shape)
+
+    def dense(self) -> Tensor:
+        g = self.form.dense()
+        return self.vjp(g.flatten(0, 1)).reshape(*g.shape[:2], *self.shape)
+
+    def total(self) -> Tensor:
+        return self.vjp(self.form.total().unsqueeze(0))[0]
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.vjp(self.form.combine(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Single(Form):
+    """The form of an operation on one sample only; for all others it is zero.
+
+    Attributes:
+        form: that sample's, ``[v, 1, *p]``.
+        sample: which it is.
+        samples: number of samples.
+    """
+
+    form: Form
+    sample: int
+    samples: int = field()  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.form.shape
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.form.columns
+
+    @property
+    def like(self) -> Tensor:
+        return self.form.like
+
+    def written(self) -> Single:
+        return Single(Dense(self.form.dense()), self.sample, self.samples)
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Form:
+        return _together([self]).take(columns, samples)
+
+    def dense(self) -> Tensor:
+        found = self.like.new_zeros(self.columns, self.samples, *self.shape)
+        return found.index_copy(1, self._at(), self.form.dense())
+
+    def _at(self) -> Tensor:
+        return torch.tensor([self.sample], device=self.like.device)
+
+    def total(self) -> Tensor:
+        return self.form.total()
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        return self.form.square_sum(None if sign is None else sign[:, self.sample : self.sample + 1])
+
+    def squared_norms(self) -> Tensor:
+        return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
+
+    def together(self) -> Form:
+        """The form of all samples, zero for the others."""
+        return _together([self])
+
+    def kronecker(self, sharing: Sharing = None) -> list[Factor]:
+        return self.together().kronecker(sharing)
+
+    def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
+        return self.form.rotated_square_sum(bases)
+
+
+def of_one(form: Form, function: Callable[[Form], Form]) -> Form:
+    """``function(form)``; where the form is of one sample, of that sample's."""
+    if isinstance(form, Single):
+        return Single(function(form.form), form.sample, form.samples)
+    return function(form)
+
+
+def _together(singles: Sequence[Single]) -> Form:
+    """One form of all samples, from forms of one sample each; those of one sample are summed."""
+    size, like = singles[0].samples, singles[0].like
+    of: dict[int, list[Form]] = {}
+    for single in singles:
+        of.setdefault(single.sample, []).append(single.form)
+    forms = {sample: merge(each) for sample, each in of.items()}
+    at = torch.tensor(list(forms), device=like.device)
+    found = list(forms.values())
+
+    def placed(parts: list[Tensor], dim: int) -> Tensor:
+        """Put samples at their places, and fill up with zeros."""
+        shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+        shape[dim] = 1
+        parts = [_filled(part, shape) for part in parts]
+        shape[dim] = size
+        return parts[0].new_zeros(shape).index_copy(dim, at, torch.cat(parts, dim))
+
+    def counted(numbers: list[int]) -> Tensor:
+        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(
+            0, at, at.new_tensor(numbers)
+        )
+
+    if all(isinstance(form, Outer) for form in found):
+        outers: list[Outer] = found  # type: ignore[assignment]
+        if len({(form.layout, form.inputs.shape[1]) for form in outers}) == 1:
+            a, g = placed([form.a for form in outers], 0), placed([form.g for form in outers], 1)
+            return Outer(a, g, outers[0].layout, counted([form.all_positions for form in outers]))
+    if all(isinstance(form, Lookup) for form in found):
+        lookups: list[Lookup] = found  # type: ignore[assignment]
+        whole = [
+            torch.ones_like(f.index, dtype=torch.bool) if f.reads is None else f.reads for f in lookups
+        ]
+        index, reads = placed([form.index for form in lookups], 0), placed(whole, 0)
+        g, counts = placed([form.g for form in lookups], 1), [form.all_positions for form in lookups]
+        return Lookup(index, g, lookups[0].shape, reads, counted(counts))
+    return Dense(placed([form.dense() for form in found], 1))
+
+
+def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Filled up with zeros, at the end of each axis."""
+    if list(x.shape) == list(shape):
+        return x
+    margins = [
+        m for size, old in zip(reversed(shape), reversed(x.shape), strict=True) for m in (0, size - old)
+    ]
+    return torch.nn.functional.pad(x, margins)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Form):
+    """The sum of forms of different kinds: a parameter used by operations of different kinds."""
+
+    forms: tuple[Form, ...]
+    projects = True
+    parted = True
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.forms[0].shape
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.forms[0].columns
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.forms[0].samples
+
+    @property
+    def like(self) -> Tensor:
+        return self.forms[0].like
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Sum:
+        return Sum(tuple(form.take(columns, samples) for form in self.forms))
+
+    def dense(self) -> Tensor:
+        first, *rest = (form.dense() for form in self.forms)
+        return sum(rest, first)
+
+    def total(self) -> Tensor:
+        first, *rest = (form.total() for form in self.forms)
+        return sum(rest, first)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        first, *rest = (form.project(vectors) for form in self.forms)
+        return sum(rest, first)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        first, *rest = (form.combine(weights) for form in self.forms)
+        return sum(rest, first)
+
+    def inner(self, other: Form) -> Tensor:
+        """Pairs of forms, each once."""
+        total = room_for_pairs(self, other).flatten(2).flatten(0, 1)
+        others = other.forms if isinstance(other, Sum) else (other,)
+        for i, form in enumerate(self.forms):
+            for j, each in enumerate(others):
+                if other is not self or i <= j:
+                    part = form.inner(each)
+                    total = total + (part if other is not self or i == j else part + part.mT)
+        return total
+
+
+def merge(forms: Sequence[Form]) -> Form:
+    """The form of a parameter used several times: sums come before squares.
+
+    Forms of one kind become one form with more shared positions; forms of different kinds are
+    summed block by block.
+    """
+    if len(forms) == 1:
+        return forms[0]
+    singles = [form for form in forms if isinstance(form, Single)]
+    if singles:
+        forms = [_together(singles), *(form for form in forms if not isinstance(form, Single))]
+        return merge(forms)
+    merged: list[Form] = []
+    outers: dict[tuple[Layout, int], list[Outer]] = {}
+    lookups = [form for form in forms if isinstance(form, Lookup)]
+    dense = [form for form in forms if isinstance(form, Dense)]
+    for form in forms:
+        if isinstance(form, Outer):
+            outers.setdefault((form.layout, form.inputs.shape[1]), []).append(form)
+        elif not isinstance(form, (Lookup, Dense)):
+            merged.append(form)
+    for (layout, _), group in outers.items():
+        merged.append(group[0] if len(group) == 1 else _joined(group, layout))
+    if lookups:
+        index, g = torch.cat([f.index for f in lookups], 1), torch.cat([f.g for f in lookups], 2)
+        reads = None
+        if any(f.reads is not None for f in lookups):
+            every = [torch.ones_like(f.index) > 0 if f.reads is None else f.reads for f in lookups]
+            reads = torch.cat(every, 1)
+        merged.append(Lookup(index, g, lookups[0].shape, reads, _position_counts(lookups)))
+    if dense:
+        first, *rest = (f.values for f in dense)
+        merged.append(Dense(sum(rest, first)))
+    return merged[0] if len(merged) == 1 else Sum(tuple(merged))
+
+
+def _position_counts(forms: Sequence[Positioned]) -> Tensor | None:
+    """Positions of each sample in all forms together; ``None`` if they have as many in each."""
+    if all(form.counts is None for form in forms):
+        return None
+    found = torch.zeros(forms[0].samples, dtype=torch.long, device=forms[0].like.device)
+    for form in forms:
+        found = found + (form.all_positions // form.samples if form.counts is None else form.counts)
+    return found
+
+
+def _joined(group: Sequence[Outer], layout: Layout) -> Outer:
+    """One form with the positions of all; patches are written once, to their place in the result."""
+    g, counts = torch.cat([form.g for form in group], 3), _position_counts(group)
+    if torch.is_grad_enabled():
+        return Outer(torch.cat([form.a for form in group], 2), g, layout, counts)
+    n, q, _, i = group[0].inputs.shape
+    a, first = fresh(g, (n, q, g.shape[3], i)), 0
+    for form in group:
+        place = a[:, :, first : first + form.positions]
+        first += form.positions
+        if isinstance(form.inputs, Patches):
+            form.inputs.write(place)
+        else:
+            place.copy_(form.inputs)
+    return Outer(a, g, layout, counts)

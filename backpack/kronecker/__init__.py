@@ -1,0 +1,40 @@
+"""Algebra of Kronecker factors: blocks as objects, and lists of matrices.
+
+In: factors. Out: products, inverses, roots, samples, determinants, without the matrix itself.
+"""
+
+from backpack.kronecker.lists import (
+    apply_inv_kfac_mat_prod,
+    apply_kfac_mat_prod,
+    inv_kfac_mat_prod,
+    inv_kfacs,
+    is_matrix,
+    is_vector,
+    kfac_mat_prod,
+    kfacs_to_mat,
+    two_kfacs_to_mat,
+)
+from backpack.kronecker.objects import (
+    KroneckerBlock,
+    KroneckerEigen,
+    KroneckerFactored,
+    multiply,
+    pi_damping,
+)
+
+__all__ = [
+    "KroneckerBlock",
+    "KroneckerEigen",
+    "KroneckerFactored",
+    "apply_inv_kfac_mat_prod",
+    "apply_kfac_mat_prod",
+    "inv_kfac_mat_prod",
+    "inv_kfacs",
+    "is_matrix",
+    "is_vector",
+    "kfac_mat_prod",
+    "kfacs_to_mat",
+    "multiply",
+    "pi_damping",
+    "two_kfacs_to_mat",
+]

@@ -1,0 +1,109 @@
+"""How products move the sample axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from backpack.samples.axis import Batch
+from backpack.samples.movers import argument, mover
+
+
+@mover("scaled_dot_product_attention")
+def _attention(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    queries = all(
+        old is not argument(args, kwargs, at, name) for at, name in ((1, "key"), (2, "value"))
+    )
+    # Queries do not see each other.
+    if batch.dim >= old.dim() - (1 if queries and old is argument(args, kwargs, 0, "query") else 2):
+        return batch.losing("attention along the sample axis mixes samples")
+    return aligned(batch, old, new)
+
+
+@mover("embedding")
+def _embedding(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if old is not argument(args, kwargs, 0, "input"):
+        return batch.losing("a table that depends on the data")
+    return batch
+
+
+@mover("linear")
+def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    if old is not argument(args, kwargs, 0, "input") or old is argument(args, kwargs, 1, "weight"):
+        return batch.losing("a weight that depends on the data")
+    if batch.dim == old.dim() - 1:
+        return batch.losing("a product over the sample axis mixes samples")
+    return batch
+
+
+# Names of the tensors in products, in the order of their places.
+_FACTORS = ("input", "mat1", "batch1", "mat", "mat2", "batch2", "vec", "vec2", "other", "tensor")
+
+
+@mover("__rmatmul__")
+def _reflected(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    return _matmul(batch, old, new, args[::-1], kwargs)
+
+
+@mover("matmul", "__matmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
+def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    named = (kwargs[name] for name in _FACTORS if name in kwargs)
+    tensors = [a for a in (*args, *named) if isinstance(a, Tensor)]
+    left, right = tensors[-2:]
+    # The same tensor may be several of them.
+    found = [aligned(batch, old, new)] if len(tensors) == 3 and old is tensors[0] else []
+    if old is left:
+        found.append(_factor(batch, old, right, new, first=True))
+    if old is right:
+        found.append(_factor(batch, old, left, new, first=False))
+    agree = all(axis.agrees(found[0]) for axis in found)
+    return found[0] if agree else batch.losing("a product of samples with samples")
+
+
+def _factor(batch: Batch, here: Tensor, other: Tensor, new: Tensor, first: bool) -> Batch:
+    """The axis of a product, from that of one of its two factors."""
+    last = here.dim() - 1
+    if batch.dim == (last if first or last == 0 else last - 1):
+        return batch.losing("a product over the sample axis mixes samples")
+    if batch.dim < last - 1:  # one of the axes that number matrices
+        return batch.moved(batch.dim + (new.dim() - here.dim() if other.dim() > 1 else 0))
+    if first:
+        return batch.moved(new.dim() - (1 if other.dim() == 1 else 2))
+    return batch.moved(new.dim() - 1)
+
+
+@mover("einsum")
+def _einsum(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+    equation = args[0]
+    operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+    terms, result = _labels(equation, [x.dim() for x in operands])
+    mine = {term[batch.dim] for term, x in zip(terms, operands, strict=True) if x is old}
+    if len(mine) == 1 and (label := mine.pop()) in result:
+        return batch.moved(result.index(label))
+    return batch.losing(f"einsum {equation!r} sums over the sample axis")
+
+
+def _labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[Any]]:
+    """A label for every axis of the operands and of the result: a letter, or a place in an ellipsis."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+
+    def spelled(term: str, width: int) -> list[Any]:
+        before, dots, after = term.partition("...")
+        # Axes under an ellipsis are aligned from the right.
+        return [*before, *(range(-width, 0) if dots else ()), *after]
+
+    texts = left.split(",")
+    widths = [n - len(t.replace("...", "")) for t, n in zip(texts, ndims, strict=True)]
+    terms = [spelled(term, width) for term, width in zip(texts, widths, strict=True)]
+    widest = max((w for w, t in zip(widths, texts, strict=True) if "..." in t), default=0)
+    if not arrow:
+        letters = left.replace("...", "").replace(",", "")
+        right = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return terms, spelled(right, widest)
+
+
+def aligned(batch: Batch, old: Tensor, new: Tensor) -> Batch:
+    """Broadcasting aligns axes from the right."""
+    return batch.moved(batch.dim + new.dim() - old.dim())

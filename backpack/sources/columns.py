@@ -1,0 +1,234 @@
+"""Columns, and where they come from: every quantity is a function of columns that have arrived at taps.
+
+Letters: ``v`` columns, ``n`` samples, ``p`` a parameter's shape.
+
+A quantity names its *source*. The columns of a source are carried down the graph to all taps, turned
+into forms there, and reduced, a chunk at a time; equal sources share that. A source of one's own is a
+class with :meth:`ColumnSource.chunks`, and a value (a frozen dataclass), so that equal ones are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack.graph.survey import Graph, columns_at_once, differentiable_twice
+from backpack.graph.taps import Source, Tap
+from backpack.graph.tracing import cut
+from backpack.losses.base import LossHessian
+from backpack.losses.twice import Differentiated, differentiate_twice
+from backpack.samples.axis import Batch
+
+Starts = Sequence[tuple[GradientEdge, Tensor]]
+
+
+class Columns(NamedTuple):
+    """One chunk of columns.
+
+    Attributes:
+        starts: places of the graph.
+        values: the columns at each, ``[v, *start.shape]``; the ``v``-th is that of all places together.
+        sign: by which its square counts, ``[v, n]``; ``None``: all positive.
+        about: the parameters that they are for; ``None``: for all that they reach.
+        carried: whether they are where they belong: at taps, or at a parameter itself (``[v, *p]`` of
+            all samples together, or ``[v, n, *p]``).
+    """
+
+    starts: Sequence[GradientEdge]
+    values: Sequence[Tensor]
+    sign: Tensor | None = None
+    about: Collection[Tensor] | None = None
+    carried: bool = False
+
+
+class Leaf(Protocol):
+    """What a source needs to know of a parameter.
+
+    Attributes:
+        parameter: the parameter.
+        samples: number of samples that it meets.
+        uses: the taps at which it meets data.
+    """
+
+    parameter: Tensor
+    samples: int
+    uses: list[tuple[Node, Tap, Source]]
+
+
+class Wanted(NamedTuple):
+    """What the quantities of a source ask of its columns.
+
+    Attributes:
+        per_sample: whether single samples are looked at.
+        signed: whether columns may come with signs.
+        every_column: whether as many columns are wanted as there are model outputs, not as few as do.
+    """
+
+    per_sample: bool = True
+    signed: bool = False
+    every_column: bool = False
+
+
+class LossPiece(NamedTuple):
+    """A loss with its Hessian in model outputs (or in a linear function of them).
+
+    Attributes:
+        places: the model outputs.
+        hessian: its Hessian there.
+        gradient: the gradient that arrives at the loss.
+        outputs: the model outputs below ``places``, if these are no outputs themselves.
+    """
+
+    places: list[GradientEdge]
+    hessian: LossHessian | Differentiated
+    gradient: Tensor
+    outputs: list[GradientEdge]
+
+
+@dataclass
+class Pass:
+    """A backward pass, as sources see it.
+
+    Attributes:
+        roots: where it starts, with the gradients there.
+        graph: what lies below.
+        leaves: the parameters whose quantities are computed.
+        names: names of parameters, for errors.
+        chunk_size: number of columns at a time that the user asked for.
+        hooked: whether hooks may change the gradients at the roots.
+    """
+
+    roots: Starts
+    graph: Graph
+    leaves: Sequence[Leaf]
+    names: Callable[[Tensor], str]
+    chunk_size: int | None = None
+    hooked: bool = True
+
+    def at_once(self, places: Sequence[GradientEdge], device: str) -> int:
+        """How many columns are held at these places at a time."""
+        return columns_at_once(places, device, self.chunk_size)
+
+    @cached_property
+    def taps(self) -> list[GradientEdge]:
+        """The places of all taps."""
+        return self.taps_of({leaf.parameter for leaf in self.leaves})
+
+    def taps_of(self, parameters: Collection[Tensor]) -> list[GradientEdge]:
+        """The places of the taps of some parameters."""
+        leaves = [leaf for leaf in self.leaves if leaf.parameter in parameters]
+        found = {(node, tap.place): None for leaf in leaves for node, tap, _ in leaf.uses}
+        return [GradientEdge(node, place) for node, place in found]
+
+    @cached_property
+    def outputs(self) -> list[tuple[GradientEdge, Batch]]:
+        """Places whose cotangents make up all of the gradient, with their sample axes."""
+        return cotangent_places(self.graph)
+
+    @cached_property
+    def model_outputs(self) -> list[tuple[GradientEdge, Batch]]:
+        """The outputs of the model, with their sample axes."""
+        borders = dict(self.graph.outputs)
+        for _, below in self.graph.losses.values():
+            borders |= below
+        return _placed(borders)
+
+    @cached_property
+    def losses(self) -> list[LossPiece]:
+        """The losses, by a rule where there is one, else by differentiating twice in all outputs."""
+        joint, absorbed = self.graph.joint()
+        found = self._differentiated(_placed(joint), absorbed) if joint else []
+        records = {n: pair for n, pair in self.graph.losses.items() if n not in absorbed}
+        edges = [GradientEdge(node, 0) for node in records]
+        arriving = self._arriving(edges)
+        for (record, below), gradient in zip(records.values(), arriving, strict=True):
+            if gradient is not None:
+                outputs = [edge for edge, _ in _placed(below)]
+                found.append(LossPiece([record.edge], record.hessian, gradient, outputs))
+        return found
+
+    def _arriving(self, edges: list[GradientEdge]) -> list[Tensor | None]:
+        """The gradients at losses."""
+        if len(edges) == len(self.roots) == 1 and edges[0] == self.roots[0][0] and not self.hooked:
+            return [self.roots[0][1]]  # the root is the loss
+        return gradients(self.roots, edges, torch.is_grad_enabled())
+
+    def _differentiated(
+        self, outputs: list[tuple[GradientEdge, Batch]], absorbed: set[Node]
+    ) -> list[LossPiece]:
+        create, known = torch.is_grad_enabled(), self.graph.losses.keys() - absorbed
+        with torch.enable_grad(), cut({edge.node for edge, _ in outputs} | known):
+            arriving = gradients(self.roots, [edge for edge, _ in outputs], create_graph=True)
+            found = [
+                (g, edge, axis)
+                for g, (edge, axis) in zip(arriving, outputs, strict=True)
+                if g is not None
+            ]
+            if not found:
+                return []
+            hessian = differentiate_twice(found, create)
+        edges = [edge for _, edge, _ in found]
+        return [LossPiece(edges, hessian, found[0][0].new_ones(()).detach(), edges)]
+
+
+def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, Batch]]:
+    """Places whose cotangents make up all of the gradient, with their sample axes.
+
+    Those are model outputs, for one loss may take an output as it is and another a part of it: none of
+    the places lies above another. A loss that depends on no output is one of the model's own.
+    """
+    joint, absorbed = graph.joint()
+    found = _placed(joint)
+    for node, (record, below) in graph.losses.items():
+        if node not in absorbed:
+            found += _placed(below) or [(record.edge, record.hessian.batch)]
+    return list({(edge.node, edge.output_nr): (edge, axis) for edge, axis in found}.values())
+
+
+def _placed(borders: dict[Node, list[Any]]) -> list[tuple[GradientEdge, Batch]]:
+    return [
+        (GradientEdge(node, border.place), border.batch)
+        for node, found in borders.items()
+        for border in found
+        if border.batch is not None
+    ]
+
+
+def gradients(
+    starts: Starts, places: Sequence[GradientEdge], create_graph: bool
+) -> list[Tensor | None]:
+    """Gradients of ``sum weight * start`` at some places of the graph."""
+    if not places or not starts:
+        return [None] * len(places)
+    with differentiable_twice():
+        found = torch.autograd.grad(
+            [edge for edge, _ in starts],
+            list(places),
+            [weight for _, weight in starts],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    return list(found)
+
+
+class ColumnSource:
+    """Where the columns of a quantity come from. Equal sources share one propagation.
+
+    Attributes:
+        random: whether the chunks of two calls differ.
+        second_order: whether the Hessian of the loss takes part, or anything but its gradient.
+    """
+
+    random: ClassVar[bool] = False
+    second_order: ClassVar[bool] = True
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        """The columns, a chunk at a time; the one before is no longer held when the next is made."""
+        raise NotImplementedError

@@ -1,0 +1,194 @@
+"""The sources of columns: the gradient, square roots of the loss's Hessian, the Hessian, the Jacobian.
+
+Letters: ``v`` columns, ``n`` samples, ``C`` numbers of a sample's model output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from backpack.graph.survey import carry
+from backpack.losses.twice import signed_columns
+from backpack.samples.axis import Batch
+from backpack.sources import hessian, kfra
+from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
+
+
+@dataclass(frozen=True)
+class LossGradient(ColumnSource):
+    """One column, the gradient. In an ordinary pass autograd carries it, and hooks at taps see it."""
+
+    second_order: ClassVar[bool] = False
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        yield Columns([edge for edge, _ in given.roots], [weight[None] for _, weight in given.roots])
+
+
+@dataclass(frozen=True)
+class ExactRoot(ColumnSource):
+    """All columns of a square root of the loss's Hessian: ``sum_v S_v S_v^T = H``."""
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        for piece in given.losses:
+            loss = piece.hessian if wanted.every_column else piece.hessian.fewest()
+            count = given.at_once(given.taps, loss.f.device.type)
+            for values, sign in signed_columns(loss, piece.gradient, count, wanted.signed):
+                yield Columns(piece.places, values, sign)
+
+
+@dataclass(frozen=True)
+class SampledRoot(ColumnSource):
+    """Random columns whose expected outer product is the loss's Hessian.
+
+    Attributes:
+        draws: their number.
+        generator: source of randomness; ``None``: torch's own.
+    """
+
+    draws: int = 1
+    generator: torch.Generator | None = None
+    random: ClassVar[bool] = True
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        for piece in given.losses:
+            drawn = piece.hessian.sampled(piece.gradient, self.draws, self.generator)
+            yield Columns(piece.places, [drawn] if isinstance(drawn, Tensor) else drawn)
+
+
+@dataclass(frozen=True)
+class LeadingRoot(ColumnSource):
+    """Columns of the leading eigenpairs of each sample's Hessian of the loss.
+
+    The best approximation of ``H_n`` by ``count`` columns: ``sqrt(lambda_v) e_v``, largest first. Signs
+    of eigenvectors are arbitrary.
+
+    Attributes:
+        count: how many.
+    """
+
+    count: int = 1
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        for piece in given.losses:
+            yield Columns(piece.places, self._leading(piece))
+
+    def _leading(self, piece: LossPiece) -> list[Tensor]:
+        """Singular vectors of each sample's root, ``[v, C]``, of all outputs together."""
+        whole = [
+            [part] if isinstance(part, Tensor) else part
+            for part in piece.hessian.columns(piece.gradient, 2**30)
+        ]
+        axes = piece.hessian.axes
+        parts = [
+            axis.split(torch.cat(part), 1)
+            for axis, part in zip(axes, zip(*whole, strict=True), strict=True)
+        ]
+        flat = torch.cat([part.flatten(2) for part in parts], 2).transpose(0, 1)
+        _, values, vectors = torch.linalg.svd(flat, full_matrices=False)
+        top = (values.unsqueeze(2) * vectors)[:, : self.count].transpose(0, 1)
+        pieces = top.split([part.flatten(2).shape[2] for part in parts], 2)
+        return [
+            axis.join(found.reshape(len(top), *part.shape[1:]), 1)
+            for axis, found, part in zip(axes, pieces, parts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class AveragedRoot(ColumnSource):
+    """Columns of matrices that are averaged over the batch on their way down a chain (KFRA)."""
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        for leaf in given.leaves:
+            if len(leaf.uses) > 1:
+                raise NotImplementedError(
+                    f"kfra: its recursion is defined for chains of operations only, but parameter "
+                    f"{given.names(leaf.parameter)} is used several times; use KFLR or KFAC"
+                )
+        for piece in given.losses:
+            columns = self._averaged(given, piece)
+            if columns.starts:
+                yield columns
+
+    def _averaged(self, given: Pass, piece: LossPiece) -> Columns:
+        if len(piece.outputs or piece.places) > 1:
+            raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
+        start = (piece.outputs or piece.places)[0]
+        loss = piece.hessian.fewest()
+        count = given.at_once(piece.places, loss.f.device.type)
+        columns = (parts for parts, _ in signed_columns(loss, piece.gradient, count, False))
+        # The average is one over the rows of the model's output.
+        below = (carry(piece.places, [start], parts)[0] for parts in columns)
+        taps = {id(tap): (node, tap) for leaf in given.leaves for node, tap, _ in leaf.uses}
+        wanted = [tap for _, tap in taps.values()]
+        found = kfra.averaged(
+            start, given.leaves[0].samples, (c for c in below if c is not None), wanted
+        )
+        places = [GradientEdge(*(taps[key][0], taps[key][1].place)) for key in found]
+        return Columns(places, list(found.values()), carried=True)
+
+
+@dataclass(frozen=True)
+class OutputBasis(ColumnSource):
+    """Unit columns, one for each number of a sample's model output: forms are the Jacobian.
+
+    Several model outputs come one after the other, each with columns of its own.
+    """
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        for edge, axis in given.model_outputs:
+            about = edge.node._input_metadata[edge.output_nr]
+            like = torch.empty(0, dtype=about.dtype, device=about.device)
+            count = given.at_once([edge, *given.taps], about.device.type)
+            for columns in _units(torch.Size(about.shape), axis, like, count):
+                yield Columns([edge], [columns])
+
+
+def _units(shape: torch.Size, axis: Batch, like: Tensor, count: int) -> Iterator[Tensor]:
+    split = axis.split(like.new_zeros(()).expand(shape)).shape
+    size = prod(split[1:])
+    for k in torch.arange(size, device=like.device).split(count):
+        basis = like.new_zeros(len(k), split[0], size)
+        basis[torch.arange(len(k), device=like.device), :, k] = 1
+        yield axis.join(basis.reshape(len(k), *split), 1)
+
+
+@dataclass(frozen=True)
+class HessianRoot(ColumnSource):
+    """Signed columns whose squares sum to the Hessian diagonal: the loss's, and of operations below."""
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        hessian.refuse_mixing(given)
+        return hessian.diagonal(given, wanted.per_sample)
+
+
+@dataclass(frozen=True)
+class RandomSigns(ColumnSource):
+    """Products of the Hessian with random signs, an unbiased estimate of its diagonal (Hutchinson).
+
+    Attributes:
+        draws: their number.
+        generator: source of randomness; ``None``: torch's own.
+    """
+
+    draws: int = 1
+    generator: torch.Generator | None = None
+    random: ClassVar[bool] = True
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        hessian.refuse_mixing(given)
+        return hessian.sampled(given, wanted.per_sample, self.draws, self.generator)
+
+
+@dataclass(frozen=True)
+class NoColumns(ColumnSource):
+    """Of products, which are functions."""
+
+    def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
+        yield from ()

@@ -1,0 +1,369 @@
+"""The oracle: every quantity by brute force, with plain autograd and in float64.
+
+:class:`Oracle` uses torch alone, and nothing of this library: the model runs unextended, samples are
+told apart by holding all rows but one of the model output constant, Jacobians and Hessians are computed
+row by row. Slow, and the judge of everything else. :func:`check` runs both and compares.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backpack.capture.extend import extend, unextend
+from backpack.engine.block import backpack
+from backpack.quantities.base import BackpropExtension
+from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagHessian, DiagGGNExact, DiagHessian
+from backpack.quantities.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from backpack.quantities.square_root import SqrtGGNExact
+from backpack.sources.table import ExactRoot, SampledRoot
+
+
+class Oracle:
+    """Quantities of a model and a loss by brute force.
+
+    Args:
+        model: the model, in the mode it is to be judged in.
+        lossfunc: ``lossfunc(output, y)``; values that are no scalar are summed.
+        X: the model's input, or a tuple of inputs.
+        y: the targets.
+        batch_dim: sample axis of the first input and of the output; an output axis of ``N * k`` rows
+            counts as ``k`` rows per sample.
+        seed: random seed of every forward pass (dropout).
+        output_dim: sample axis of the output, if it is another.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lossfunc: Callable[[Any, Any], Tensor],
+        X: Any,
+        y: Any,
+        batch_dim: int = 0,
+        seed: int = 0,
+        output_dim: int | None = None,
+    ) -> None:
+        self.model, self.lossfunc, self.y = model, lossfunc, y
+        self.inputs = X if isinstance(X, tuple) else (X,)
+        self.seed = seed
+        self.output_dim = batch_dim if output_dim is None else output_dim
+        self.samples: int = self.inputs[0].shape[batch_dim]
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def output(self) -> Tensor:
+        """One forward pass."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.model(*self.inputs)
+
+    def loss(self, output: Tensor) -> Tensor:
+        """The loss, summed if it is not reduced."""
+        return self.lossfunc(output, self.y).sum()
+
+    def _mask(self, output: Tensor, n: int) -> Tensor:
+        length = output.shape[self.output_dim]
+        rows = torch.arange(length, device=output.device) // (length // self.samples)
+        shape = [length if d == self.output_dim else 1 for d in range(output.dim())]
+        return (rows == n).reshape(shape)
+
+    def _share(self, n: int) -> Tensor:
+        """The loss as a function of the n-th sample's output only."""
+        output = self.output()
+        return self.loss(torch.where(self._mask(output, n), output, output.detach()))
+
+    def _gradients(self, value: Tensor, create_graph: bool = False) -> list[Tensor]:
+        parameters = list(self.parameters.values())
+        if not value.requires_grad:
+            return [torch.zeros_like(p) for p in parameters]
+        grads = torch.autograd.grad(
+            value, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+
+    def _named(self, rows: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:
+        columns = zip(*rows, strict=True)
+        return {name: torch.stack(c) for name, c in zip(self.parameters, columns, strict=True)}
+
+    @cached_property
+    def grad_batch(self) -> dict[str, Tensor]:
+        """Individual gradients, ``[N, *p]``."""
+        return self._named(self._gradients(self._share(n)) for n in range(self.samples))
+
+    @cached_property
+    def loss_hessians(self) -> list[Tensor]:
+        """Loss Hessian in each sample's output, ``[C, C]``."""
+        found = []
+        for n in range(self.samples):
+            f = self.output().detach().requires_grad_()
+            mask = self._mask(f, n).expand_as(f)
+            (gradient,) = torch.autograd.grad(self.loss(f), f, create_graph=True)
+            rows = []
+            for entry in gradient[mask]:
+                row = torch.zeros_like(f)
+                if entry.requires_grad:
+                    grad = torch.autograd.grad(entry, f, retain_graph=True, allow_unused=True)[0]
+                    row = row if grad is None else grad
+                rows.append(row[mask])
+            found.append(torch.stack(rows))
+        return found
+
+    @cached_property
+    def jacobians(self) -> list[dict[str, Tensor]]:
+        """Jacobian of each sample's output in each parameter, ``[C, *p]``."""
+        found = []
+        output = self.output()
+        for n in range(self.samples):
+            entries = output[self._mask(output, n).expand_as(output)]
+            found.append(self._named(self._gradients(entry) for entry in entries))
+        return found
+
+    @cached_property
+    def diag_ggn_batch(self) -> dict[str, Tensor]:
+        """Diagonal of each sample's generalized Gauss-Newton, ``[N, *p]``."""
+        return self._named(
+            [torch.einsum("c...,cd,d...->...", j, h, j) for j in jacobian.values()]
+            for jacobian, h in zip(self.jacobians, self.loss_hessians, strict=True)
+        )
+
+    @cached_property
+    def ggn(self) -> dict[str, Tensor]:
+        """Generalized Gauss-Newton block of each parameter, ``[P, P]``."""
+        blocks = {}
+        for name in self.parameters:
+            block = torch.zeros(())
+            for jacobian, h in zip(self.jacobians, self.loss_hessians, strict=True):
+                j = jacobian[name].reshape(len(h), -1)
+                block = block + j.T @ h @ j
+            blocks[name] = block
+        return blocks
+
+    @cached_property
+    def diag_h_batch(self) -> dict[str, Tensor]:
+        """Diagonal of the Hessian of each sample's share of the loss, ``[N, *p]``."""
+        rows = []
+        for n in range(self.samples):
+            gradients = self._gradients(self._share(n), create_graph=True)
+            row = []
+            for p, gradient in zip(self.parameters.values(), gradients, strict=True):
+                diagonal = torch.zeros_like(p).flatten()
+                for j, entry in enumerate(gradient.flatten()):
+                    if entry.requires_grad:
+                        second = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0]
+                        diagonal[j] = 0 if second is None else second.flatten()[j]
+                row.append(diagonal.reshape(p.shape).detach())
+            rows.append(row)
+        return self._named(rows)
+
+    def value(self, savefield: str) -> dict[str, Tensor]:
+        """The quantity saved to ``savefield``, for each parameter.
+
+        Raises:
+            KeyError: if there is no brute-force twin of that quantity.
+        """
+        return {name: g.detach() for name, g in _TWINS[savefield](self).items()}
+
+
+def _each(values: dict[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {name: function(value) for name, value in values.items()}
+
+
+def _sqrt_gram(sqrt: Tensor) -> Tensor:
+    flat = sqrt.reshape(sqrt.shape[0] * sqrt.shape[1], sqrt.shape[2:].numel())
+    return flat.T @ flat
+
+
+_TWINS: dict[str, Callable[[Oracle], dict[str, Tensor]]] = {
+    "grad_batch": lambda o: o.grad_batch,
+    "batch_l2": lambda o: _each(o.grad_batch, lambda g: (g**2).reshape(len(g), -1).sum(1)),
+    "sum_grad_squared": lambda o: _each(o.grad_batch, lambda g: (g**2).sum(0)),
+    "variance": lambda o: _each(o.grad_batch, lambda g: g.var(0, unbiased=False)),
+    "diag_ggn_exact": lambda o: _each(o.diag_ggn_batch, lambda g: g.sum(0)),
+    "diag_ggn_exact_batch": lambda o: o.diag_ggn_batch,
+    "diag_ggn_mc": lambda o: _each(o.diag_ggn_batch, lambda g: g.sum(0)),
+    "diag_ggn_mc_batch": lambda o: o.diag_ggn_batch,
+    "sqrt_ggn_exact": lambda o: o.ggn,
+    "sqrt_ggn_mc": lambda o: o.ggn,
+    "diag_h": lambda o: _each(o.diag_h_batch, lambda g: g.sum(0)),
+    "diag_h_batch": lambda o: o.diag_h_batch,
+}
+
+
+# Compared by the matrix that they are a root of.
+_ROOTS = frozenset({"sqrt_ggn_exact", "sqrt_ggn_mc"})
+
+
+@dataclass
+class Report:
+    """What :func:`check` found: the largest relative error of each parameter and quantity.
+
+    Errors are relative to the parameter's largest entry, or to a thousandth of the largest entry of
+    all parameters if that is more (gradients that vanish by symmetry are rounding noise). They are
+    infinite where a value is not a number, has the wrong shape, is missing although the parameter has a
+    gradient, or is there although it has none.
+    """
+
+    tolerance: float
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest error of all."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all errors are within the tolerance."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+    def __str__(self) -> str:
+        quantities = list(dict.fromkeys(q for _, q in self.errors))
+        names = list(dict.fromkeys(n for n, _ in self.errors))
+        width = max([len(n) for n in names], default=0)
+        widths = [max(len(q), 8) for q in quantities]
+        lines = [" " * width + "  " + "  ".join(map(str.rjust, quantities, widths))]
+        for name in names:
+            cells = [f"{self.errors[name, q]:.1e}" for q in quantities]
+            lines.append(f"{name:<{width}}  " + "  ".join(map(str.rjust, cells, widths)))
+        verdict = "agrees with" if self.ok else "DISAGREES with"
+        lines.append(
+            f"backpack {verdict} brute-force autograd: largest relative error {self.worst:.1e}, "
+            f"tolerance {self.tolerance:.0e}"
+        )
+        return "\n".join(lines)
+
+
+DEFAULT = (
+    BatchGrad(),
+    BatchL2Grad(),
+    SumGradSquared(),
+    Variance(),
+    DiagGGNExact(),
+    BatchDiagGGNExact(),
+    SqrtGGNExact(),
+    DiagHessian(),
+    BatchDiagHessian(),
+)
+
+
+def check(
+    model: nn.Module,
+    lossfunc: Callable[[Any, Any], Tensor],
+    X: Any,
+    y: Any,
+    extensions: Sequence[BackpropExtension] = DEFAULT,
+    *,
+    batch_dim: int = 0,
+    output_dim: int | None = None,
+    tolerance: float = 1e-8,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Report:
+    """Compare quantities with brute-force autograd on a model of your own.
+
+    Works on copies; use a small model and a small batch, for the oracle is slow. Square roots are
+    compared by the matrix they are a root of; Monte-Carlo quantities with exact columns in place of
+    the draws, which checks all but the draws.
+
+    Args:
+        model: any module.
+        lossfunc: a loss module or function of output and targets.
+        X: the input, or a tuple of inputs.
+        y: the targets.
+        extensions: the quantities to check; by default all that are exact.
+        batch_dim: sample axis of input and output.
+        output_dim: sample axis of the output, if it is another.
+        tolerance: largest relative error that counts as agreement.
+        dtype: precision in which backpack computes; the oracle computes in float64.
+        seed: random seed of every forward pass (dropout).
+
+    Returns:
+        A report; ``print(report)`` shows a table, ``report.ok`` the verdict.
+
+    Raises:
+        KeyError: for a quantity that has no brute-force twin (Kronecker factors approximate).
+        ValueError: for a quantity of some samples only.
+
+    Example:
+        >>> model, X, y = nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        >>> report = check(model, nn.CrossEntropyLoss(), X, y)
+        >>> report.ok, report.worst < 1e-8
+        (True, True)
+    """
+    for ext in extensions:
+        if ext.savefield not in _TWINS:
+            raise KeyError(f"{ext!r} has no brute-force twin; leave it out of check(...)")
+        if ext.subsampling is not None:
+            raise ValueError(
+                f"check compares all samples, but {ext!r} has subsampling={ext.subsampling}"
+            )
+    oracle = Oracle(
+        unextend(_copy(model, torch.float64)),
+        unextend(_copy(lossfunc, torch.float64)) if isinstance(lossfunc, nn.Module) else lossfunc,
+        _cast(X, torch.float64),
+        _cast(y, torch.float64),
+        batch_dim,
+        seed,
+        output_dim,
+    )
+    ours = extend(_copy(model, dtype), batch_dim=batch_dim)
+    our_loss = extend(_copy(lossfunc, dtype)) if isinstance(lossfunc, nn.Module) else lossfunc
+    inputs = _cast(X, dtype)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        output = ours(*inputs) if isinstance(inputs, tuple) else ours(inputs)
+        loss = our_loss(output, _cast(y, dtype))
+    with backpack(*map(_exactly, extensions)):
+        loss.backward(torch.ones_like(loss))
+
+    report = Report(tolerance)
+    parameters = dict(ours.named_parameters())
+    for ext in extensions:
+        expected = oracle.value(ext.savefield)
+        largest = max((float(e.abs().max()) for e in expected.values() if e.numel()), default=0.0)
+        for name, reference in expected.items():
+            p = parameters[name]
+            value = getattr(p, ext.savefield, None)
+            if value is not None and ext.savefield in _ROOTS:
+                fits = value.shape[1:] == (oracle.samples, *p.shape)
+                value = _sqrt_gram(value) if fits else value
+            found = (value is not None) == (p.grad is not None)
+            error = _error(value, reference, 1e-3 * largest) if found else float("inf")
+            report.errors[name, ext.savefield] = error
+    return report
+
+
+def _error(value: Tensor | None, reference: Tensor, least: float) -> float:
+    """The largest difference, relative to the largest entry; a missing value stands for zeros."""
+    value = torch.zeros_like(reference) if value is None else value.double()
+    if value.shape != reference.shape:
+        return float("inf")
+    if not reference.numel():
+        return 0.0
+    error = float((value - reference).abs().max()) / (max(float(reference.abs().max()), least) or 1.0)
+    return float("inf") if error != error else error
+
+
+def _copy(module: Any, dtype: torch.dtype) -> Any:
+    return copy.deepcopy(module).to(dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(each, dtype) for each in value)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(dtype)
+    return value
+
+
+def _exactly(ext: BackpropExtension) -> BackpropExtension:
+    if not isinstance(ext.source, SampledRoot):
+        return ext
+    ext = copy.copy(ext)
+    ext.source = ExactRoot()
+    return ext
