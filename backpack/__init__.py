@@ -21,7 +21,7 @@ from backpack.dataset.loop import accumulate
 from backpack.engine.block import backpack
 from backpack.losses.base import loss_rule
 from backpack.rules.base import op_rule
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.testing.oracle import check
 
 try:
@@ -30,7 +30,7 @@ except metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 __all__ = [
     "CTX",
-    "Batch",
+    "SampleAxis",
     "accumulate",
     "accumulating",
     "backpack",

@@ -32,7 +32,7 @@ from backpack.quantities.combining import (
 )
 from backpack.rules.base import Pairs, op_rule
 from backpack.rules.elementwise import reduce_to
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
 from backpack.sources.table import (
     AveragedRoot,
@@ -56,7 +56,7 @@ __all__ = [
     "Added",
     "AveragedRoot",
     "BackpropExtension",
-    "Batch",
+    "SampleAxis",
     "ColumnSource",
     "Columns",
     "Context",
@@ -82,7 +82,7 @@ __all__ = [
     "Together",
     "Wanted",
     "axis_at",
-    "batch_of",
+    "sample_axis_of",
     "elementwise",
     "loss_rule",
     "op_rule",

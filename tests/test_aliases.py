@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
-from backpack.samples.axis import MARK, entered
+from backpack.samples.axis import MARK, current_inputs
 from tests.cases import Apply
 from tests.rows import compare
 
@@ -117,7 +117,7 @@ def test_writes_that_keep_rows_are_cheap() -> None:
         h.mul_(2)
         h[:, 0] += h[:, 1]
         view.mul_(2).add_(view)
-        assert not entered.written
+        assert not current_inputs.written
 
     compare(_written(f), [torch.randn(4, 4)])
 
@@ -235,7 +235,7 @@ def test_nothing_is_left_on_buffers() -> None:
     with backpack(BatchGrad()):
         model(torch.randn(3, 3)).sum().backward()
     assert not hasattr(model.mean, MARK) and not hasattr(model.bank, MARK)
-    assert not entered.written and not entered.axes
+    assert not current_inputs.written and not current_inputs.axes
 
 
 def test_values_of_parameters_are_no_data() -> None:

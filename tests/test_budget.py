@@ -10,7 +10,7 @@ from torch import nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.engine import run as running
+from backpack.engine import loop
 from backpack.graph import survey as backprop
 from backpack.sources import hessian
 from backpack.sources import kfra as chain
@@ -34,7 +34,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return carry(start, targets, columns, *rest)
 
     carry = backprop.carry
-    for module in (hessian, chain, running):
+    for module in (hessian, chain, loop):
         monkeypatch.setattr(module, "carry", watched)
     return counts
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack.capture import hooks, in_place, tracker
 from backpack.extensions import BatchGrad
-from backpack.samples.axis import entered
+from backpack.samples.axis import current_inputs
 from tests.cases import Apply
 
 
@@ -50,7 +50,7 @@ def test_a_mistake_of_ours_loses_the_axis_at_most(name: str, monkeypatch: pytest
                 patch.setattr(module, name, broken)
         found = model(X)
     torch.testing.assert_close(found, wanted)
-    assert not entered.axes and hooks._state.recorder is None
+    assert not current_inputs.axes and hooks._state.recorder is None
     with pytest.raises(RuntimeError), backpack(BatchGrad()):
         found.sum().backward()
     with backpack(BatchGrad()):

@@ -60,11 +60,11 @@ def transposed(groups: int) -> Order:
 
 
 LAYOUTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str, Order]] = {
-    "linear": (lambda: head(nn.Linear(4, 5)), lambda: randn(N, 4), "rows", stored),
-    "sequence": (lambda: head(nn.Linear(4, 5)), lambda: randn(N, 3, 4), "rows", stored),
-    "right": (right, lambda: randn(N, 4), "columns", stored),
-    "convolution": (lambda: head(nn.Conv2d(2, 3, 2)), lambda: randn(N, 2, 3, 3), "rows", stored),
-    "groups": (lambda: head(nn.Conv2d(4, 2, 2, groups=2)), lambda: randn(N, 4, 3, 3), "rows", stored),
+    "linear": (lambda: head(nn.Linear(4, 5)), lambda: randn(N, 4), "out_in", stored),
+    "sequence": (lambda: head(nn.Linear(4, 5)), lambda: randn(N, 3, 4), "out_in", stored),
+    "right": (right, lambda: randn(N, 4), "in_out", stored),
+    "convolution": (lambda: head(nn.Conv2d(2, 3, 2)), lambda: randn(N, 2, 3, 3), "out_in", stored),
+    "groups": (lambda: head(nn.Conv2d(4, 2, 2, groups=2)), lambda: randn(N, 4, 3, 3), "out_in", stored),
     "transposed": (
         lambda: head(nn.ConvTranspose2d(2, 3, 2)),
         lambda: randn(N, 2, 2, 2),
@@ -80,14 +80,14 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str, Ord
     "table": (
         lambda: head(nn.Embedding(5, 3)),
         lambda: torch.randint(5, (N, 2)),
-        "columns",
+        "in_out",
         stored,
     ),
-    "norm": (lambda: head(nn.LayerNorm(4)), lambda: randn(N, 4), "rows", stored),
+    "norm": (lambda: head(nn.LayerNorm(4)), lambda: randn(N, 4), "out_in", stored),
     "derived": (
         lambda: head(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
         lambda: randn(N, 3),
-        "rows",
+        "out_in",
         stored,
     ),
 }

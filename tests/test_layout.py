@@ -26,7 +26,7 @@ ROOMS = {
     "sources": "columns hessian kfra table",
     "kronecker": "objects lists",
     "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",
-    "engine": "state layer_io refusals certificate run direct block",
+    "engine": "state layer_io refusals debug certificate collect loop run direct block",
     "dataset": "totals micro_batches accumulating loop",
     "testing": "oracle",
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.losses.base import LOSSES, LossHessian
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.testing.oracle import Oracle, check
 
 QUANTITIES = [
@@ -404,7 +404,7 @@ def test_draws_are_unbiased(name: str, reduction: str) -> None:
     torch.manual_seed(0)
     f = torch.randn(shape).double()
     f = f.sigmoid() if name in ("poisson-rate", "probabilities") else f
-    hessian = LOSSES[function](Batch(len(f)), f, target(f), **arguments, reduction=reduction)
+    hessian = LOSSES[function](SampleAxis(len(f)), f, target(f), **arguments, reduction=reduction)
     assert hessian is not None
     value = function(f, target(f), **arguments, reduction=reduction)
     grad = 0.5 + torch.rand_like(value)
@@ -425,7 +425,7 @@ def test_draws_are_those_of_the_likelihood() -> None:
         (F.binary_cross_entropy_with_logits, bits(f), f.sigmoid()),
         (F.cross_entropy, labels(f), f.softmax(1)),
     ):
-        hessian = LOSSES[function](Batch(2), f, y, **kwargs)
+        hessian = LOSSES[function](SampleAxis(2), f, y, **kwargs)
         assert hessian is not None
         targets = support - hessian.draw(50, None)
         assert torch.allclose(targets, targets.round()) and targets.min() >= -1e-12
@@ -610,7 +610,7 @@ def test_vanishing_weights_can_be_differentiated() -> None:
 def test_saturated_outputs_are_accurate() -> None:
     """``p (1 - p)`` cancels in single precision from f = 17 on."""
     f = torch.tensor([[30.0, -30.0, 0.0]])
-    hessian = LOSSES[F.binary_cross_entropy_with_logits](Batch(1), f, f, reduction="sum")
+    hessian = LOSSES[F.binary_cross_entropy_with_logits](SampleAxis(1), f, f, reduction="sum")
     assert hessian is not None
     expected = (-f.double().abs()).exp() / (1 + (-f.double().abs()).exp()) ** 2
     assert torch.allclose(hessian.root()[0].double() ** 2, expected, rtol=1e-5, atol=0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import NOBODY, Batch, Rows, axis_of, mark, owners_of, solo_axis
+from backpack.samples.axis import NOBODY, Rows, SampleAxis, axis_of, mark, owners_of, solo_axis
 from backpack.samples.entries import ENTRIES
 from backpack.samples.movers import MOVERS, spellings
 from backpack.samples.propagate import ELEMENTWISE, POINTWISE, propagate
@@ -28,21 +28,21 @@ def _rows(*samples: int) -> Rows:
 
 
 # Sizes of other axes are the number of samples now and then.
-LAYOUTS: dict[str, tuple[Batch, tuple[int, ...]]] = {
-    "first": (Batch(N), (N, 3, 2)),
-    "first-2d": (Batch(N), (N, 3)),
-    "first-1d": (Batch(N), (N,)),
-    "first-4d": (Batch(N), (N, 4, 3, 2)),
-    "middle": (Batch(N, 1), (3, N, 2)),
-    "middle-4d": (Batch(N, 1), (2, N, 4, 4)),
-    "last": (Batch(N, 2), (2, 3, N)),
-    "last-2d": (Batch(N, 1), (4, N)),
-    "square": (Batch(N, 1), (N, N)),
-    "inner": (Batch(N, 0, 1, 2), (2 * N, 3, 2)),
-    "outer": (Batch(N, 1, 2, 1), (3, 2 * N)),
-    "both": (Batch(N, 0, 2, 2), (4 * N, 3)),
-    "permuted": (Batch(N, 0, picked=_rows(2, 0, 1)), (N, 3)),
-    "picked": (Batch(N, 1, picked=_rows(2, 0, 0, 1)), (2, 4, 3)),
+LAYOUTS: dict[str, tuple[SampleAxis, tuple[int, ...]]] = {
+    "first": (SampleAxis(N), (N, 3, 2)),
+    "first-2d": (SampleAxis(N), (N, 3)),
+    "first-1d": (SampleAxis(N), (N,)),
+    "first-4d": (SampleAxis(N), (N, 4, 3, 2)),
+    "middle": (SampleAxis(N, 1), (3, N, 2)),
+    "middle-4d": (SampleAxis(N, 1), (2, N, 4, 4)),
+    "last": (SampleAxis(N, 2), (2, 3, N)),
+    "last-2d": (SampleAxis(N, 1), (4, N)),
+    "square": (SampleAxis(N, 1), (N, N)),
+    "inner": (SampleAxis(N, 0, 1, 2), (2 * N, 3, 2)),
+    "outer": (SampleAxis(N, 1, 2, 1), (3, 2 * N)),
+    "both": (SampleAxis(N, 0, 2, 2), (4 * N, 3)),
+    "permuted": (SampleAxis(N, 0, picked=_rows(2, 0, 1)), (N, 3)),
+    "picked": (SampleAxis(N, 1, picked=_rows(2, 0, 0, 1)), (2, 4, 3)),
     "solo": (solo_axis(1, N, (3, 2), CPU), (3, 2)),
     "solo-1d": (solo_axis(2, N, (3,), CPU), (3,)),
     "number": (solo_axis(1, N, (), CPU), ()),
@@ -447,7 +447,7 @@ def _samples(
     return found
 
 
-def _verdict(axis: Batch | None, found: Tensor, out: Tensor) -> str:
+def _verdict(axis: SampleAxis | None, found: Tensor, out: Tensor) -> str:
     """``right``, ``wrong``, ``lost`` or ``none`` (rightly lost)."""
     if not found.any():
         return "none"
@@ -521,9 +521,9 @@ def _shown(args: tuple) -> list[Any]:
 
 SHAPE = (N, N, N)
 AXES = {
-    **{f"dim {d}": Batch(N, d) for d in range(3)},
-    "permuted": Batch(N, 0, picked=_rows(2, 0, 1)),
-    "picked": Batch(N, 1, picked=_rows(0, 0, 2)),
+    **{f"dim {d}": SampleAxis(N, d) for d in range(3)},
+    "permuted": SampleAxis(N, 0, picked=_rows(2, 0, 1)),
+    "picked": SampleAxis(N, 1, picked=_rows(0, 0, 2)),
     "solo": solo_axis(1, N, SHAPE, CPU),
     "other": solo_axis(2, N, SHAPE, CPU),
 }

@@ -34,7 +34,7 @@ def untouched() -> Iterator[Callable[[], None]]:
     """A check that nothing is left of a pass."""
 
     def check() -> None:
-        assert batch.entered.axes == {}
+        assert batch.current_inputs.axes == {}
         assert convolution._kept.values is None
         assert products._grams.known is None
         assert blocks.open_blocks == []
@@ -139,18 +139,18 @@ def test_disable_holds_in_autograds_own_threads(untouched) -> None:
 def test_one_block_object_in_two_threads(untouched) -> None:
     """Each thread leaves the block that it entered itself."""
     shared, left = backpack(BatchGrad()), threading.Event()
-    entered, models = threading.Event(), [network(), network()]
+    current_inputs, models = threading.Event(), [network(), network()]
 
     def other() -> None:
         with shared:
-            entered.set()
+            current_inputs.set()
             assert left.wait(60)
             loss_of(models[1]).backward()
 
     with shared:
         thread = threading.Thread(target=other)
         thread.start()
-        assert entered.wait(60)
+        assert current_inputs.wait(60)
         loss_of(models[0]).backward()
     assert blocks.current_block() is None
     left.set()
@@ -172,4 +172,4 @@ def test_verdicts_may_vanish_at_any_time(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.rand(4, 3)
     for _ in range(2):
         axis = batch.regular_axis(4)
-        assert probe.keeps_apart(torch.cumsum, (x, 1), {}, 0, [(x, axis)], axis)
+        assert probe.is_sample_separable(torch.cumsum, (x, 1), {}, 0, [(x, axis)], axis)

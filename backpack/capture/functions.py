@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.taps import TAPS, notes
-from backpack.samples.axis import Batch, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
 from backpack.samples.separability import axis_by_backward
 
 _FUNCTION = "backpack_function"
@@ -26,7 +26,7 @@ def is_custom(tensor: Tensor) -> bool:
     return tensor.requires_grad and isinstance(tensor.grad_fn, BackwardCFunction)
 
 
-def settle(tensor: Tensor, axis: Batch | None) -> None:
+def settle(tensor: Tensor, axis: SampleAxis | None) -> None:
     """The axis of a Function's result is known: it was called through an operation that was seen."""
     assert tensor.grad_fn is not None
     notes(tensor.grad_fn).setdefault(_FUNCTION, {})[tensor.output_nr] = axis
@@ -37,9 +37,9 @@ class Functions:
 
     def __init__(self) -> None:
         # Sample axes of tensors that were touched without grad, by their places in the graph.
-        self.touched: dict[tuple[Node, int], Batch] = {}
+        self.touched: dict[tuple[Node, int], SampleAxis] = {}
 
-    def touch(self, tensor: Tensor, axis: Batch) -> None:
+    def touch(self, tensor: Tensor, axis: SampleAxis) -> None:
         """Data was read where grad mode is off: inside a Function, perhaps."""
         if tensor.grad_fn is None and tensor._base is not None:
             return  # a view of which autograd knows nothing
@@ -47,7 +47,7 @@ class Functions:
             edge = get_gradient_edge(tensor)
         self.touched[edge.node, edge.output_nr] = axis
 
-    def axis(self, tensor: Tensor, noted: Batch | None, entries: set[Node]) -> Batch | None:
+    def axis(self, tensor: Tensor, noted: SampleAxis | None, entries: set[Node]) -> SampleAxis | None:
         """The sample axis of a Function's result.
 
         Args:
@@ -66,8 +66,8 @@ class Functions:
         return known[tensor.output_nr]
 
     def _find(
-        self, tensor: Tensor, node: Node, noted: Batch | None, entries: set[Node]
-    ) -> Batch | None:
+        self, tensor: Tensor, node: Node, noted: SampleAxis | None, entries: set[Node]
+    ) -> SampleAxis | None:
         if TAPS in notes(node):
             return noted
         name = node.name().removesuffix("Backward")
@@ -80,7 +80,9 @@ class Functions:
         if lost is not None:
             return lost
         if any(_holds_data(each, entries) for each in unknown):
-            return Batch(size, lost=f"{name}, a custom autograd.Function, hides what it does to data")
+            return SampleAxis(
+                size, lost=f"{name}, a custom autograd.Function, hides what it does to data"
+            )
         if not data:
             return noted
         if size == 1:
@@ -94,9 +96,9 @@ class Functions:
         fit = [axis.certain() for axis in candidates if not axis.lost and axis.fits(tensor.shape)]
         entries_of_data, known = [edge for edge, _ in data], [axis for _, axis in data]
         verdict = axis_by_backward(tensor, entries_of_data, known, list(dict.fromkeys(fit)), _key(node))
-        found = verdict if isinstance(verdict, Batch) else None
+        found = verdict if isinstance(verdict, SampleAxis) else None
         if found is None:
-            found = Batch(size, lost=f"{name}, a custom autograd.Function, {verdict}")
+            found = SampleAxis(size, lost=f"{name}, a custom autograd.Function, {verdict}")
         return replace(found, tentative=True) if tentative else found
 
 

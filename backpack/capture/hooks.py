@@ -17,13 +17,21 @@ from backpack.capture.recorder import Recorder
 from backpack.capture.switch import disable
 from backpack.capture.tracker import flatten
 from backpack.graph.taps import (
-    BORDER,
     LOSS,
-    Border,
+    MODEL_OUTPUT,
+    ModelOutput,
     Recording,
     notes,
 )
-from backpack.samples.axis import MARK, Batch, batch_of, entered, mark, regular_axis, solo_axis
+from backpack.samples.axis import (
+    MARK,
+    SampleAxis,
+    current_inputs,
+    mark,
+    regular_axis,
+    sample_axis_of,
+    solo_axis,
+)
 
 
 class _State(threading.local):
@@ -53,15 +61,15 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         return
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
-    entered.axes, entered.written = _axes_of_inputs(recording, module, args, kwargs), {}
-    entered.ids = frozenset(map(id, recording.arguments))
+    current_inputs.axes, current_inputs.written = _axes_of_inputs(recording, module, args, kwargs), {}
+    current_inputs.ids = frozenset(map(id, recording.arguments))
     _state.recorder = Recorder(recording, after_forward)
     _state.recorder.__enter__()
 
 
 def _axes_of_inputs(
     recording: Recording, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> dict[int, Batch]:
+) -> dict[int, SampleAxis]:
     """The sample axes of a model's inputs, by ids: certain for the one that carries the batch."""
     dim = recording.batch_dim
     named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in flatten(x)]
@@ -74,11 +82,11 @@ def _axes_of_inputs(
         recording.arguments.append(tensor)
         if tensor.requires_grad:
             recording.entries.add(get_gradient_edge(tensor).node)
-    marked = [axis for t in tensors if (axis := batch_of(t)) is not None]
+    marked = [axis for t in tensors if (axis := sample_axis_of(t)) is not None]
     free = [
         (name, t)
         for name, t in named
-        if t.dim() > dim and batch_of(t) is None and not any(t is p for p in own)
+        if t.dim() > dim and sample_axis_of(t) is None and not any(t is p for p in own)
     ]
     given = [t for _, t in free]
     left = [] if marked else carriers(given, dim)
@@ -140,13 +148,13 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
-        border, kept = Border(recording, tensor.output_nr, axis, tensor.shape), notes(node)
-        kept.setdefault(BORDER, []).append(border)
+        border, kept = ModelOutput(recording, tensor.output_nr, axis, tensor.shape), notes(node)
+        kept.setdefault(MODEL_OUTPUT, []).append(border)
         if LOSS not in kept:  # which is listened to
             node.register_prehook(lambda grads: on_backward(recording, None, grads))
 
 
-def _doubt(recording: Recording, output: Tensor, axis: Batch | None) -> torch.Size | None:
+def _doubt(recording: Recording, output: Tensor, axis: SampleAxis | None) -> torch.Size | None:
     """The shape of an output that speaks for another input as the one that carries the batch."""
     dim = recording.batch_dim
     if not recording.inputs or output.dim() <= dim or output.shape[dim] not in recording.sizes:
@@ -158,7 +166,7 @@ def _doubt(recording: Recording, output: Tensor, axis: Batch | None) -> torch.Si
     return None if at_its_place or elsewhere else output.shape
 
 
-def _last_axis(recorder: Recorder, output: Tensor) -> Batch | None:
+def _last_axis(recorder: Recorder, output: Tensor) -> SampleAxis | None:
     """The sample axis of an output of the model, as its memory is now."""
     try:
         axis = recorder.axis_of(output)
@@ -168,7 +176,7 @@ def _last_axis(recorder: Recorder, output: Tensor) -> Batch | None:
         return axis if known else solo_axis(0, 1, output.shape, output.device)
     except Exception as error:
         recorder.give_up("the model's output", output, error)
-        return batch_of(output)
+        return sample_axis_of(output)
 
 
 # Loss modules that do nothing but call one function: by their hook, without a mode.
@@ -192,7 +200,7 @@ def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: T
         return
     func, names = LOSS_MODULES[type(module)]
     f = args[0] if args else kwargs["input"]
-    axis, dim = batch_of(f), module.__dict__.get("_backpack_batch_dim", 0)
+    axis, dim = sample_axis_of(f), module.__dict__.get("_backpack_batch_dim", 0)
     if axis is None and f.dim() > dim:
         axis = regular_axis(f.shape[dim], dim)
     recording = Recording(weakref.ref(module), None, dim)
@@ -218,4 +226,4 @@ def _close() -> None:
 
 def _forget() -> None:
     """What is known of tensors in a forward pass goes with it."""
-    entered.axes, entered.ids, entered.written = {}, frozenset(), {}
+    current_inputs.axes, current_inputs.ids, current_inputs.written = {}, frozenset(), {}

@@ -15,7 +15,7 @@ from backpack.graph.taps import (
     make_tap,
 )
 from backpack.samples.aliases import is_shared, places_of, wrote
-from backpack.samples.axis import Batch, batch_of, mark
+from backpack.samples.axis import SampleAxis, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, spellings
 from backpack.samples.propagate import (
     ELEMENTWISE,
@@ -81,8 +81,8 @@ class _Write(NamedTuple):
     shared: bool
     args: tuple
     kwargs: dict[str, Any]
-    own: Batch | None
-    marked: list[tuple[Tensor, Batch]]
+    own: SampleAxis | None
+    marked: list[tuple[Tensor, SampleAxis]]
     rest: list[Tensor]
     inputs: tuple[Node, ...]
     lone: bool
@@ -123,14 +123,14 @@ class InPlaceTracker(Tracker):
         index = args[1] if assigns and isinstance(args[1], tuple) else ()
         marked, sources, faint = self.sort_arguments((*args, *index) if index else args, kwargs)
         if not marked:
-            if faint and batch_of(target) is None and func not in _LEAVES_VALUES:
+            if faint and sample_axis_of(target) is None and func not in _LEAVES_VALUES:
                 self.adopt(target)
                 self.lose(func, target, faint[0], fresh=False)
             return None
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t, _ in marked if t.requires_grad)
         twin = FUNCTIONAL_TWINS[func]
         rest = [s for s in sources if s is not target]
-        own, shared = batch_of(target), is_shared(target)
+        own, shared = sample_axis_of(target), is_shared(target)
         # What the target was before, for those who ask for its shape or, if it is tried out, values.
         op = func if twin is None or func in ELEMENTWISE else twin
         follows = assigns or op in MOVERS or known(op, marked[0][1], target, args)
@@ -149,7 +149,7 @@ class InPlaceTracker(Tracker):
         """The axis of a tensor after an operation in place, and the tap, if it is one."""
         func, target, own, marked = write.func, write.target, write.own, write.marked
         if func in _REPLACES:
-            batch = batch_of(write.args[1])
+            batch = sample_axis_of(write.args[1])
         elif func == Tensor.__setitem__:
             batch = assigned(write.args[0], write.args[2], write.args[1])
         else:
@@ -173,7 +173,7 @@ class InPlaceTracker(Tracker):
             if not (batch.lost and batch.tentative):
                 self._written(write, batch, whole)
 
-    def _written(self, write: _Write, batch: Batch, whole: bool) -> None:
+    def _written(self, write: _Write, batch: SampleAxis, whole: bool) -> None:
         """The tap of an operation in place: where the graph goes on from what was written to."""
         target, base = write.target, write.target._base
         func = write.func if write.func == Tensor.__setitem__ else FUNCTIONAL_TWINS[write.func]
@@ -205,7 +205,7 @@ class InPlaceTracker(Tracker):
             for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
                 if not isinstance(each, Tensor) or not (marked or faint):
                     continue
-                own = batch_of(each)
+                own = sample_axis_of(each)
                 batch = faint[0] if faint else marked[0][1]
                 if marked:
                     batch, _ = traced(func, args, rest, each, marked, place)

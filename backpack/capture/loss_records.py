@@ -17,7 +17,7 @@ from backpack.graph.taps import (
     notes,
 )
 from backpack.losses.base import LOSSES, LossHessian
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 
 def _unheard(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
@@ -35,7 +35,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 def note_loss(
     recording: Recording,
     func: Any,
-    axis: Batch | None,
+    axis: SampleAxis | None,
     args: tuple,
     kwargs: dict[str, Any],
     node: Node,
@@ -53,7 +53,7 @@ def note_loss(
 
 def _without_logits(
     func: Any, args: tuple, kwargs: dict[str, Any], node: Node
-) -> Callable[[Batch], LossHessian | None]:
+) -> Callable[[SampleAxis], LossHessian | None]:
     """The rule of a loss, holding no more than autograd does.
 
     Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
@@ -67,7 +67,7 @@ def _without_logits(
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
         first = tensors[0]._version
 
-        def by_arguments(axis: Batch) -> LossHessian | None:
+        def by_arguments(axis: SampleAxis) -> LossHessian | None:
             _refuse_changed(func, tensors, [first, *versions])
             return LOSSES[func](axis, *map(_widened, args), **kwargs)
 
@@ -75,7 +75,7 @@ def _without_logits(
     logits, rest, saved, version = weakref.ref(args[0]), args[1:], below, args[0]._version
     others = tensors[1:]
 
-    def rule(axis: Batch) -> LossHessian | None:
+    def rule(axis: SampleAxis) -> LossHessian | None:
         _refuse_changed(func, others, versions)
         f = logits()
         if f is None or f._version != version:

@@ -1,9 +1,9 @@
 """Forward: find the taps, the operations in which parameters meet data.
 
 While the outermost extended module runs, a torch-function mode sees every operation. A result
-depends on the data if an argument does; the mark is :class:`~backpack.samples.axis.Batch`. An operation
-with a data-dependent result and an argument that requires grad but does not depend on the data is a
-tap, noted on its autograd node.
+depends on the data if an argument does; the mark is a
+:class:`~backpack.own.SampleAxis`. An operation with a data-dependent result and an argument that
+requires grad but does not depend on the data is a tap, noted on its autograd node.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack.capture.functions import is_custom
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
-from backpack.capture.tracker import BATCH_NORMS, NONLINEAR, tensors_in
+from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, tensors_in
 from backpack.graph.taps import (
     LAYERS,
     TAPS,
@@ -35,7 +35,7 @@ from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.decompositions import OPENED
 from backpack.rules.fallback import fallback
 from backpack.rules.recurrent import recurrent_axis
-from backpack.samples.axis import MARK, Batch, batch_of, entered, mark
+from backpack.samples.axis import MARK, SampleAxis, current_inputs, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, spellings
 from backpack.samples.propagate import (
     ELEMENTWISE,
@@ -50,7 +50,7 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 # Functions whose results need a second look, and types of results that need none.
-_WATCHED = BATCH_NORMS | NONLINEAR | EXPANSIONS
+_WATCHED = BATCH_NORMS | ELEMENTWISE_NONLINEAR | EXPANSIONS
 
 
 # Each result is made from one of the arguments, the one at the same place.
@@ -108,7 +108,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             return
         # Nearly all calls: one argument depends on the data, the others are parameters or none.
         first, several, sources = None, False, False
-        axes = entered.axes
+        axes = current_inputs.axes
         for a in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(a, Tensor):
                 batch = getattr(a, MARK, None) or axes.get(id(a))
@@ -120,7 +120,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
                     several = True
             elif type(a) is list or type(a) is tuple:
                 several = several or not all(type(each) is int for each in a)
-        if several or func in _WATCHED or func in LOSSES or entered.written:
+        if several or func in _WATCHED or func in LOSSES or current_inputs.written:
             self._look(func, args, kwargs, out)
         elif first is None:
             if sources or func in FACTORIES or any(t._base is not None for t in tensors_in(args)):
@@ -141,7 +141,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             else:
                 out._backpack_batch = found  # type: ignore[attr-defined]
 
-    def _layer(self, func: Any, args: tuple, out: Tensor, batch: Batch, input: Tensor) -> bool:
+    def _layer(self, func: Any, args: tuple, out: Tensor, batch: SampleAxis, input: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node, places = out.grad_fn, LAYERS.get(func)
         if places is None or node is None or out._base is not None or batch.solo is not None:
@@ -184,7 +184,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         out = func(*args, **kwargs)
         if args[0].requires_grad:
             self.recording.unseen.append(weakref.ref(args[0]))
-        if (axis := batch_of(args[0])) is not None:
+        if (axis := sample_axis_of(args[0])) is not None:
             mark(out, axis)
         return out
 
@@ -222,9 +222,9 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         args: tuple,
         kwargs: dict[str, Any],
         out: tuple[Tensor, ...],
-        marked: list[tuple[Tensor, Batch]],
+        marked: list[tuple[Tensor, SampleAxis]],
         sources: list[Tensor],
-        faint: list[Batch],
+        faint: list[SampleAxis],
     ) -> None:
         """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
         states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)

@@ -15,9 +15,9 @@ from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
 from backpack.forms.base import Dense
 from backpack.graph.taps import (
-    CURVED,
     ENDS,
     MIXES,
+    NONLINEAR,
     Recording,
     make_tap,
     notes,
@@ -26,7 +26,7 @@ from backpack.graph.taps import (
 from backpack.losses.base import LOSSES
 from backpack.rules.base import ToForm
 from backpack.samples.aliases import through_base
-from backpack.samples.axis import Batch, batch_of, mark, regular_axis
+from backpack.samples.axis import SampleAxis, mark, regular_axis, sample_axis_of
 from backpack.samples.movers import LIKE
 from backpack.samples.propagate import (
     ELEMENTWISE,
@@ -37,7 +37,7 @@ from backpack.samples.propagate import (
 )
 
 # Operations that curve each entry by itself.
-NONLINEAR = frozenset(
+ELEMENTWISE_NONLINEAR = frozenset(
     func
     for name in (
         "sigmoid tanh elu selu celu gelu silu mish softplus logsigmoid exp expm1 log log1p sqrt rsqrt "
@@ -84,9 +84,9 @@ class Tracker:
         # Tensors that got an axis by an operation in place.
         self.adopted: list[weakref.ref[Tensor]] = []
 
-    def axis_of(self, tensor: Tensor) -> Batch | None:
+    def axis_of(self, tensor: Tensor) -> SampleAxis | None:
         """The sample axis of a tensor, also where no operation that was seen has made it."""
-        batch = batch_of(tensor)
+        batch = sample_axis_of(tensor)
         if is_custom(tensor):
             found = self.functions.axis(tensor, batch, self.recording.entries)
         elif batch is None and tensor._base is not None:
@@ -99,15 +99,15 @@ class Tracker:
 
     def sort_arguments(
         self, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[list[tuple[Tensor, Batch]], list[Tensor], list[Batch]]:
+    ) -> tuple[list[tuple[Tensor, SampleAxis]], list[Tensor], list[SampleAxis]]:
         """Arguments that depend on the data, those that require grad but do not, faint ones' axes.
 
         Faint are tensors that count as constants although they depend on the data: the axis is lost,
         but no gradient flows through them, or none but that of parameters.
         """
-        marked: list[tuple[Tensor, Batch]] = []
+        marked: list[tuple[Tensor, SampleAxis]] = []
         sources: list[Tensor] = []
-        faint: list[Batch] = []
+        faint: list[SampleAxis] = []
         for a in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(a, Tensor):
                 batch = self.axis_of(a)
@@ -132,9 +132,9 @@ class Tracker:
         kwargs: dict[str, Any],
         out: Tensor,
         place: int,
-        marked: list[tuple[Tensor, Batch]],
+        marked: list[tuple[Tensor, SampleAxis]],
         sources: list[Tensor],
-        faint: list[Batch],
+        faint: list[SampleAxis],
     ) -> None:
         recording = self.recording
         if not marked:
@@ -172,14 +172,14 @@ class Tracker:
             return
         if func in LOSSES:
             f = kwargs.get("input", args[0] if args else None)
-            at = batch_of(f) if isinstance(f, Tensor) else None
+            at = sample_axis_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
             note_loss(recording, func, at, args, kwargs, node, module)
         elif func in BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
-        elif func in NONLINEAR and len(marked) == 1 and not batch.lost:
-            notes(node)[CURVED] = batch
+        elif func in ELEMENTWISE_NONLINEAR and len(marked) == 1 and not batch.lost:
+            notes(node)[NONLINEAR] = batch
         if sources:
             inputs = tuple(
                 t.grad_fn or get_gradient_edge(t).node
@@ -198,18 +198,18 @@ class Tracker:
             settle(out, batch)
 
     def settle_doubt(
-        self, func: Any, batch: Batch, out: Tensor, args: tuple, faint: list[Batch]
-    ) -> Batch:
+        self, func: Any, batch: SampleAxis, out: Tensor, args: tuple, faint: list[SampleAxis]
+    ) -> SampleAxis:
         """A tentative axis meets data that has lost its own: they agree if all rows get the same."""
         for t in tensors_in(args):
-            axis = batch_of(t)
+            axis = sample_axis_of(t)
             if axis is not None and axis.lost:
                 place = batch.dim - (out.dim() - t.dim())
                 if func not in ELEMENTWISE or (place >= 0 and t.shape[place] != 1):
                     return faint[0]
         return batch
 
-    def lose(self, func: Any, out: Tensor, lost: Batch, fresh: bool = True) -> None:
+    def lose(self, func: Any, out: Tensor, lost: SampleAxis, fresh: bool = True) -> None:
         """The axis of a result is not known; ``fresh``: that of its arguments was."""
         recording = self.recording
         where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
@@ -222,7 +222,7 @@ class Tracker:
         """A call that could not be followed: nothing is known of its results."""
         why = f"a call that cannot be followed ({type(error).__name__}: {error})"
         for each in flatten(out):
-            lost = Batch(self.recording.size or 1, lost=why, tentative=not each.requires_grad)
+            lost = SampleAxis(self.recording.size or 1, lost=why, tentative=not each.requires_grad)
             self.lose(func, each, lost)
 
     def touch(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -251,7 +251,7 @@ class Tracker:
             store_tap(self.recording, func, node, out.output_nr, batch, forms, (), True)
 
 
-def _note_end(recording: Recording, out: Tensor, marked: list[tuple[Tensor, Batch]]) -> None:
+def _note_end(recording: Recording, out: Tensor, marked: list[tuple[Tensor, SampleAxis]]) -> None:
     """Remember what a result was computed from in which samples are no longer apart."""
     if out.grad_fn is not None:
         ends = [(get_gradient_edge(t), axis) for t, axis in marked if t.requires_grad and not axis.lost]

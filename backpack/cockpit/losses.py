@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.own import Batch, Pass, axis_at
+from backpack.own import Pass, SampleAxis, axis_at
 
 _LINEAR = frozenset(
     """Add Sub Rsub Neg Mul Div Sum Mean View UnsafeView ReshapeAlias Expand Squeeze Unsqueeze Clone
@@ -189,7 +189,7 @@ def _weights(kind: str, node: Any, gradient: Tensor, values: Tensor) -> Tensor:
     return (gradient / count).expand(values.shape)
 
 
-def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) -> Batch:
+def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) -> SampleAxis:
     """Where samples are in the unreduced result."""
     place = edge
     reduced = kind in _LOSSES and not len(node._input_metadata[0].shape)
@@ -197,7 +197,7 @@ def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) 
         below, number = node.next_functions[0]
         assert below is not None
         place = GradientEdge(below, number)
-    axis: Batch | None = None
+    axis: SampleAxis | None = None
     record = given.graph.losses.get(node)
     if record is not None and record[0].axis is not None and record[0].axis.lost is None:
         axis = record[0].axis

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack.capture import loss_records
 from backpack.engine import certificate
-from backpack.engine.direct import DirectRun
+from backpack.engine.direct import pass_down
 from backpack.engine.run import Run
 from backpack.engine.state import Block, ExtensionHook, Nested, current_block, open_blocks
 from backpack.graph.taps import LossRecord, Recording
@@ -273,12 +273,8 @@ class _Watch(TorchFunctionMode):
             leaves = set(_leaves(inputs))
             self.block.wanted = leaves if self.block.wanted is None else leaves & self.block.wanted
         keeps = create_graph if retain_graph is None else retain_graph
-        run = DirectRun(self.block, keeps or self.block.owner.retain_graph)
         with torch.set_grad_enabled(create_graph):
-            try:
-                run.pass_down()
-            finally:
-                run.abort()
+            pass_down(self.block, keeps or self.block.owner.retain_graph)
 
 
 def _leaves(inputs: Any) -> Iterator[Tensor]:
@@ -294,7 +290,7 @@ def _leaves(inputs: Any) -> Iterator[Tensor]:
 def _run_begins(block: Block, grads: Any) -> None:
     """A backward call seen by the block's watch has reached its root."""
     if not block.nested and block.listens:
-        _run_of(block).tap_here(grads)
+        _run_of(block).taps_at_current_node(grads)
 
 
 def _run_of(block: Block) -> Run:
@@ -321,7 +317,7 @@ def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     run.reach(node)
     if loss is not None:
         run.loss(loss, GradientEdge(node, 0), grads[0])
-    run.tap_here(grads)
+    run.taps_at_current_node(grads)
 
 
 loss_records.reached = _reached

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph.survey import Graph, outputs_at
 from backpack.graph.taps import ENDS, Tap, notes
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.samples.separability import generic
 
 Mode = Literal["once", "always", "never"]
@@ -33,7 +33,7 @@ default: Mode = "once"
 # A graph that was certified is certified again after so many passes.
 AGAIN_AFTER = 200
 
-Starts = Sequence[tuple[GradientEdge, Batch]]
+Starts = Sequence[tuple[GradientEdge, SampleAxis]]
 Named = Callable[[Tap], str]
 
 _passes: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 def starts_of(graph: Graph) -> Starts:
     """Where samples are last apart: model outputs, and what a loss inside a model is computed from."""
-    found: dict[tuple[Node, int], Batch] = {}
+    found: dict[tuple[Node, int], SampleAxis] = {}
     for node in graph.nodes:
         for border in outputs_at(node):
             if border.batch is not None:
@@ -146,7 +146,7 @@ def _pulled(
     return list(found)
 
 
-def _along(axis: Batch, like: Tensor, scale: Scale) -> Tensor:
+def _along(axis: SampleAxis, like: Tensor, scale: Scale) -> Tensor:
     ids = scale(axis.sample_ids(like.device), like.real.dtype if like.is_complex() else like.dtype)
     return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
@@ -221,14 +221,14 @@ def _between(starts: Starts, target: Node) -> list[Node]:
     """Nodes on ways from the starts to a node, those nearer to the starts first."""
     done: dict[Node, bool] = {}
     stack = [(edge.node, False) for edge, _ in starts]
-    entered: set[Node] = set()
+    current_inputs: set[Node] = set()
     while stack:
         node, leaving = stack.pop()
         children = [child for child, _ in node.next_functions if child is not None]
         if leaving:
             done[node] = node is target or any(done.get(child, False) for child in children)
-        elif node not in entered:
-            entered.add(node)
+        elif node not in current_inputs:
+            current_inputs.add(node)
             stack.append((node, True))
             stack += [(child, False) for child in children] if node is not target else []
     return [node for node, leads in reversed(done.items()) if leads]

@@ -16,7 +16,7 @@ def passes_its_input_on(module: nn.Module) -> bool:
     return not several and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-class Exposed:
+class LayerIO:
     """``module.input0`` and ``module.output`` while an extension hook looks at a layer.
 
     The output is no longer there, as nothing in backward needs it: it is computed if it is asked for.

@@ -1,4 +1,4 @@
-"""One backward pass: listens at taps and parameters, contracts, carries columns, saves, and frees.
+"""One backward pass: listens at taps and parameters, contracts, saves, and frees.
 
 Order of events: the loss's node is reached (columns are carried to all taps in a nested pass), each
 tap's node is reached (first-order forms), each parameter's gradient is complete (fields are saved, the
@@ -7,10 +7,9 @@ extension hook runs), the pass ends.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,53 +19,41 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.engine import certificate
-from backpack.engine.layer_io import Exposed, passes_its_input_on
-from backpack.engine.refusals import Names, check, parameters_of
+from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
+from backpack.engine.debug import Stopwatch, print_taps
+from backpack.engine.layer_io import LayerIO, passes_its_input_on
+from backpack.engine.loop import carry_sources
+from backpack.engine.refusals import Names, check
 from backpack.engine.state import Block, Nested, current_block
-from backpack.forms.base import Dense, Form
-from backpack.forms.products import products_kept
-from backpack.forms.several import Pullback, Together, merge, of_one
-from backpack.graph.survey import Graph, carry, leaves_below, pull_back, survey
+from backpack.forms.base import Dense
+from backpack.forms.several import merge
+from backpack.graph.survey import Graph, leaves_below, survey
 from backpack.graph.taps import LossRecord, Source, Tap
 from backpack.kronecker.objects import KroneckerBlock
-from backpack.quantities import products as products
+from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.matrix_products import Product
 from backpack.rules.convolution import patches_kept
-from backpack.sources.columns import Columns, ColumnSource, Pass, Wanted, cotangent_places
+from backpack.sources.columns import ColumnSource, Pass, cotangent_places
 from backpack.sources.table import LossGradient
 
 # Gradients at a node's outputs, by their numbers.
-Arrived = Sequence[Tensor | None] | Mapping[int, Tensor | None]
-# A node and the number of one of its outputs.
-Place = tuple[Node, int]
+Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-class Leaf:
-    """What is collected for one parameter."""
-
-    def __init__(self, parameter: Tensor, samples: int) -> None:
-        self.parameter = parameter
-        self.samples = samples
-        # Where it meets data; the same but for parameters without entries, which no column reaches.
-        self.places: list[tuple[Node, Tap, Source]] = []
-        self.uses: list[tuple[Node, Tap, Source]] = []
-        self.waiting: set[Tap] = set()
-        self.forms: list[Form] = []
-        self.states: dict[str, Any] = {}
-        self.total: Tensor | None = None
-        self.contracted = False
-        # Whether a gradient has arrived at one of its taps.
-        self.arrived = False
-        self.hooked = bool(getattr(parameter, "_backward_hooks", None))
-
-
 class Run:
-    """The state of one backward pass."""
+    """The state of one backward pass.
 
-    def __init__(self, block: Block, task: int, keeps: bool) -> None:
+    Args:
+        block: the block in which it runs.
+        task: its number, or ``None`` for a pass that autograd does not make (``gradient=False``): no
+            hook is called then, gradients at taps are handed to :meth:`arrive`.
+        keeps: whether what was captured is kept for another pass.
+    """
+
+    def __init__(self, block: Block, task: int | None, keeps: bool) -> None:
         self.block = block
         self.task = task
         self.keeps = keeps
@@ -76,10 +63,10 @@ class Run:
         self.modules: list[tuple[nn.Module, set[Tensor]]] = []
         self.handles: list[Any] = []
         self.saved: list[tuple[Tensor, str]] = []
-        self.costs: dict[Tensor | str, float] = {}
+        self.watch = Stopwatch(block.owner.debug)
         # First inputs of operations, for the extension hook.
         self.inputs: dict[Tensor, Tensor] = {}
-        self.here: list[Tap] = []
+        self.at_current_node: list[Tap] = []
         self.done = False
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if isinstance(ext.source, LossGradient)]
@@ -88,12 +75,12 @@ class Run:
         for ext in exts:
             if ext not in self.first_order and ext not in self.products:
                 self.by_source.setdefault(ext.source, []).append(ext)
-        self.whole = any(ext.writes_out for ext in self.first_order)
-        self.large = [ext.savefield for ext in exts if ext.large]
+        self.writes_out = any(ext.writes_out for ext in self.first_order)
+        self.frees_previous = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
         ask = [ext for ext in exts if ext.needs_gradient]
-        self.early = not ask and block.owner.extension_hook is None
-        self.totals = any(ext in self.first_order for ext in ask)
+        self.saves_without_gradient = task is None or (not ask and block.owner.extension_hook is None)
+        self.needs_totals = any(ext in self.first_order for ext in ask)
 
     # ----------------------------------------------------------------------------------
     # Beginning
@@ -144,11 +131,11 @@ class Run:
         if not certificate.due(graph, self.block.owner.certify):
             return
         names = Names(graph.recordings)
-        with self._nested(), self._timed("certificate that samples are apart"):
+        with Nested(self.block), self.watch("certificate that samples are apart"):
             certificate.certify(graph, names.of)
 
     def _survey(self, roots: list[Node]) -> Graph:
-        with self._nested():
+        with Nested(self.block):
             return survey(roots, any(ext.source.second_order for ext in self.block.owner.extensions))
 
     def listen(self, graph: Graph) -> None:
@@ -172,12 +159,12 @@ class Run:
                 for parameter in leaves:
                     if self._executes(parameter):
                         self._use(parameter, node, tap, source, names)
-        for node, taps in nodes.items():
-            self._hear(node, taps)
+        for node, taps in nodes.items() if self.task is not None else ():
+            self._listen_at_node(node, taps)
         if self.block.owner.extension_hook is not None:
             self._own_modules(fresh)
         if self.block.owner.debug:
-            self._print(fresh, names)
+            print_taps((tap for _, tap in fresh), names)
 
     def _executes(self, parameter: Tensor) -> bool:
         """Whether this backward pass computes the parameter's gradient."""
@@ -196,9 +183,9 @@ class Run:
             )
         if leaf is None:
             leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size)
-            if not self.early or not parameter.numel():
-                self._await(leaf)
-            for field in self.large:
+            if not self.saves_without_gradient or not parameter.numel():
+                self._save_on_gradient(leaf)
+            for field in self.frees_previous:
                 parameter.__dict__.pop(field, None)
         if leaf.samples != tap.batch.size:
             raise RuntimeError(
@@ -217,21 +204,23 @@ class Run:
         self.uses.setdefault(tap, []).append((leaf, source))
         leaf.waiting.add(tap)
 
-    def _hear(self, node: Node, taps: list[Tap]) -> None:
+    def _listen_at_node(self, node: Node, taps: list[Tap]) -> None:
         """Take notice when backward reaches a node with taps."""
         if node is torch._C._current_autograd_node():
-            self.here = taps  # whose hooks are being called already
+            self.at_current_node = taps  # whose hooks are being called already
         else:
             self.handles.append(node.register_prehook(partial(self.tap, taps)))
 
-    def tap_here(self, grads: Arrived) -> None:
+    def taps_at_current_node(self, grads: Gradients) -> None:
         """Backward began, or was first seen, at a node with taps."""
-        here, self.here = self.here, []
+        here, self.at_current_node = self.at_current_node, []
         if here:
             self.tap(here, grads)
 
-    def _await(self, leaf: Leaf) -> None:
+    def _save_on_gradient(self, leaf: Leaf) -> None:
         """Save a parameter's quantities when its gradient is complete."""
+        if self.task is None:
+            return
         self.handles.append(leaf.parameter.register_hook(partial(self.complete, leaf)))
 
     def _own_modules(self, fresh: Iterable[tuple[Node, Tap]]) -> None:
@@ -245,30 +234,6 @@ class Run:
                 if own and id(module) not in known:
                     self.modules.append((module, own))
                 known.add(id(module))
-
-    def _print(self, fresh: Iterable[tuple[Node, Tap]], names: Names) -> None:
-        for _, tap in fresh:
-            who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
-            place = f"samples {tap.batch.size}, axis {tap.batch.dim}"
-            print(f"[DEBUG] tap {tap.op}: {who} ({place}), {tap.rule}")
-
-    def _timed(self, what: Tensor | str) -> AbstractContextManager[None]:
-        """In debug mode, add up what is spent inside the block."""
-        return self._stopwatch(what) if self.block.owner.debug else _NOTHING
-
-    @contextmanager
-    def _stopwatch(self, what: Tensor | str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.costs[what] = self.costs.get(what, 0.0) + time.perf_counter() - start
-
-    def _print_costs(self) -> None:
-        names = Names(self.graph.recordings)
-        for what, seconds in self.costs.items():
-            name = what if isinstance(what, str) else f"quantities of {names(what)}"
-            print(f"[DEBUG] {name}: {1e3 * seconds:.2f} ms")
 
     # ----------------------------------------------------------------------------------
     # Second order
@@ -286,149 +251,20 @@ class Run:
     def columns(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
         """Carry the columns of all sources to the taps, and reduce them there."""
         leaves = [leaf for leaf in self.leaves.values() if leaf.uses]
-        if not leaves or not self.by_source:
-            return
-        names = Names(self.graph.recordings)
-        given = Pass(roots, graph, leaves, names, self.block.owner.chunk_size, self.block.hooked)
-        with patches_kept(), self._nested():
-            for source, exts in self.by_source.items():
-                self._refuse_refining(exts)
-                wanted = Wanted(
-                    any(ext.per_sample for ext in exts),
-                    all(ext.signed for ext in exts),
-                    any(ext.every_column for ext in exts),
-                )
-                refined = [ext for ext in exts if ext.refines]
-                chunks = source.chunks(given, wanted)
-                kept = list(chunks) if refined and source.random else None
-                self._take_all(kept or chunks, exts, given, False)
-                if refined:
-                    self._take_all(kept or source.chunks(given, wanted), refined, given, True)
-
-    def _refuse_refining(self, exts: list[BackpropExtension]) -> None:
-        for ext in exts:
-            if ext.refines and any(ext.savefield in leaf.states for leaf in self.leaves.values()):
-                raise NotImplementedError(
-                    f"{ext.savefield} has eigenvectors of one loss's factors, but backward has reached "
-                    "another loss; call loss.backward() on their sum, or use KFLR or KFAC"
-                )
-
-    def _take_all(
-        self, chunks: Iterable[Columns], exts: list[BackpropExtension], given: Pass, refining: bool
-    ) -> None:
-        for columns in chunks:
-            with self._timed("columns carried to all taps"):
-                at = self._carry(columns, given)
-            with products_kept():
-                for leaf in self.leaves.values():
-                    if leaf.uses and (columns.about is None or leaf.parameter in columns.about):
-                        with self._timed(leaf.parameter):
-                            self._take(leaf, columns, at, exts, refining)
-            del at  # before the next columns are carried
-
-    def _carry(self, columns: Columns, given: Pass) -> dict[Place, Tensor | None]:
-        """Columns at taps, by places of the graph."""
-        if columns.carried:
-            places = [(edge.node, edge.output_nr) for edge in columns.starts]
-            return dict(zip(places, columns.values, strict=True))
-        targets = given.taps if columns.about is None else given.taps_of(columns.about)
-        found = carry(columns.starts, targets, columns.values)
-        return dict(zip(((edge.node, edge.output_nr) for edge in targets), found, strict=True))
-
-    def _take(
-        self,
-        leaf: Leaf,
-        columns: Columns,
-        at: dict[Place, Tensor | None],
-        exts: list[BackpropExtension],
-        refining: bool,
-    ) -> None:
-        """Reduce columns that have arrived at the taps of a parameter, or at the parameter itself."""
-        count = len(columns.values[0])
-        # Factors of inputs are those of all uses, also where these columns reach some of them only.
-        absent = count if any(ext.every_use for ext in exts) else 0
-        form = self._own_form(leaf, at) if columns.carried else None
-        form = self._form(leaf, at, absent) if form is None else form
-        if form is None:
-            shape = (count, leaf.samples, *leaf.parameter.shape)
-            zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
-            self._reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
-        elif refining:
-            for ext in exts:
-                leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
-        else:
-            self._reduce(leaf, exts, form, columns.sign)
-
-    def _own_form(self, leaf: Leaf, at: dict[Place, Tensor | None]) -> Form | None:
-        """The form of columns at the parameter itself, if there are any."""
-        own = at.get((get_gradient_edge(leaf.parameter).node, 0))
-        if own is None:
-            return None
-        return Together(own, leaf.samples) if own.dim() == 1 + leaf.parameter.dim() else Dense(own)
-
-    def _form(self, leaf: Leaf, at: dict[Place, Tensor | None], absent: int) -> Form | None:
-        """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
-        arrived = [at.get((node, tap.place)) for node, tap, _ in leaf.uses]
-        if all(g is None for g in arrived):
-            return None
-        forms = []
-        for (node, tap, source), g in zip(leaf.uses, arrived, strict=True):
-            if g is None and absent:
-                about = node._input_metadata[tap.place]
-                g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
-            if g is not None:
-                forms.append(self._source_form(leaf, source, g))
-        return merge(forms)
-
-    def _zeros(self, leaf: Leaf) -> Form:
-        """A column of zeros, in the form in which columns would reach a parameter."""
-        zero, forms = leaf.parameter.detach().new_zeros(()), []
-        with self._nested():
-            for node, tap, source in leaf.places:
-                at = node._input_metadata[tap.place]
-                if source.edge is None:
-                    forms.append(source.form(zero.to(at.dtype).expand(1, *at.shape)))
-                else:  # whose graph may be gone
-                    forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
-        return merge(forms)
-
-    def _source_form(self, leaf: Leaf, source: Source, g: Tensor) -> Form:
-        form = source.form(g)
-        if source.edge is None:
-            return form
-        vjp = partial(self._pull_back, source.edge, leaf.parameter)
-        return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
-
-    def _pull_back(self, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
-        with self._nested():
-            return pull_back(edge, parameter, columns)
-
-    def _reduce(
-        self,
-        leaf: Leaf,
-        exts: Iterable[BackpropExtension],
-        form: Form,
-        sign: Tensor | None = None,
-    ) -> None:
-        for ext in exts:
-            if ext.savefield in leaf.states:
-                state = ext.update(leaf.states[ext.savefield], form, sign)
-            else:
-                state = ext.begin(leaf.parameter, form, sign)
-            leaf.states[ext.savefield] = state
-
-    def _nested(self) -> Nested:
-        return Nested(self.block)
+        if leaves and self.by_source:
+            block, names = self.block, Names(self.graph.recordings)
+            given = Pass(roots, graph, leaves, names, block.owner.chunk_size, block.hooked)
+            carry_sources(block, self.watch, leaves, given, self.by_source)
 
     # ----------------------------------------------------------------------------------
     # First order
 
-    def tap(self, taps: list[Tap], grads: Arrived) -> None:
+    def tap(self, taps: list[Tap], grads: Gradients) -> None:
         """Backward has reached a tap's node."""
         if not self.block.nested and torch._C._current_graph_task_id() == self.task:
             self.arrive(taps, grads)
 
-    def arrive(self, taps: list[Tap], grads: Arrived) -> None:
+    def arrive(self, taps: list[Tap], grads: Gradients) -> None:
         """Take the gradients at a node's outputs to the parameters that its taps are about."""
         ready: dict[Leaf, None] = {}
         for tap in taps if self.block.owner.extension_hook is not None else ():
@@ -442,7 +278,7 @@ class Run:
                 leaf.arrived |= g is not None
                 if column is not None:
                     with patches_kept() if len(self.first_order) > 1 else _NOTHING:
-                        form = self._source_form(leaf, source, column)
+                        form = form_of_source(self.block, leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
                         form = form.written()
@@ -451,12 +287,12 @@ class Run:
                 if not leaf.waiting:
                     ready[leaf] = None
         for leaf in ready:
-            with self._timed(leaf.parameter):
+            with self.watch(leaf.parameter):
                 self._contract(leaf)
-            if self.early and leaf.arrived:
+            if self.saves_without_gradient and leaf.arrived:
                 self.save(leaf)
-            elif self.early:
-                self._await(leaf)
+            elif self.saves_without_gradient:
+                self._save_on_gradient(leaf)
         for tap in taps if not self.keeps else ():
             tap.release()
 
@@ -468,17 +304,18 @@ class Run:
             return
         form = merge(forms)
         others = [ext for ext in self.first_order if ext.written_out]
-        with self._nested():
-            self._reduce(leaf, [ext for ext in self.first_order if not ext.written_out], form)
-            if self.whole and len(others) > 1:
+        with Nested(self.block):
+            reduce(leaf, [ext for ext in self.first_order if not ext.written_out], form)
+            if self.writes_out and len(others) > 1:
                 form = Dense(form.dense())  # written out anyway: it serves the others too
-            self._reduce(leaf, others, form)
-            if self.totals and self._needs_total(leaf):
+            reduce(leaf, others, form)
+            if self.needs_totals and self._needs_total(leaf):
                 leaf.total = form.total()
 
     def _needs_total(self, leaf: Leaf) -> bool:
         """Whether the gradient that arrives at the parameter may be another than that of its uses."""
-        return self.block.roots is None or leaf.hooked or leaf.parameter in self.graph.outside
+        outside = leaf.parameter in self.graph.outside
+        return self.task is None or self.block.roots is None or leaf.hooked or outside
 
     # ----------------------------------------------------------------------------------
     # Saving
@@ -487,7 +324,6 @@ class Run:
         """A parameter's gradient is complete: save its quantities."""
         if self.block.nested or torch._C._current_graph_task_id() != self.task:
             return
-
         self.save(leaf, gradient)
 
     def save(self, leaf: Leaf, gradient: Tensor | None = None) -> None:
@@ -503,7 +339,7 @@ class Run:
                 )
             return found.to_dense() if found.is_sparse else found
 
-        context = Context(leaf.parameter, leaf.samples, total, partial(self._zeros, leaf))
+        context = Context(leaf.parameter, leaf.samples, total, partial(form_of_zeros, self.block, leaf))
         detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
             if ext.savefield in leaf.states:
@@ -526,7 +362,7 @@ class Run:
                     own = module.parameters(recurse=False)
                     inputs = [self.inputs.pop(p) for p in own if p in self.inputs]
                     exposed = inputs and passes_its_input_on(module)
-                    with Exposed(module, inputs[0]) if exposed else nullcontext():
+                    with LayerIO(module, inputs[0]) if exposed else nullcontext():
                         hook(module)
 
     # ----------------------------------------------------------------------------------
@@ -535,9 +371,10 @@ class Run:
     def end(self) -> None:
         """The backward pass is over."""
         self.done = True
-        self._print_costs()
+        self.watch.print(Names(self.graph.recordings))
         self._clear()
-        self.block.runs.pop(self.task, None)
+        if self.task is not None:
+            self.block.runs.pop(self.task, None)
 
     def abort(self) -> None:
         """The backward pass raised: take back what was saved."""

@@ -16,18 +16,18 @@ from backpack.forms.products import gram_matrix
 class Layout:
     """How matrices ``[*lead, q, o, i]`` are stored in a parameter.
 
-    ``kind`` is ``"rows"`` (row-major ``[q * o, i]``: linear, convolution), ``"columns"``
+    ``kind`` is ``"out_in"`` (row-major ``[q * o, i]``: linear, convolution), ``"in_out"``
     (``[i, o]``: a matrix that multiplies from the right) or ``"convt"`` (``[q * i, o, *kernel]``
     with the kernel flattened into ``i``: transposed convolution).
     """
 
     shape: torch.Size
-    kind: str = "rows"
+    kind: str = "out_in"
 
     def store(self, matrix: Tensor) -> Tensor:
         """``[*lead, q, o, i] -> [*lead, *p]``."""
         lead = matrix.shape[:-3]
-        if self.kind == "columns":
+        if self.kind == "in_out":
             matrix = matrix.mT
         elif self.kind == "convt":
             matrix = matrix.unflatten(-1, (-1, *self.shape[2:])).movedim(len(lead) + 2, len(lead) + 1)
@@ -37,7 +37,7 @@ class Layout:
         """``[*lead, *p] -> [*lead, q, o, i]``, the inverse of :meth:`store`."""
         lead = stored.shape[: stored.dim() - len(self.shape)]
         size = self.shape.numel() // max(groups * outputs, 1)
-        if self.kind == "columns":
+        if self.kind == "in_out":
             return stored.reshape(*lead, groups, size, outputs).mT
         if self.kind == "convt":
             inputs = self.shape[0] // groups
@@ -47,7 +47,7 @@ class Layout:
 
     def transposed(self) -> Layout:
         """The layout of the parameter this one is the transpose of."""
-        kind = {"rows": "columns", "columns": "rows"}[self.kind]
+        kind = {"out_in": "in_out", "in_out": "out_in"}[self.kind]
         return Layout(torch.Size(reversed(self.shape)), kind)
 
 

@@ -89,7 +89,7 @@ class Outer(Positioned):
     def dense(self) -> Tensor:
         if torch.is_grad_enabled():
             return self.layout.store(self._differentiable())
-        swapped = self.layout.kind == "columns"
+        swapped = self.layout.kind == "in_out"
         sides = self.g.shape[-1], self.inputs.shape[-1]
         matrices = fresh(self.g, (*self.g.shape[:3], *(reversed(sides) if swapped else sides)))
         first = 0
@@ -374,13 +374,13 @@ class Outer(Positioned):
             return gram_matrix(a.flatten(0, 2), count)
 
         output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
-        return [inputs, output] if self.layout.kind == "columns" else [output, inputs]
+        return [inputs, output] if self.layout.kind == "in_out" else [output, inputs]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
         """Of one group, by rotating its sides."""
         if len(bases) == 1:
             return super().rotated_square_sum(bases)
-        columns = self.layout.kind == "columns"
+        columns = self.layout.kind == "in_out"
         outputs, inputs = reversed(bases) if columns else bases
         if self.g.shape[2] == 1:
             shape = torch.Size((len(outputs), len(inputs)))

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.graph.taps import BORDER, LOSS, MIXES, TAPS, Border, LossRecord, Recording, Tap, notes
+from backpack.graph.taps import (
+    LOSS,
+    MIXES,
+    MODEL_OUTPUT,
+    TAPS,
+    LossRecord,
+    ModelOutput,
+    Recording,
+    Tap,
+    notes,
+)
 from backpack.graph.tracing import axis_at, kind_of
 
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
@@ -54,8 +64,8 @@ class Graph:
     """
 
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
-    losses: dict[Node, tuple[LossRecord, dict[Node, list[Border]]]] = field(default_factory=dict)
-    outputs: dict[Node, list[Border]] = field(default_factory=dict)
+    losses: dict[Node, tuple[LossRecord, dict[Node, list[ModelOutput]]]] = field(default_factory=dict)
+    outputs: dict[Node, list[ModelOutput]] = field(default_factory=dict)
     bare: bool = False
     unseen: list[tuple[Tensor, str]] = field(default_factory=list)
     outside: set[Tensor] = field(default_factory=set)
@@ -73,7 +83,7 @@ class Graph:
         )
         return hash((*self.kinds, *taps))
 
-    def joint(self) -> tuple[dict[Node, list[Border]], set[Node]]:
+    def joint(self) -> tuple[dict[Node, list[ModelOutput]], set[Node]]:
         """The model outputs whose Hessian no rule gives, and the known losses that add to it."""
         outputs, absorbed, size = dict(self.outputs), set[Node](), -1
         while len(outputs) > size:
@@ -85,21 +95,21 @@ class Graph:
         return outputs, absorbed
 
 
-def outputs_at(node: Node) -> list[Border]:
+def outputs_at(node: Node) -> list[ModelOutput]:
     """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
-    found: dict[int, Border] = {}
-    for border in notes(node).get(BORDER, ()):
+    found: dict[int, ModelOutput] = {}
+    for border in notes(node).get(MODEL_OUTPUT, ()):
         if border.batch is not None and not border.batch.lost and border.recording.taps:
             found[border.place] = border
     return list(found.values())
 
 
-def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[Border]], bool]:
+def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], bool]:
     """The model outputs that a known loss depends on, and whether by way of a curved function.
 
     In that case its Hessian is not the one in the outputs.
     """
-    found: dict[Node, list[Border]] = {}
+    found: dict[Node, list[ModelOutput]] = {}
     curved = False
     stack, seen = [(record.edge.node, False)], set()
     while stack:
@@ -173,13 +183,13 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if outputs and not covered:
             graph.outputs[node] = outputs
             covered = True
-        for border in data.get(BORDER, ()):
+        for border in data.get(MODEL_OUTPUT, ()):
             inside = border.recording
             graph.recordings.append(inside)
             if border.mixed:
                 graph.mixed = border.batch.lost  # type: ignore[union-attr]
         # What is curved above a loss makes it part of one that no rule knows.
-        bent = curvature and not covered and (bent or _bends(node))
+        bent = curvature and not covered and (bent or _is_nonlinear(node))
         taps = data.get(TAPS)
         if taps is None:
             stack += [(child, covered, bent, inside) for child, _ in node.next_functions if child]
@@ -203,7 +213,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     return graph
 
 
-def _bends(node: Node) -> bool:
+def _is_nonlinear(node: Node) -> bool:
     """Whether an operation between root and losses adds curvature."""
     kind = kind_of(node)
     if kind in _LINEAR:
@@ -215,7 +225,7 @@ def _bends(node: Node) -> bool:
 
 def _reaches_model(node: Node) -> bool:
     found = (notes(below) for below in _below([node]))
-    return any(TAPS in data or BORDER in data or LOSS in data for data in found)
+    return any(TAPS in data or MODEL_OUTPUT in data or LOSS in data for data in found)
 
 
 def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
@@ -235,7 +245,7 @@ def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
                 continue
             data, leaf = notes(node), getattr(node, "variable", None)
             leaves[node] = set() if leaf is None else {leaf}
-            model[node] = TAPS in data or BORDER in data
+            model[node] = TAPS in data or MODEL_OUTPUT in data
             if not model[node] and leaf is None:
                 stack.append((node, True))
                 stack += [(child, False) for child, _ in node.next_functions if child]

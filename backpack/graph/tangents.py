@@ -204,14 +204,14 @@ def _tangents(
 def _upwards(roots: Sequence[Node]) -> list[Node]:
     """All nodes, each after those below it."""
     done: dict[Node, None] = {}
-    entered: set[Node] = set()
+    current_inputs: set[Node] = set()
     stack = [(root, False) for root in roots]
     while stack:
         node, leaving = stack.pop()
         if leaving:
             done[node] = None
-        elif node not in entered:
-            entered.add(node)
+        elif node not in current_inputs:
+            current_inputs.add(node)
             stack.append((node, True))
             stack += [(child, False) for child, _ in node.next_functions if child is not None]
     return list(done)

@@ -22,7 +22,7 @@ from backpack.forms.several import Pullback, Single, of_one
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
-from backpack.samples.axis import Batch, entering, mark, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, entering, mark, regular_axis, solo_axis
 from backpack.samples.movers import reshaped
 
 # Operations that are linear in each argument, though they have no rule.
@@ -46,8 +46,8 @@ UNBATCHED = {
     **{getattr(torch, f"conv{kind}{n}d"): n + 1 for n in (1, 2, 3) for kind in ("", "_transpose")},
 }
 # Keys of autograd nodes' metadata.
-TAPS, LOSS, BORDER = "backpack_taps", "backpack_loss", "backpack_border"
-MIXES, CURVED = "backpack_mixes", "backpack_curved"
+TAPS, LOSS, MODEL_OUTPUT = "backpack_taps", "backpack_loss", "backpack_border"
+MIXES, NONLINEAR = "backpack_mixes", "backpack_curved"
 # Below the node of a result without sample axis: the arguments that had one.
 ENDS = "backpack_ends"
 
@@ -106,7 +106,7 @@ class Tap:
         self,
         func: Any,
         place: int,
-        batch: Batch,
+        batch: SampleAxis,
         inputs: tuple[Node, ...],
         recording: Recording,
         sources: list[Source] | None = None,
@@ -224,12 +224,12 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
-class Border:
+class ModelOutput:
     """A model output: what a loss is a function of. Holds no tensor (that would be a cycle)."""
 
     recording: Recording
     place: int
-    batch: Batch | None
+    batch: SampleAxis | None
     shape: torch.Size
 
     @property
@@ -254,14 +254,14 @@ class LossRecord:
         device: kind of device it is on.
     """
 
-    rule: Callable[[Batch], LossHessian | None]
+    rule: Callable[[SampleAxis], LossHessian | None]
     edge: GradientEdge
     module: nn.Module | None
-    axis: Batch | None
+    axis: SampleAxis | None
     device: str = "cpu"
-    _known: tuple[Batch, LossHessian | None] | None = None
+    _known: tuple[SampleAxis, LossHessian | None] | None = None
 
-    def locate(self, axis: Batch | None) -> None:
+    def locate(self, axis: SampleAxis | None) -> None:
         """Say where the samples are."""
         if axis is None or self._known is None or axis != self._known[0]:
             self.axis, self._known = axis, None
@@ -302,7 +302,7 @@ class View(NamedTuple):
     """
 
     places: Tensor
-    axis: Batch
+    axis: SampleAxis
 
 
 def make_tap(
@@ -313,7 +313,7 @@ def make_tap(
     node: Node,
     output_nr: int,
     place: int,
-    batch: Batch,
+    batch: SampleAxis,
     sources: list[Tensor],
     inputs: tuple[Node, ...],
     base: Tensor | None = None,
@@ -384,7 +384,7 @@ def _in_front(form: ToForm) -> ToForm:
     return lambda g: form(g.unsqueeze(1))
 
 
-def of_sample(form: ToForm, batch: Batch) -> ToForm:
+def of_sample(form: ToForm, batch: SampleAxis) -> ToForm:
     """The form of all samples from that of the one that the axis is about."""
     sample, size = batch.solo, batch.size
     assert sample is not None
@@ -408,7 +408,7 @@ def store_tap(
     func: Any,
     node: Node,
     output_nr: int,
-    batch: Batch,
+    batch: SampleAxis,
     pairs: list[tuple[Tensor, ToForm]],
     inputs: tuple[Node, ...],
     linear: bool,

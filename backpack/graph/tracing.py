@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.samples.axis import NOBODY, Batch, axis_of, owners_of
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of, owners_of
 from backpack.samples.movers import reshaped
 from backpack.samples.separability import generic
 
-Placed = Sequence[tuple[GradientEdge, Batch]]
+Placed = Sequence[tuple[GradientEdge, SampleAxis]]
 
 
 def kind_of(node: Node) -> str:
@@ -43,7 +43,7 @@ def _nothing(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(None if g is None else torch.zeros_like(g) for g in grads)
 
 
-def axis_at(edge: GradientEdge, outputs: Placed) -> Batch | None:
+def axis_at(edge: GradientEdge, outputs: Placed) -> SampleAxis | None:
     """The sample axis of a tensor that is a function of model outputs.
 
     Args:
@@ -74,35 +74,35 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _reshape(axis: Batch, node: Node, old: torch.Size, new: torch.Size) -> Batch | None:
+def _reshape(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> SampleAxis | None:
     return reshaped(axis, old, new)
 
 
-def _same(axis: Batch, node: Node, old: torch.Size, new: torch.Size) -> Batch | None:
+def _same(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> SampleAxis | None:
     return axis
 
 
-def _transpose(axis: Batch, node: Node, old: torch.Size, new: torch.Size) -> Batch | None:
+def _transpose(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> SampleAxis | None:
     first, second = (_signed(d) % len(new) for d in (node._saved_dim0, node._saved_dim1))  # type: ignore[attr-defined]
     return axis.moved({first: second, second: first}.get(axis.dim, axis.dim))
 
 
-def _permute(axis: Batch, node: Node, old: torch.Size, new: torch.Size) -> Batch | None:
+def _permute(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> SampleAxis | None:
     dims = [_signed(d) % len(new) for d in node._saved_dims]  # type: ignore[attr-defined]
     return axis.moved(dims.index(axis.dim))
 
 
-def _slice(axis: Batch, node: Node, old: torch.Size, new: torch.Size) -> Batch | None:
+def _slice(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> SampleAxis | None:
     dim = _signed(node._saved_dim) % len(new)  # type: ignore[attr-defined]
     return axis if dim != axis.dim or old == new else None
 
 
-def _select(axis: Batch, node: Node, old: torch.Size, new: torch.Size) -> Batch | None:
+def _select(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> SampleAxis | None:
     dim = _signed(node._saved_dim) % len(old)  # type: ignore[attr-defined]
     return axis.moved(axis.dim - (dim < axis.dim)) if dim != axis.dim else None
 
 
-_STEPS: dict[str, Callable[[Batch, Node, torch.Size, torch.Size], Batch | None]] = {
+_STEPS: dict[str, Callable[[SampleAxis, Node, torch.Size, torch.Size], SampleAxis | None]] = {
     **dict.fromkeys("View UnsafeView ReshapeAlias Unsqueeze Squeeze".split(), _reshape),
     **dict.fromkeys("Clone Alias ToCopy Neg Tanh Sigmoid Exp".split(), _same),
     "Transpose": _transpose,
@@ -112,7 +112,7 @@ _STEPS: dict[str, Callable[[Batch, Node, torch.Size, torch.Size], Batch | None]]
 }
 
 
-def _moved(edge: GradientEdge, outputs: dict[tuple[Node, int], Batch]) -> Batch | None:
+def _moved(edge: GradientEdge, outputs: dict[tuple[Node, int], SampleAxis]) -> SampleAxis | None:
     """The axis after a chain of operations that nodes tell about; ``None`` if there are others."""
     chain, node, number = [], edge.node, edge.output_nr
     while (node, number) not in outputs:
@@ -123,7 +123,7 @@ def _moved(edge: GradientEdge, outputs: dict[tuple[Node, int], Batch]) -> Batch 
         below, nr = children[0]
         chain.append((step, node, below._input_metadata[nr].shape, node._input_metadata[number].shape))
         node, number = below, nr
-    axis: Batch | None = outputs[node, number]
+    axis: SampleAxis | None = outputs[node, number]
     for step, node, old, new in reversed(chain):
         axis = step(axis, node, torch.Size(old), torch.Size(new))  # type: ignore[arg-type]
         if axis is None or axis.lost:

@@ -36,7 +36,7 @@ Shift = float | Sequence[float] | None
 Self = TypeVar("Self", bound="KroneckerBlock")
 
 
-LAYOUTS = ("rows", "columns", "convt")
+LAYOUTS = ("out_in", "in_out", "convt")
 
 
 class KroneckerBlock(ABC):
@@ -46,9 +46,9 @@ class KroneckerBlock(ABC):
 
     Attributes:
         shape: the parameter's shape ``p``.
-        layout: how the matrix ``V`` that the factors fit is stored in the parameter. ``"rows"``: it is
-            the parameter, its later axes flattened (linear layers, convolutions; for one factor all of
-            the parameter flattened). ``"columns"``: the same, with the inputs first (a matrix that
+        layout: how the matrix ``V`` that the factors fit is stored in the parameter. ``"out_in"``: it
+            is the parameter, its later axes flattened (linear layers, convolutions; for one factor all
+            of the parameter flattened). ``"in_out"``: the same, with the inputs first (a matrix that
             multiplies from the right, an embedding), so that the factors are ``[A, B]``. ``"convt"``:
             it is ``weight.transpose(0, 1)`` of a transposed convolution, group by group.
     """
@@ -222,7 +222,7 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
     ``Lambda = lambda_B lambda_A^T``, see :meth:`KroneckerBlock.eig`.
 
     Args:
-        factors: ``[B, A]``, ``[A, B]`` in the layout ``"columns"``, or ``[B]``.
+        factors: ``[B, A]``, ``[A, B]`` in the layout ``"in_out"``, or ``[B]``.
         shape: the parameter's shape; by default that of ``V``.
         layout: see :class:`KroneckerBlock`.
         averaged_over: the number of rows that ``A`` is an average over, its weight in :meth:`add`.
@@ -239,7 +239,7 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
         self,
         factors: Iterable[Tensor],
         shape: Iterable[int] | None = None,
-        layout: str = "rows",
+        layout: str = "out_in",
         averaged_over: int = 1,
     ) -> None:
         super().__init__(factors)
@@ -253,7 +253,7 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
     @property
     def grows(self) -> int:
         """The place of the factor that is a sum over samples, and has the scale of the loss."""
-        return 1 if self.layout == "columns" and len(self) == 2 else 0
+        return 1 if self.layout == "in_out" and len(self) == 2 else 0
 
     def _sizes(self) -> list[int]:
         return [len(factor) for factor in self]
@@ -385,7 +385,7 @@ class KroneckerEigen(_Pair, KroneckerBlock):
         eigenvectors: list[Tensor],
         eigenvalues: Tensor,
         shape: Iterable[int] | None = None,
-        layout: str = "rows",
+        layout: str = "out_in",
     ) -> KroneckerEigen:
         self = super().__new__(cls, eigenvectors, eigenvalues)
         self._place(shape, layout)

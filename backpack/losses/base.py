@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 LossRule = Callable[..., "LossHessian | None"]
 
@@ -51,7 +51,7 @@ def loss_rule(*functions: Any) -> Callable[[LossRule], LossRule]:
 
     def register(function: LossRule) -> LossRule:
         @wraps(function)
-        def rule(batch: Batch, *args: Any, **kwargs: Any) -> LossHessian | None:
+        def rule(batch: SampleAxis, *args: Any, **kwargs: Any) -> LossHessian | None:
             size_average, reduce = kwargs.pop("size_average", None), kwargs.pop("reduce", None)
             if size_average is not None or reduce is not None:
                 kwargs["reduction"] = legacy_get_string(size_average, reduce, emit_warning=False)
@@ -80,11 +80,11 @@ class LossHessian(ABC):
     """
 
     f: Tensor
-    batch: Batch
+    batch: SampleAxis
     block: tuple[int, ...]
 
     @property
-    def axes(self) -> list[Batch]:
+    def axes(self) -> list[SampleAxis]:
         """The sample axis of the model output."""
         return [self.batch]
 
@@ -92,7 +92,7 @@ class LossHessian(ABC):
     def root(self) -> Tensor:
         """Square root of all blocks, ``[r, *f.shape]``, without the incoming gradient."""
 
-    def fewest(self) -> LossHessian:
+    def with_minimal_root(self) -> LossHessian:
         """The same Hessian with a root of as few columns as there are."""
         return self
 

@@ -18,7 +18,7 @@ from backpack.losses.base import (
     reduction_scale,
     root_of_curvature,
 )
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class _Elementwise(LossHessian):
 
 def elementwise(
     f: Tensor,
-    batch: Batch,
+    batch: SampleAxis,
     second: Callable[[Tensor], Tensor],
     scale: Tensor | float = 1.0,
     noise: Callable[[Tensor, torch.Generator | None], Tensor] | None = None,
@@ -88,7 +88,7 @@ def _logistic_noise(f: Tensor, generator: torch.Generator | None) -> Tensor:
 
 @loss_rule(F.mse_loss)
 def mse_loss(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     reduction: str = "mean",
@@ -108,7 +108,7 @@ def mse_loss(
 
 @loss_rule(F.gaussian_nll_loss)
 def gaussian_nll_loss(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     var: Tensor | float,
@@ -132,7 +132,7 @@ def gaussian_nll_loss(
 
 @loss_rule(F.poisson_nll_loss)
 def poisson_nll_loss(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     log_input: bool = True,
@@ -160,7 +160,7 @@ def poisson_nll_loss(
 
 @loss_rule(F.binary_cross_entropy_with_logits)
 def binary_cross_entropy_with_logits(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -184,7 +184,7 @@ def binary_cross_entropy_with_logits(
 
 @loss_rule(F.binary_cross_entropy)
 def binary_cross_entropy(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -207,7 +207,7 @@ def binary_cross_entropy(
 
 @loss_rule(F.soft_margin_loss)
 def soft_margin_loss(
-    batch: Batch, input: Tensor, target: Tensor, reduction: str = "mean"
+    batch: SampleAxis, input: Tensor, target: Tensor, reduction: str = "mean"
 ) -> LossHessian | None:
     """``H = y^2 s(y f) s(-y f)``; "mean" divides by the number of entries.
 
@@ -228,7 +228,7 @@ def soft_margin_loss(
 
 @loss_rule(F.multilabel_soft_margin_loss)
 def multilabel_soft_margin_loss(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -250,7 +250,7 @@ def multilabel_soft_margin_loss(
 
 @loss_rule(F.huber_loss)
 def huber_loss(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     reduction: str = "mean",
@@ -270,7 +270,7 @@ def huber_loss(
 
 @loss_rule(F.smooth_l1_loss)
 def smooth_l1_loss(
-    batch: Batch, input: Tensor, target: Tensor, reduction: str = "mean", beta: float = 1.0
+    batch: SampleAxis, input: Tensor, target: Tensor, reduction: str = "mean", beta: float = 1.0
 ) -> LossHessian | None:
     """``H = 1 / beta`` where ``|f - y| < beta``, else 0; "mean" divides by the number of entries."""
     if beta == 0:

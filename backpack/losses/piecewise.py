@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack.losses.base import LossHessian, NoCurvature, loss_rule
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 
 @loss_rule(
@@ -19,7 +19,7 @@ from backpack.samples.axis import Batch
     F.hinge_embedding_loss,
     F.multilabel_margin_loss,
 )
-def piecewise_linear(batch: Batch, input: Tensor, *args: Any, **kwargs: Any) -> LossHessian:
+def piecewise_linear(batch: SampleAxis, input: Tensor, *args: Any, **kwargs: Any) -> LossHessian:
     """``H = 0``: all generalized Gauss-Newton quantities are zero, Monte-Carlo ones too.
 
     ``nll_loss`` and ``kl_div`` are linear in the log-probabilities that they take, so that all

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack.losses.base import LossHessian, NoCurvature, any_negative, loss_rule, root_of_curvature
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class _Softmax(LossHessian):
     reduced: bool
     triangular: bool = False
 
-    def fewest(self) -> LossHessian:
+    def with_minimal_root(self) -> LossHessian:
         # The diagonal of the triangular root is no smooth function where a probability vanishes.
         return self if torch.is_grad_enabled() else replace(self, triangular=True)
 
@@ -78,7 +78,7 @@ class _Softmax(LossHessian):
 
 @loss_rule(F.cross_entropy)
 def cross_entropy(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -135,7 +135,7 @@ class _SquaredMargins(LossHessian):
 
 @loss_rule(F.multi_margin_loss)
 def multi_margin_loss(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     target: Tensor,
     p: int = 1,

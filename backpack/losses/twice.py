@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backpack.forms.products import spectrum
 from backpack.losses.base import LossHessian, normal_draws
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 
 def signed_columns(
@@ -60,7 +60,7 @@ class Differentiated:
     """
 
     root: Tensor
-    outputs: Sequence[tuple[torch.Size, Batch]]
+    outputs: Sequence[tuple[torch.Size, SampleAxis]]
     signs: Tensor | None = None
 
     @property
@@ -69,7 +69,7 @@ class Differentiated:
         return self.root
 
     @property
-    def axes(self) -> list[Batch]:
+    def axes(self) -> list[SampleAxis]:
         """The sample axes of the model outputs."""
         return [axis for _, axis in self.outputs]
 
@@ -98,7 +98,7 @@ class Differentiated:
                 "BatchDiagGGNExact) and products with it (GGNMP) are defined"
             )
 
-    def fewest(self) -> Differentiated:
+    def with_minimal_root(self) -> Differentiated:
         """As few columns as there are."""
         return self
 
@@ -110,7 +110,7 @@ class Differentiated:
 
 
 def differentiate_twice(
-    found: Sequence[tuple[Tensor, Any, Batch]], create_graph: bool = False
+    found: Sequence[tuple[Tensor, Any, SampleAxis]], create_graph: bool = False
 ) -> Differentiated:
     """Square roots of the per-sample Hessian blocks of a loss, from its gradient's graph.
 

@@ -17,9 +17,9 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from backpack.engine.block import backpack
 from backpack.extensions import BatchL2Grad
 from backpack.graph.survey import Graph, survey
-from backpack.graph.taps import BORDER, TAPS, notes
+from backpack.graph.taps import MODEL_OUTPUT, TAPS, notes
 from backpack.optim.base import BackpackOptimizer, Params, State
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 
 class DPSGD(BackpackOptimizer):
@@ -362,7 +362,7 @@ def _check_losses(losses: Tensor) -> None:
                     _check_rows(part, full, axis, own[k] > 0)
 
 
-def _met(root: Node) -> Iterator[tuple[GradientEdge, Batch]]:
+def _met(root: Node) -> Iterator[tuple[GradientEdge, SampleAxis]]:
     """Where losses meet the model: at its outputs, and at operations within that they use directly."""
     stack, seen = [root], set[Node]()
     while stack:
@@ -370,7 +370,9 @@ def _met(root: Node) -> Iterator[tuple[GradientEdge, Batch]]:
         if node in seen:
             continue
         seen.add(node)
-        borders = [b for b in notes(node).get(BORDER, ()) if b.recording.taps and b.batch is not None]
+        borders = [
+            b for b in notes(node).get(MODEL_OUTPUT, ()) if b.recording.taps and b.batch is not None
+        ]
         taps = [] if borders else notes(node).get(TAPS, ())
         for each in (*borders, *taps):
             yield GradientEdge(node, each.place), each.batch
@@ -394,12 +396,12 @@ def _sets(count: int) -> Tensor:
     ).T.contiguous()
 
 
-def _along(axis: Batch, sets: Tensor) -> Tensor:
+def _along(axis: SampleAxis, sets: Tensor) -> Tensor:
     """Sets of samples as sets of entries of a sample axis."""
     return sets if axis.plain else sets[:, axis.sample_ids(sets.device)]
 
 
-def _check_rows(part: Tensor, full: Tensor, axis: Batch, own: Tensor) -> None:
+def _check_rows(part: Tensor, full: Tensor, axis: SampleAxis, own: Tensor) -> None:
     """Refuse a gradient of some samples' losses that is not theirs alone."""
     others = [d for d in range(part.dim()) if d != axis.dim]
 

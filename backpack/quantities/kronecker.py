@@ -49,8 +49,8 @@ def _layout(form: Form) -> str:
     """Where in a parameter the matrix is that its Kronecker factors fit."""
     form = form.form if isinstance(form, Single) else form
     if isinstance(form, Lookup):
-        return "columns"
-    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "rows"
+        return "in_out"
+    return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "out_in"
 
 
 def _averaged_over(form: Form, sharing: Sharing) -> int:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from backpack.graph.survey import differentiable_twice, hooks_suspended
 from backpack.graph.tangents import jacobian_products
 from backpack.sources.columns import gradients
-from backpack.sources.hessian import Path, bend
+from backpack.sources.hessian import CurvatureMap, second_derivative
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
 
@@ -112,7 +112,7 @@ def positive_curvature_product(
     An activation ``phi`` with incoming gradient ``g`` adds ``J^T diag(m(phi'' g)) J``, ``m`` the
     positive part (``"clip"``) or the absolute value (``"abs"``); (Chen et al., arXiv:1802.06502).
     """
-    path = Path([edge.node for edge, _ in starts])
+    path = CurvatureMap([edge.node for edge, _ in starts])
     if path.curved_above:
         raise NotImplementedError(
             "PCHMP is defined where all operations between parameters and loss are piecewise linear "
@@ -121,10 +121,10 @@ def positive_curvature_product(
 
     def one(vector: Tensor) -> Tensor:
         total = _ggn_vector(starts, outputs, parameter, vector)
-        places = [GradientEdge(node, 0) for node, _ in path.bends]
+        places = [GradientEdge(node, 0) for node, _ in path.nonlinear]
         arriving = gradients(starts, places, create_graph=False)
-        for (node, _), grad in zip(path.bends, arriving, strict=True):
-            found = None if grad is None else bend(node, grad)
+        for (node, _), grad in zip(path.nonlinear, arriving, strict=True):
+            found = None if grad is None else second_derivative(node, grad)
             if found is None:
                 continue
             below, residual = found

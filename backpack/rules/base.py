@@ -10,7 +10,7 @@ from torch import Tensor
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout
 from backpack.forms.outer import Outer
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 ToForm = Callable[[Tensor], Form]
 
@@ -47,13 +47,13 @@ def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def outer_form(batch: Batch, a: Tensor, g: Tensor, layout: Layout) -> Outer:
+def outer_form(batch: SampleAxis, a: Tensor, g: Tensor, layout: Layout) -> Outer:
     """Ungrouped, from rows ``a`` and columns ``g`` at the rows of the result."""
     a, g = batch.rows(a), batch.rows(g, 1)
     return Outer(a.unsqueeze(1), g.unsqueeze(2), layout, positions(batch, g.shape[2]))
 
 
-def positions(batch: Batch, longest: int) -> Tensor | None:
+def positions(batch: SampleAxis, longest: int) -> Tensor | None:
     """How many positions each sample has, where they differ, if the one that has most has so many."""
     counts = batch.counts
     return None if counts is None else counts * (longest // max(batch.width, 1))
@@ -64,7 +64,7 @@ def position_sum(g: Tensor) -> Tensor:
     return g.squeeze(2) if g.shape[2] == 1 else g.sum(2)
 
 
-def channel_sum(batch: Batch, g: Tensor) -> Dense:
+def channel_sum(batch: SampleAxis, g: Tensor) -> Dense:
     """Sum ``g [v, N k, c, *space]`` over all but columns, samples and channels."""
     g = g.flatten(3).sum(3) if g.dim() > 3 else g
     return Dense(g if batch.plain else batch.split(g, 1).sum(2))

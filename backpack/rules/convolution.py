@@ -15,7 +15,7 @@ from backpack.forms.base import Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.outer import Outer
 from backpack.rules.base import Pairs, Rule, channel_sum, op_rule, positions
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 
 # Patches are kept while the columns of a loss are carried, up to this many bytes.
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}
@@ -80,7 +80,7 @@ def unfold(
     return x.movedim(tuple(range(2, 2 + ndim)), tuple(range(-ndim, 0)))
 
 
-def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor | Patches:
+def _patches(batch: SampleAxis, x: Tensor, ndim: int, groups: int) -> Tensor | Patches:
     """``[N k, c, *kernel, *positions] -> [n, q, s, i]``."""
     x = x.unflatten(1, (groups, -1))
     if batch.plain:
@@ -89,7 +89,7 @@ def _patches(batch: Batch, x: Tensor, ndim: int, groups: int) -> Tensor | Patche
     return batch.split(x).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
-def _channels(batch: Batch, g: Tensor, groups: int) -> Tensor:
+def _channels(batch: SampleAxis, g: Tensor, groups: int) -> Tensor:
     """``[v, N k, c, *positions] -> [v, n, q, s, o]``."""
     g = g.flatten(3).unflatten(2, (groups, -1))
     if batch.plain:
@@ -99,7 +99,7 @@ def _channels(batch: Batch, g: Tensor, groups: int) -> Tensor:
 
 def _conv(ndim: int) -> Rule:
     def convolution(
-        batch: Batch,
+        batch: SampleAxis,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -108,7 +108,7 @@ def _conv(ndim: int) -> Rule:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Pairs | None:
-        if batch_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
+        if sample_axis_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
             return None
         kernel, layout = weight.shape[2:], Layout(weight.shape)
 
@@ -134,7 +134,7 @@ def _conv(ndim: int) -> Rule:
 
 def _conv_transpose(ndim: int) -> Rule:
     def transposed_convolution(
-        batch: Batch,
+        batch: SampleAxis,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -144,7 +144,7 @@ def _conv_transpose(ndim: int) -> Rule:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Pairs | None:
-        if batch_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
+        if sample_axis_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
             return None
         kernel, layout = weight.shape[2:], Layout(weight.shape, "convt")
 

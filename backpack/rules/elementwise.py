@@ -9,10 +9,10 @@ from torch import Tensor
 
 from backpack.forms.base import Dense, Form
 from backpack.rules.base import Pairs, op_rule
-from backpack.samples.axis import Batch, axis_of, batch_of, owners_of
+from backpack.samples.axis import SampleAxis, axis_of, owners_of, sample_axis_of
 
 
-def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
+def reduce_to(batch: SampleAxis, g: Tensor, shape: torch.Size) -> Dense:
     """Sum columns over the axes along which a tensor of ``shape`` was broadcast.
 
     Args:
@@ -39,7 +39,7 @@ def reduce_to(batch: Batch, g: Tensor, shape: torch.Size) -> Dense:
 
 
 @op_rule(Tensor.__setitem__)
-def setitem(batch: Batch, target: Tensor, index: Any, values: Any) -> Pairs | None:
+def setitem(batch: SampleAxis, target: Tensor, index: Any, values: Any) -> Pairs | None:
     """``target[index] = values``."""
     whole = target.shape
     count = torch.arange(target.numel(), device=target.device).reshape(whole)
@@ -73,7 +73,7 @@ def _scaled(g: Tensor, alpha: Any) -> Tensor:
     return g if alpha == 1 else alpha * g
 
 
-def _added(batch: Batch, x: Any, scale: Any) -> Pairs:
+def _added(batch: SampleAxis, x: Any, scale: Any) -> Pairs:
     if not isinstance(x, Tensor):
         return []
     shape = x.shape
@@ -81,18 +81,18 @@ def _added(batch: Batch, x: Any, scale: Any) -> Pairs:
 
 
 @op_rule(torch.add, Tensor.add, Tensor.__radd__)
-def add(batch: Batch, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
+def add(batch: SampleAxis, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
     return _added(batch, input, 1) + _added(batch, other, alpha)
 
 
 @op_rule(torch.sub, Tensor.sub)
-def sub(batch: Batch, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
+def sub(batch: SampleAxis, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
     return _added(batch, input, 1) + _added(batch, other, -alpha)
 
 
 @op_rule(torch.mul, Tensor.mul, torch.multiply, Tensor.multiply, Tensor.__rmul__)
-def mul(batch: Batch, input: Any, other: Any) -> Pairs | None:
-    source, factor = (other, input) if batch_of(input) is not None else (input, other)
+def mul(batch: SampleAxis, input: Any, other: Any) -> Pairs | None:
+    source, factor = (other, input) if sample_axis_of(input) is not None else (input, other)
     if not isinstance(source, Tensor):
         return []
     shape = source.shape

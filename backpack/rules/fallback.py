@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from backpack.forms.base import Dense, Form
 from backpack.rules.base import Pairs, ToForm
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 
 
 def fallback(
-    batch: Batch,
+    batch: SampleAxis,
     place: int,
     func: Any,
     args: tuple,
@@ -36,7 +36,7 @@ def fallback(
         at_once: differentiate it on the whole batch (of one sample, whose axes are not known).
     """
     leaves, spec = tree_flatten((args, kwargs))
-    axes = [batch_of(x) if isinstance(x, Tensor) else None for x in leaves]
+    axes = [sample_axis_of(x) if isinstance(x, Tensor) else None for x in leaves]
     versions = [x._version if isinstance(x, Tensor) else 0 for x in leaves]
     name = getattr(func, "__name__", str(func))
 
@@ -160,7 +160,7 @@ def fallback(
     return [(source, make(source)) for source in sources]
 
 
-def _samples_apart(axis: Batch, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
+def _samples_apart(axis: SampleAxis, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
     """``[*lead, *shape] -> [*lead, N, *shape with k rows on the sample axis]``.
 
     Samples with fewer rows are filled up with zeros or, for arguments, with

@@ -11,12 +11,14 @@ from backpack.forms.layout import Layout
 from backpack.forms.outer import Outer
 from backpack.rules.base import Pairs, op_rule, outer_form, position_sum
 from backpack.rules.elementwise import reduce_to
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 
 
 @op_rule(F.linear)
-def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pairs | None:
-    if batch_of(input) is None or weight.dim() != 2:
+def linear(
+    batch: SampleAxis, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Pairs | None:
+    if sample_axis_of(input) is None or weight.dim() != 2:
         return None
     layout = Layout(weight.shape)
     if input.dim() == 2 and batch.plain and batch.dim == 0:
@@ -32,19 +34,19 @@ def linear(batch: Batch, input: Tensor, weight: Tensor, bias: Tensor | None = No
 
 @op_rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, Tensor.__rmatmul__)
 def matmul(
-    batch: Batch, input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None
+    batch: SampleAxis, input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None
 ) -> Pairs | None:
     right = mat2 if other is None else other
     if right is None:
         return None
-    return (_times_matrix if batch_of(right) is None else _matrix_times)(batch, input, right)
+    return (_times_matrix if sample_axis_of(right) is None else _matrix_times)(batch, input, right)
 
 
-def _times_matrix(batch: Batch, x: Tensor, w: Tensor, scale: float = 1.0) -> Pairs | None:
+def _times_matrix(batch: SampleAxis, x: Tensor, w: Tensor, scale: float = 1.0) -> Pairs | None:
     """``x @ w`` with a matrix or vector ``w``."""
     if w.dim() > 2 or x.dim() < 2:
         return None
-    layout = Layout(w.shape, "columns")
+    layout = Layout(w.shape, "in_out")
 
     def form(g: Tensor) -> Form:
         g = g if w.dim() == 2 else g.unsqueeze(-1)
@@ -53,7 +55,7 @@ def _times_matrix(batch: Batch, x: Tensor, w: Tensor, scale: float = 1.0) -> Pai
     return [(w, form)]
 
 
-def _matrix_times(batch: Batch, w: Tensor, x: Tensor, scale: float = 1.0) -> Pairs | None:
+def _matrix_times(batch: SampleAxis, w: Tensor, x: Tensor, scale: float = 1.0) -> Pairs | None:
     """``w @ x`` with a matrix ``w``: the transpose of ``x^T @ w^T``."""
     if w.dim() != 2 or x.dim() < 2:
         return None
@@ -68,9 +70,9 @@ def _matrix_times(batch: Batch, w: Tensor, x: Tensor, scale: float = 1.0) -> Pai
 
 @op_rule(torch.addmm, Tensor.addmm)
 def addmm(
-    batch: Batch, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+    batch: SampleAxis, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Pairs | None:
-    product = (_times_matrix if batch_of(mat2) is None else _matrix_times)(
+    product = (_times_matrix if sample_axis_of(mat2) is None else _matrix_times)(
         batch, mat1, mat2, scale=alpha
     )
     if product is None:

@@ -9,12 +9,12 @@ from torch import Tensor
 from backpack.forms.base import Form
 from backpack.forms.lookup import Lookup
 from backpack.rules.base import Pairs, op_rule, positions
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 
 
 @op_rule(F.embedding)
 def embedding(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -23,7 +23,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Pairs | None:
-    at = batch_of(input)
+    at = sample_axis_of(input)
     if at is None or at.lost:
         return None
     at = at.single() if batch.size == 1 else at

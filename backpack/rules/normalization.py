@@ -11,11 +11,11 @@ from torch import Tensor
 from backpack.forms.base import Dense, Form
 from backpack.rules.base import Pairs, channel_sum, op_rule
 from backpack.rules.elementwise import reduce_to
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 
 
 def _per_channel(
-    batch: Batch, normalized: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None
+    batch: SampleAxis, normalized: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None
 ) -> Pairs | None:
     if batch.dim != 0:
         return None
@@ -27,14 +27,14 @@ def _per_channel(
 
 @op_rule(F.layer_norm)
 def layer_norm(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Pairs | None:
-    if batch_of(input) is None:
+    if sample_axis_of(input) is None:
         return None
     shape = torch.Size(normalized_shape)
     return [
@@ -45,13 +45,13 @@ def layer_norm(
 
 @op_rule(F.rms_norm)
 def rms_norm(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Pairs | None:
-    if batch_of(input) is None:
+    if sample_axis_of(input) is None:
         return None
     shape = torch.Size(normalized_shape)
     return [(weight, lambda g: reduce_to(batch, g * F.rms_norm(input, list(shape), eps=eps), shape))]
@@ -59,7 +59,7 @@ def rms_norm(
 
 @op_rule(F.group_norm)
 def group_norm(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -71,7 +71,7 @@ def group_norm(
 
 @op_rule(F.instance_norm)
 def instance_norm(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -88,7 +88,7 @@ def instance_norm(
 
 @op_rule(F.batch_norm)
 def batch_norm(
-    batch: Batch,
+    batch: SampleAxis,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -107,8 +107,8 @@ def batch_norm(
 
 
 @op_rule(torch.prelu, F.prelu, Tensor.prelu)
-def prelu(batch: Batch, input: Tensor, weight: Tensor) -> Pairs | None:
-    if batch.dim != 0 or input.dim() < 2 or batch_of(input) is None:
+def prelu(batch: SampleAxis, input: Tensor, weight: Tensor) -> Pairs | None:
+    if batch.dim != 0 or input.dim() < 2 or sample_axis_of(input) is None:
         return None
     shape = weight.shape
 

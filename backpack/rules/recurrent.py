@@ -14,12 +14,15 @@ from backpack.forms.layout import Layout
 from backpack.rules import recursions
 from backpack.rules.base import SEVERAL_OUTPUTS, Pairs, ToForm, outer_form
 from backpack.rules.elementwise import reduce_to
-from backpack.samples.axis import Batch, solo_axis
+from backpack.samples.axis import SampleAxis, solo_axis
 
 
 def recurrent_axis(
-    input: Tensor, states: Sequence[Tensor], marked: Sequence[tuple[Tensor, Batch]], batch_first: bool
-) -> tuple[Batch, list[Tensor]]:
+    input: Tensor,
+    states: Sequence[Tensor],
+    marked: Sequence[tuple[Tensor, SampleAxis]],
+    batch_first: bool,
+) -> tuple[SampleAxis, list[Tensor]]:
     """The sample axis of a recurrent layer's hidden states, from its input's and its first states'.
 
     Args:
@@ -33,7 +36,7 @@ def recurrent_axis(
         disagrees with a certain one.
     """
     dim = 0 if batch_first else 1
-    chosen: Batch | None = None
+    chosen: SampleAxis | None = None
     demoted: list[Tensor] = []
     for tensor, axis in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
         place = dim if tensor is input else 1
@@ -61,7 +64,7 @@ def recurrent_axis(
 
 def _recurrent(name: str) -> Callable[..., Pairs]:
     def layer(
-        batch: Batch,
+        batch: SampleAxis,
         place: int,
         output: Tensor,
         input: Tensor,

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from backpack.samples.axis import NOBODY, Batch, axis_of, entered, mark, memory_of, noted, owners_of
+from backpack.samples.axis import (
+    NOBODY,
+    SampleAxis,
+    axis_of,
+    current_inputs,
+    mark,
+    memory_of,
+    noted,
+    owners_of,
+)
 
 # The owner of entries in which samples are mixed.
 _MIXED = NOBODY - 1
@@ -43,16 +52,16 @@ class Written:
         self.owners = torch.full(
             (storage.nbytes() // self.itemsize,), NOBODY, dtype=torch.int64, device=tensor.device
         )
-        self.known: dict[tuple, Batch | None] = {}
+        self.known: dict[tuple, SampleAxis | None] = {}
 
     def seen(self, tensor: Tensor) -> Tensor:
         """The part that a tensor looks at, in its shape."""
         return self.owners.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def axis(self, tensor: Tensor) -> Batch | None:
+    def axis(self, tensor: Tensor) -> SampleAxis | None:
         """The sample axis of a tensor that looks at this memory."""
         if tensor.element_size() != self.itemsize:
-            return Batch(self.size, lost="other numbers were made of the same memory")
+            return SampleAxis(self.size, lost="other numbers were made of the same memory")
         key = (tensor.shape, tensor.stride(), tensor.storage_offset())
         if key not in self.known:
             self.known[key] = self._find(self.seen(tensor))
@@ -62,16 +71,16 @@ class Written:
             return None if found is not None and found.lost else found
         return found
 
-    def _find(self, owners: Tensor) -> Batch | None:
+    def _find(self, owners: Tensor) -> SampleAxis | None:
         if not owners.numel() or bool((owners == NOBODY).all()):
             return None
         mixed = bool((owners == _MIXED).any())
         found = None if mixed else axis_of(owners if owners.dim() else owners[None], self.size)
         if found is None:
-            found = Batch(self.size, lost=self.why)
+            found = SampleAxis(self.size, lost=self.why)
         return found if self.certain else replace(found, tentative=True)
 
-    def write(self, tensor: Tensor, axis: Batch) -> None:
+    def write(self, tensor: Tensor, axis: SampleAxis) -> None:
         """Entries of ``tensor`` belong to these samples from now on."""
         if tensor.element_size() != self.itemsize:
             self.owners.fill_(_MIXED)
@@ -84,7 +93,7 @@ class Written:
         self.known.clear()
 
 
-def wrote(tensor: Tensor, before: Batch | None, after: Batch, shared: bool) -> None:
+def wrote(tensor: Tensor, before: SampleAxis | None, after: SampleAxis, shared: bool) -> None:
     """An operation in place has left ``tensor`` with other samples, perhaps: all aliases learn it.
 
     Args:
@@ -94,20 +103,20 @@ def wrote(tensor: Tensor, before: Batch | None, after: Batch, shared: bool) -> N
         shared: whether others looked at the same memory before.
     """
     key = memory_of(tensor)
-    memory = None if key is None else entered.written.get(key)
+    memory = None if key is None else current_inputs.written.get(key)
     if memory is None and (key is None or not shared or _same(before, after)):
         mark(tensor, after)
         return
     assert key is not None
     if memory is None:
         memory = _begun(tensor, before, after.size)
-        entered.written = {**entered.written, key: memory}
+        current_inputs.written = {**current_inputs.written, key: memory}
     assert isinstance(memory, Written)
     memory.write(tensor, after)
     mark(tensor, after)
 
 
-def _same(before: Batch | None, after: Batch) -> bool:
+def _same(before: SampleAxis | None, after: SampleAxis) -> bool:
     return before is not None and not before.lost and before.agrees(after)
 
 
@@ -121,11 +130,11 @@ def is_shared(tensor: Tensor) -> bool:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
 
 
-def _begun(tensor: Tensor, before: Batch | None, size: int) -> Written:
+def _begun(tensor: Tensor, before: SampleAxis | None, size: int) -> Written:
     """What was known before the first write, from the marks of a tensor and of what it is a view of."""
     address, requires_grad = memory_of(tensor)  # type: ignore[misc]
     memory = Written(tensor, size)
-    constant = entered.written.get((address, False)) if requires_grad else None
+    constant = current_inputs.written.get((address, False)) if requires_grad else None
     if isinstance(constant, Written):  # no more than values so far
         memory.owners.copy_(constant.owners)
         memory.certain = constant.certain
@@ -143,7 +152,7 @@ def _begun(tensor: Tensor, before: Batch | None, size: int) -> Written:
     return memory
 
 
-def through_base(tensor: Tensor) -> Batch | None:
+def through_base(tensor: Tensor) -> SampleAxis | None:
     """The axis of a view that no operation that was seen has made, from what it is a view of."""
     base = tensor._base
     axis = None if base is None else noted(base)

@@ -3,9 +3,10 @@
 Letters: ``N`` samples, ``k`` rows per sample where a sample axis holds several (flattened time
 steps, patches, heads).
 
-Every tensor that depends on the data carries a :class:`Batch`. Most operations leave the axis where it
-is; those that move, merge, drop or mix it are listed in ``moves.py`` and ``placing.py``, those that act
-on each entry by itself in ``propagation.py``. All others are tried out (``probe.py``).
+Every tensor that depends on the data carries a :class:`SampleAxis`. Most operations leave the axis
+where it is; those that move, merge, drop or mix it are listed in ``movers.py``, ``indexing.py``,
+``reductions.py``, ``contractions.py`` and ``writes.py``, those that act on each entry by itself in
+``propagate.py``. All others are tried out (``separability.py``).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SampleAxis:
     """The sample axis of one tensor.
 
     Axis ``dim`` has ``outer * size * inner`` entries, samples in the middle: ``inner > 1`` after
@@ -102,19 +103,19 @@ class Batch:
             return not shape
         return 0 <= self.dim < len(shape) and shape[self.dim] == self.length
 
-    def moved(self, dim: int) -> Batch:
+    def moved(self, dim: int) -> SampleAxis:
         """The same axis at another place."""
         return self.placed(dim, self.outer, self.inner)
 
-    def placed(self, dim: int, outer: int, inner: int) -> Batch:
+    def placed(self, dim: int, outer: int, inner: int) -> SampleAxis:
         """The same samples at another place or with other factors."""
         if dim == self.dim and outer == self.outer and inner == self.inner:
             return self
         if self.picked is None and self.lost is None:
             return regular_axis(self.size, dim, outer, inner, self.tentative)
-        return Batch(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
+        return SampleAxis(self.size, dim, outer, inner, self.tentative, self.lost, self.picked)
 
-    def single(self) -> Batch:
+    def single(self) -> SampleAxis:
         """The axis of a tensor that belongs to one sample, in a batch of that sample alone."""
         if self.solo is None or self.size == 1:
             return self
@@ -129,13 +130,13 @@ class Batch:
             return None
         return torch.bincount(self.picked.samples, minlength=self.size)
 
-    def taking(self, index: Tensor | slice, tensor: Tensor) -> Batch:
+    def taking(self, index: Tensor | slice, tensor: Tensor) -> SampleAxis:
         """The axis after some of its entries were picked."""
         return picked_axis(
             self.sample_ids(tensor.device)[index], self.size, self.dim, tentative=self.tentative
         )
 
-    def alone(self, place: int, shape: Sequence[int], device: torch.device) -> Batch:
+    def alone(self, place: int, shape: Sequence[int], device: torch.device) -> SampleAxis:
         """The axis of a tensor made from one entry of this axis only."""
         if self.picked is None:
             place += self.length if place < 0 else 0
@@ -144,7 +145,7 @@ class Batch:
             sample = int(self.picked.samples[place])
         return solo_axis(sample, self.size, shape, device, self.tentative)
 
-    def agrees(self, other: Batch) -> bool:
+    def agrees(self, other: SampleAxis) -> bool:
         """Whether two axes place the samples alike."""
         if self is other:
             return True
@@ -159,11 +160,11 @@ class Batch:
         device = picked.samples.device
         return torch.equal(self.sample_ids(device), other.sample_ids(device))
 
-    def certain(self) -> Batch:
+    def certain(self) -> SampleAxis:
         """The same axis, no longer a guess."""
         return replace(self, tentative=False) if self.tentative else self
 
-    def losing(self, why: str) -> Batch:
+    def losing(self, why: str) -> SampleAxis:
         """The axis after an operation that leaves its place unknown."""
         return _lost_axis(self, why) if self.picked is None else replace(self, lost=why)
 
@@ -217,16 +218,16 @@ class Batch:
 @lru_cache(4096)
 def regular_axis(
     size: int, dim: int = 0, outer: int = 1, inner: int = 1, tentative: bool = False
-) -> Batch:
+) -> SampleAxis:
     """A sample axis in regular order; the same object for the same arguments."""
-    return Batch(size, dim, outer, inner, tentative)
+    return SampleAxis(size, dim, outer, inner, tentative)
 
 
-def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: bool = False) -> Batch:
+def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: bool = False) -> SampleAxis:
     """The axis whose entries belong to these samples: regular, if they come in regular order."""
     axis = _regular(samples, size, dim)
     if axis is None:
-        return Batch(size, dim, tentative=tentative, picked=Rows(samples, size))
+        return SampleAxis(size, dim, tentative=tentative, picked=Rows(samples, size))
     return replace(axis, tentative=True) if tentative else axis
 
 
@@ -237,12 +238,12 @@ def solo_axis(
     device: torch.device,
     tentative: bool = False,
     dim: int = 0,
-) -> Batch:
+) -> SampleAxis:
     """The axis of a tensor of that shape that belongs to one sample."""
     if size == 1 and shape:
         return regular_axis(1, dim, 1, shape[dim], tentative)
     rows = _one_sample(sample, shape[dim] if shape else 1, size, device)
-    return Batch(size, dim, tentative=tentative, picked=rows, bare=not shape)
+    return SampleAxis(size, dim, tentative=tentative, picked=rows, bare=not shape)
 
 
 @lru_cache(4096)
@@ -251,20 +252,20 @@ def _one_sample(sample: int, length: int, size: int, device: torch.device) -> Ro
 
 
 @lru_cache(4096)
-def _lost_axis(batch: Batch, why: str) -> Batch:
+def _lost_axis(batch: SampleAxis, why: str) -> SampleAxis:
     return replace(batch, lost=why)
 
 
 NOBODY = -1
 
 
-def owners_of(axis: Batch, shape: Sequence[int], device: torch.device) -> Tensor:
+def owners_of(axis: SampleAxis, shape: Sequence[int], device: torch.device) -> Tensor:
     """The sample that each entry of a tensor of that shape belongs to (a view)."""
     ids = axis.sample_ids(device)
     return ids.reshape([-1 if d == axis.dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
-def axis_of(owners: Tensor, size: int) -> Batch | None:
+def axis_of(owners: Tensor, size: int) -> SampleAxis | None:
     """The sample axis of a tensor, from the sample that each of its entries belongs to.
 
     Args:
@@ -285,11 +286,11 @@ def axis_of(owners: Tensor, size: int) -> Batch | None:
         if axis is not None:
             return axis
         if found is None and not bool((rows == NOBODY).any()):
-            found = Batch(size, dim, picked=Rows(rows, size))
+            found = SampleAxis(size, dim, picked=Rows(rows, size))
     return found
 
 
-def _regular(rows: Tensor, size: int, dim: int) -> Batch | None:
+def _regular(rows: Tensor, size: int, dim: int) -> SampleAxis | None:
     """The axis on which samples come in regular order, if they do."""
     length = len(rows)
     if not size or length % size:
@@ -307,7 +308,7 @@ def _regular(rows: Tensor, size: int, dim: int) -> Batch | None:
 class Memory(Protocol):
     """What is known of memory that was written through one of several tensors (``aliases.py``)."""
 
-    def axis(self, tensor: Tensor) -> Batch | None:
+    def axis(self, tensor: Tensor) -> SampleAxis | None:
         """The sample axis of a tensor that looks at this memory."""
 
 
@@ -323,49 +324,49 @@ class _Inputs(threading.local):
             those who look at it require grad.
     """
 
-    axes: dict[int, Batch] = {}
+    axes: dict[int, SampleAxis] = {}
     ids: frozenset[int] = frozenset()
     written: dict[tuple[int, bool], Memory] = {}
 
 
-entered = _Inputs()
+current_inputs = _Inputs()
 
 
 @contextmanager
-def entering(axes: dict[int, Batch]) -> Iterator[None]:
+def entering(axes: dict[int, SampleAxis]) -> Iterator[None]:
     """Within the block, these are the axes of inputs; also if it raises, the former ones afterwards."""
-    before, entered.axes = entered.axes, axes
+    before, current_inputs.axes = current_inputs.axes, axes
     try:
         yield
     finally:
-        entered.axes = before
+        current_inputs.axes = before
 
 
 def memory_of(tensor: Tensor) -> tuple[int, bool] | None:
-    """The key of ``entered.written``; ``None`` for tensors that are not laid out in memory."""
+    """The key of ``current_inputs.written``; ``None`` for tensors that are not laid out in memory."""
     if tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage()._cdata, tensor.requires_grad
 
 
-def batch_of(tensor: Tensor) -> Batch | None:
+def sample_axis_of(tensor: Tensor) -> SampleAxis | None:
     """The sample axis of ``tensor``; ``None`` if it does not depend on the data."""
-    if entered.written and not (tensor.is_leaf and tensor.requires_grad):
-        memory = entered.written.get(memory_of(tensor))  # type: ignore[arg-type]
+    if current_inputs.written and not (tensor.is_leaf and tensor.requires_grad):
+        memory = current_inputs.written.get(memory_of(tensor))  # type: ignore[arg-type]
         if memory is not None:
             return memory.axis(tensor)
     return noted(tensor)
 
 
-def noted(tensor: Tensor) -> Batch | None:
+def noted(tensor: Tensor) -> SampleAxis | None:
     """What is noted for the tensor itself, whatever was written to its memory later."""
     batch = getattr(tensor, MARK, None)
-    return entered.axes.get(id(tensor)) if batch is None else batch
+    return current_inputs.axes.get(id(tensor)) if batch is None else batch
 
 
-def mark(tensor: Tensor, batch: Batch) -> None:
+def mark(tensor: Tensor, batch: SampleAxis) -> None:
     """Note the sample axis on the tensor object itself, so that nothing is kept alive."""
-    if id(tensor) in entered.ids and not hasattr(tensor, MARK):
-        entered.axes[id(tensor)] = batch
+    if id(tensor) in current_inputs.ids and not hasattr(tensor, MARK):
+        current_inputs.axes[id(tensor)] = batch
     else:
         setattr(tensor, MARK, batch)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.samples.movers import argument, mover
 
 
 @mover("scaled_dot_product_attention")
-def _attention(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _attention(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     queries = all(
         old is not argument(args, kwargs, at, name) for at, name in ((1, "key"), (2, "value"))
     )
@@ -23,14 +23,14 @@ def _attention(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
 
 
 @mover("embedding")
-def _embedding(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _embedding(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     if old is not argument(args, kwargs, 0, "input"):
         return batch.losing("a table that depends on the data")
     return batch
 
 
 @mover("linear")
-def _linear(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _linear(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     if old is not argument(args, kwargs, 0, "input") or old is argument(args, kwargs, 1, "weight"):
         return batch.losing("a weight that depends on the data")
     if batch.dim == old.dim() - 1:
@@ -43,12 +43,12 @@ _FACTORS = ("input", "mat1", "batch1", "mat", "mat2", "batch2", "vec", "vec2", "
 
 
 @mover("__rmatmul__")
-def _reflected(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _reflected(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return _matmul(batch, old, new, args[::-1], kwargs)
 
 
 @mover("matmul", "__matmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
-def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _matmul(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     named = (kwargs[name] for name in _FACTORS if name in kwargs)
     tensors = [a for a in (*args, *named) if isinstance(a, Tensor)]
     left, right = tensors[-2:]
@@ -62,7 +62,7 @@ def _matmul(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
     return found[0] if agree else batch.losing("a product of samples with samples")
 
 
-def _factor(batch: Batch, here: Tensor, other: Tensor, new: Tensor, first: bool) -> Batch:
+def _factor(batch: SampleAxis, here: Tensor, other: Tensor, new: Tensor, first: bool) -> SampleAxis:
     """The axis of a product, from that of one of its two factors."""
     last = here.dim() - 1
     if batch.dim == (last if first or last == 0 else last - 1):
@@ -75,7 +75,7 @@ def _factor(batch: Batch, here: Tensor, other: Tensor, new: Tensor, first: bool)
 
 
 @mover("einsum")
-def _einsum(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _einsum(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     equation = args[0]
     operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
     terms, result = _labels(equation, [x.dim() for x in operands])
@@ -104,6 +104,6 @@ def _labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[
     return terms, spelled(right, widest)
 
 
-def aligned(batch: Batch, old: Tensor, new: Tensor) -> Batch:
+def aligned(batch: SampleAxis, old: Tensor, new: Tensor) -> SampleAxis:
     """Broadcasting aligns axes from the right."""
     return batch.moved(batch.dim + new.dim() - old.dim())

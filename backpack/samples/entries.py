@@ -3,7 +3,7 @@
 Indexing, gathering, joining, padding and writing leave each entry what it is and put it elsewhere. Run
 on a tensor that holds, in place of its entries, the samples these belong to, they tell the sample of
 each entry of the result, and thus its sample axis. That costs as much as the operation itself, and is
-done only where ``moves.py`` does not know better.
+done only where ``movers.py`` does not know better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from backpack.samples.axis import NOBODY, Batch, axis_of, owners_of
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of, owners_of
 from backpack.samples.movers import argument, spellings
 
 # Samples are counted from one in the tensors that operations run on: what they fill with is nobody's.
@@ -85,9 +85,9 @@ def entry_axis(
     args: tuple,
     kwargs: dict[str, Any],
     new: Tensor,
-    marked: list[tuple[Tensor, Batch]],
+    marked: list[tuple[Tensor, SampleAxis]],
     place: int = 0,
-) -> Batch | None:
+) -> SampleAxis | None:
     """The sample axis of the result of an operation that moves entries.
 
     Args:
@@ -119,12 +119,12 @@ def entry_axis(
     return replace(axis, tentative=True) if tentative else axis  # type: ignore[type-var]
 
 
-def coded(axis: Batch, x: Tensor) -> Tensor:
+def coded(axis: SampleAxis, x: Tensor) -> Tensor:
     """Samples of the entries of a tensor, counted from one."""
     return owners_of(axis, x.shape, x.device).to(torch.float32) + 1
 
 
-def decoded(samples: Tensor, size: int) -> Batch | None:
+def decoded(samples: Tensor, size: int) -> SampleAxis | None:
     """The sample axis of a tensor from the samples of its entries, counted from one."""
     return axis_of(samples.long() - 1, size)
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import Batch, batch_of
+from backpack.samples.axis import SampleAxis, sample_axis_of
 from backpack.samples.movers import MOVERS, argument, mover, wrap
 
 
 @mover("__getitem__")
-def _getitem(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _getitem(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     table, index = args
     if old is not table:
-        own = batch_of(table)
+        own = sample_axis_of(table)
         if own is not None and not own.lost:  # only places are taken from the index
             return _getitem(own, table, new, args, kwargs)
         # the index depends on the data: a table is looked up
@@ -70,7 +70,7 @@ def _taken(i: Any) -> int:
     return i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
 
 
-def _indexed(batch: Batch, old: Tensor, new: Tensor, items: list[Any]) -> Batch:
+def _indexed(batch: SampleAxis, old: Tensor, new: Tensor, items: list[Any]) -> SampleAxis:
     # The result's axes before tensors are looked up: an axis of ``old``, or a tensor that picks.
     axes: list[Any] = []
     at, here = 0, None
@@ -107,7 +107,7 @@ def _indexed(batch: Batch, old: Tensor, new: Tensor, items: list[Any]) -> Batch:
 
 
 @mover("select", "select_copy")
-def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim"), old.dim())
     if dim == batch.dim:
         return batch.alone(int(argument(args, kwargs, 2, "index")), new.shape, new.device)
@@ -115,7 +115,7 @@ def _select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 
 
 @mover("unbind")
-def _unbind(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _unbind(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim", default=0), old.dim())
     if dim == batch.dim:
         start = _start(old, new, dim)
@@ -136,18 +136,18 @@ def _start(old: Tensor, new: Tensor, dim: int) -> int | None:
 
 
 @mover("index_select")
-def _index_select(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _index_select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim"), new.dim())
     index, table = argument(args, kwargs, 2, "index"), argument(args, kwargs, 0, "input")
     if old is not table:
-        own = batch_of(table)
+        own = sample_axis_of(table)
         known = own is not None and not own.lost
         return _index_select(own, table, new, args, kwargs) if known else batch.moved(dim)  # type: ignore[arg-type]
     return batch.taking(index.reshape(-1), old) if dim == batch.dim else batch
 
 
 @mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit")
-def _parts(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _parts(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     length, start = new.shape[batch.dim], _start(old, new, batch.dim)
     if length == old.shape[batch.dim]:
         return batch
@@ -156,7 +156,7 @@ def _parts(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) ->
     return batch.taking(slice(start, start + length), old)
 
 
-def _unfold(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _unfold(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     if new.shape[batch.dim] != old.shape[batch.dim]:
         return batch.losing("taking parts of the sample axis")
     return batch
@@ -166,12 +166,12 @@ MOVERS[Tensor.unfold] = _unfold  # the function of that name takes patches of im
 
 
 @mover("gather", "take_along_dim")
-def _gather(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _gather(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = argument(
         args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim"
     )
     table = argument(args, kwargs, 0, "input")
-    own = batch_of(table)
+    own = sample_axis_of(table)
     if own is None:
         # a table, and an index that depends on the data
         return batch if dim is not None else batch.losing("entries gathered from a flattened table")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import Batch, batch_of, picked_axis, regular_axis
+from backpack.samples.axis import SampleAxis, picked_axis, regular_axis, sample_axis_of
 
-Mover = Callable[[Batch, Tensor, Tensor, tuple, dict], Batch]
+Mover = Callable[[SampleAxis, Tensor, Tensor, tuple, dict], SampleAxis]
 
 
 MOVERS: dict[Any, Mover] = {}
@@ -68,19 +68,21 @@ def dims_of(dims: Any, ndim: int) -> list[int]:
 
 
 @mover("transpose", "swapaxes", "swapdims")
-def _transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _transpose(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     first = wrap(argument(args, kwargs, 1, "dim0", "axis0"), new.dim())
     second = wrap(argument(args, kwargs, 2, "dim1", "axis1"), new.dim())
     return batch.moved({first: second, second: first}.get(batch.dim, batch.dim))
 
 
 @mover("T")
-def _reversed(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _reversed(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return batch.moved(new.dim() - 1 - batch.dim)
 
 
 @mover("t", "H", "adjoint", "mT", "mH")
-def _matrix_transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _matrix_transpose(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+) -> SampleAxis:
     last = new.dim() - 1
     if last < 1:
         return batch
@@ -88,13 +90,13 @@ def _matrix_transpose(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwarg
 
 
 @mover("permute")
-def _permute(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _permute(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dims = kwargs.get("dims") or (args[1:] if isinstance(args[1], int) else args[1])
     return batch.moved(dims_of(dims, new.dim()).index(batch.dim))
 
 
 @mover("movedim", "moveaxis")
-def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _movedim(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     source = dims_of(argument(args, kwargs, 1, "source"), new.dim())
     target = dims_of(argument(args, kwargs, 2, "destination"), new.dim())
     order: list[int | None] = [None] * new.dim()
@@ -106,11 +108,11 @@ def _movedim(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) 
 
 @mover("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze")
 @mover("ravel", "atleast_2d", "atleast_3d")
-def _reshape(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _reshape(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return reshaped(batch, old.shape, new.shape)
 
 
-def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
+def reshaped(batch: SampleAxis, old: torch.Size, new: torch.Size) -> SampleAxis:
     """Row-major order is kept: match the products of the axes before the samples."""
     if not batch.size and 0 in new:  # no samples: any axis without entries is theirs
         return batch.placed(list(new).index(0), 1, 1)
@@ -136,7 +138,7 @@ def reshaped(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
     return found or batch.losing(f"reshape {tuple(old)} -> {tuple(new)} splits the sample axis")
 
 
-def _reshape_picked(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
+def _reshape_picked(batch: SampleAxis, old: torch.Size, new: torch.Size) -> SampleAxis:
     """An axis of picked entries may move, but not be split or merged."""
     left = 1
     for dim, length in enumerate(new):
@@ -147,7 +149,7 @@ def _reshape_picked(batch: Batch, old: torch.Size, new: torch.Size) -> Batch:
 
 
 @mover("expand", "expand_as", "broadcast_to")
-def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _expand(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     if old.shape[batch.dim] == 1 and new.shape[moved.dim] != 1:
         return batch.losing("a batch of one was expanded")
@@ -155,7 +157,7 @@ def _expand(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 
 
 @mover("repeat", "tile")
-def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _repeat(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
     if batch.picked is not None and factor != 1:
@@ -164,7 +166,9 @@ def _repeat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -
 
 
 @mover("repeat_interleave")
-def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _repeat_interleave(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+) -> SampleAxis:
     dim = argument(args, kwargs, 2, "dim")
     repeats = argument(args, kwargs, 1, "repeats")
     if dim is None:
@@ -179,10 +183,10 @@ def _repeat_interleave(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwar
 
 
 @mover("stack")
-def _stack(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _stack(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim", default=0), new.dim())
     if batch.solo is not None:
-        axes = [batch_of(part) for part in argument(args, kwargs, 0, "tensors")]
+        axes = [sample_axis_of(part) for part in argument(args, kwargs, 0, "tensors")]
         ones = [axis.solo for axis in axes if axis is not None and not axis.lost]
         if None not in ones and len(ones) == len(axes) > 1:
             return picked_axis(torch.tensor(ones, device=new.device), batch.size, dim)
@@ -190,12 +194,12 @@ def _stack(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) ->
 
 
 @mover("cat", "concat", "concatenate")
-def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _cat(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
     if dim != batch.dim:
         return batch
     parts = argument(args, kwargs, 0, "tensors")
-    axes = [batch_of(p) for p in parts]
+    axes = [sample_axis_of(p) for p in parts]
     if batch.picked is None and all(axis == batch for axis in axes):
         return batch.placed(batch.dim, batch.outer * len(parts), batch.inner)
     samples = []
@@ -209,34 +213,34 @@ def _cat(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> B
 
 
 @mover("flip")
-def _flip(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _flip(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dims = argument(args, kwargs, 1, "dims")
     return _turned(batch, old, args[1:] if isinstance(dims, int) and len(args) > 2 else dims)
 
 
 @mover("flipud")
-def _flipud(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _flipud(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return _turned(batch, old, 0)
 
 
 @mover("fliplr")
-def _fliplr(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _fliplr(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return _turned(batch, old, 1)
 
 
-def _turned(batch: Batch, old: Tensor, dims: Any) -> Batch:
+def _turned(batch: SampleAxis, old: Tensor, dims: Any) -> SampleAxis:
     if batch.dim not in dims_of(dims, old.dim()):
         return batch
     return picked_axis(batch.sample_ids(old.device).flip(0), batch.size, batch.dim, batch.tentative)
 
 
 @mover("msort")
-def _first_axis(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _first_axis(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return along_dims(batch, old, 0)
 
 
 @mover("roll")
-def _roll(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _roll(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     shifts, dims = argument(args, kwargs, 1, "shifts"), argument(args, kwargs, 2, "dims")
     if dims is None or dims == ():
         return batch.losing("rolling the flattened samples")
@@ -259,7 +263,7 @@ LIKE = frozenset(spellings(*_LIKE))
 
 
 @mover(*_LIKE)
-def _like(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _like(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     """Nobody's rows as yet: the size matches, and no more is known."""
     if batch.solo is not None:
         return replace(batch, tentative=True, lost="made like one sample")
@@ -268,7 +272,7 @@ def _like(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> 
     return replace(batch, tentative=True)
 
 
-def along_dims(batch: Batch, old: Tensor, dims: Any) -> Batch:
+def along_dims(batch: SampleAxis, old: Tensor, dims: Any) -> SampleAxis:
     if batch.dim in dims_of(dims, old.dim()):
         return batch.losing("an operation along the sample axis mixes samples")
     return batch

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from backpack.samples.axis import Batch, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
 from backpack.samples.contractions import aligned
 from backpack.samples.entries import ENTRIES, entry_axis
 from backpack.samples.movers import LIKE, MOVERS, Mover, spellings
-from backpack.samples.separability import keeps_apart, remembers
+from backpack.samples.separability import is_sample_separable, remembers
 
 # Several arguments, broadcast, entry by entry.
 ELEMENTWISE: set[Any] = set(
@@ -58,7 +58,7 @@ _LAST_AXES: dict[Any, int] = {
 _SAMPLES_FIRST = frozenset(spellings("batch_norm", "instance_norm", "group_norm", "interpolate"))
 
 
-def known(func: Any, batch: Batch, old: Tensor, args: tuple) -> bool:
+def known(func: Any, batch: SampleAxis, old: Tensor, args: tuple) -> bool:
     """Whether an operation without a mover is known to leave samples where they are, and apart."""
     if func in POINTWISE or func in ELEMENTWISE:
         return True
@@ -70,7 +70,9 @@ def known(func: Any, batch: Batch, old: Tensor, args: tuple) -> bool:
     return last is not None and batch.dim < old.dim() - last
 
 
-def moved(move: Mover, batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def moved(
+    move: Mover, batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+) -> SampleAxis:
     """The axis of a result by a mover; a call that the mover cannot read must not stop the user's."""
     try:
         return move(batch, old, new, args, kwargs)
@@ -89,9 +91,9 @@ def propagate(
     args: tuple,
     kwargs: dict,
     new: Tensor,
-    marked: list[tuple[Tensor, Batch]],
+    marked: list[tuple[Tensor, SampleAxis]],
     place: int = 0,
-) -> tuple[Batch, list[Tensor]]:
+) -> tuple[SampleAxis, list[Tensor]]:
     """The sample axis of an operation's result.
 
     Args:
@@ -118,9 +120,9 @@ def traced(
     args: tuple,
     kwargs: dict,
     new: Tensor,
-    marked: list[tuple[Tensor, Batch]],
+    marked: list[tuple[Tensor, SampleAxis]],
     place: int = 0,
-) -> tuple[Batch, list[Tensor]]:
+) -> tuple[SampleAxis, list[Tensor]]:
     """The same, as far as an axis of the arguments can be followed to one of the result."""
     if len(marked) == 1 and func not in MOVERS:  # nearly all calls
         old, batch = marked[0]
@@ -136,7 +138,7 @@ def traced(
         if not (func in ELEMENTWISE or all(known(func, axis, old, args) for old, axis in data)):
             # What cannot be differentiated is not tried out, but entries can be followed.
             follows = func in ENTRIES and not (new.is_floating_point() or new.is_complex())
-            if follows or not keeps_apart(func, args, kwargs, place, data, batch):
+            if follows or not is_sample_separable(func, args, kwargs, place, data, batch):
                 batch = batch.losing(f"{name_of(func)} mixes samples")
     if batch.lost and single is None and not any(axis.lost for _, axis in marked):
         if func in ENTRIES:
@@ -154,15 +156,20 @@ def traced(
     return batch, demoted
 
 
-def _single(func: Any, marked: Sequence[tuple[Tensor, Batch]]) -> int | None:
+def _single(func: Any, marked: Sequence[tuple[Tensor, SampleAxis]]) -> int | None:
     """The one sample that all arguments belong to, if they do; the result then does too."""
     samples = {axis.solo if axis.lost is None else None for _, axis in marked}
     return next(iter(samples)) if len(samples) == 1 and func not in LIKE else None
 
 
 def _axis_tried_out(
-    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]], place: int
-) -> Batch | None:
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    new: Tensor,
+    marked: list[tuple[Tensor, SampleAxis]],
+    place: int,
+) -> SampleAxis | None:
     """An axis of the result on which samples are apart, where they are not on the argument's."""
     axes = [axis for _, axis in marked]
     size = axes[0].size
@@ -176,17 +183,17 @@ def _axis_tried_out(
     ]
     candidates += [axes[0].moved(dim) for dim in range(new.dim()) if axes[0].picked is not None]
     for axis in sorted(candidates, key=lambda axis: axis.width):
-        if axis.fits(new.shape) and keeps_apart(func, args, kwargs, place, marked, axis):
+        if axis.fits(new.shape) and is_sample_separable(func, args, kwargs, place, marked, axis):
             return axis
     return None
 
 
 def _propagate(
-    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, Batch]]
-) -> tuple[Batch, list[Tensor]]:
+    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, SampleAxis]]
+) -> tuple[SampleAxis, list[Tensor]]:
     move = MOVERS.get(func)
     aligns = move is not None or func in ELEMENTWISE
-    chosen: Batch | None = None
+    chosen: SampleAxis | None = None
     best = marked[0][0]
     demoted: list[Tensor] = []
     # Certain axes come before tentative ones, then those with grad, and lost ones first.
@@ -216,7 +223,7 @@ def _propagate(
     return chosen, demoted
 
 
-def _rank(pair: tuple[Tensor, Batch]) -> tuple[bool, bool, bool]:
+def _rank(pair: tuple[Tensor, SampleAxis]) -> tuple[bool, bool, bool]:
     tensor, batch = pair
     return batch.tentative, not tensor.requires_grad, batch.lost is None
 
@@ -224,10 +231,10 @@ def _rank(pair: tuple[Tensor, Batch]) -> tuple[bool, bool, bool]:
 def settled(
     func: Any,
     new: Tensor,
-    axis: Batch,
+    axis: SampleAxis,
     dim: int,
-    marked: Sequence[tuple[Tensor, Batch]] = (),
-) -> tuple[Batch, bool]:
+    marked: Sequence[tuple[Tensor, SampleAxis]] = (),
+) -> tuple[SampleAxis, bool]:
     """What the axis of a result is after all, where an operation has lost it.
 
     What belongs to one sample cannot be mixed with others. Where no gradient flows nothing is mixed
@@ -261,8 +268,8 @@ def settled(
 
 
 def _counted(
-    func: Any, new: Tensor, lost: Batch, dim: int, marked: Sequence[tuple[Tensor, Batch]]
-) -> Batch:
+    func: Any, new: Tensor, lost: SampleAxis, dim: int, marked: Sequence[tuple[Tensor, SampleAxis]]
+) -> SampleAxis:
     if not marked and func not in EXPANSIONS:
         return replace(lost, tentative=True)
     places: list[int] = []

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.samples.contractions import aligned
 from backpack.samples.movers import along_dims, argument, dims_of, mover, wrap
 
 
 @mover("sum", "mean", "amax", "amin", "prod", "logsumexp", "var", "std", "any", "all")
 @mover("max", "min", "median", "argmax", "argmin", "nansum", "nanmean", "count_nonzero")
-def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _reduction(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     dim = kwargs.get("dim", kwargs.get("axis"))
     if dim is None and len(args) > 1:
         if isinstance(args[1], Tensor):  # max(a, b) is elementwise
@@ -26,7 +26,9 @@ def _reduction(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict
 
 
 @mover("norm", "vector_norm", "quantile", "nanquantile")
-def _reduction_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _reduction_later(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+) -> SampleAxis:
     q = argument(args, kwargs, 1, "q")
     dims = dims_of(argument(args, kwargs, 2, "dim", "axis"), old.dim())
     if isinstance(q, Tensor) and q.dim():  # several quantiles, on an axis in front
@@ -36,16 +38,16 @@ def _reduction_later(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs
 
 
 @mover("kthvalue")
-def _kthvalue(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _kthvalue(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return _reduced(batch, old, new, argument(args, kwargs, 2, "dim", default=-1))
 
 
 @mover("mode")
-def _mode(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _mode(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return _reduced(batch, old, new, argument(args, kwargs, 1, "dim", default=-1))
 
 
-def _reduced(batch: Batch, old: Tensor, new: Tensor, dim: Any) -> Batch:
+def _reduced(batch: SampleAxis, old: Tensor, new: Tensor, dim: Any) -> SampleAxis:
     dims = dims_of(dim, old.dim())
     if batch.dim in dims:
         return batch.losing("a reduction over the sample axis mixes samples")
@@ -55,43 +57,43 @@ def _reduced(batch: Batch, old: Tensor, new: Tensor, dim: Any) -> Batch:
 
 
 @mover("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
-def _mixing(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _mixing(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return along_dims(batch, old, argument(args, kwargs, 1, "dim", "axis"))
 
 
 @mover("softmax", "log_softmax", "softmin")
-def _softmax(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _softmax(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     implicit = 0 if old.dim() in (0, 1, 3) else 1  # torch's, which warns
     dim = argument(args, kwargs, 1, "dim")
     return along_dims(batch, old, implicit if dim is None else dim)
 
 
 @mover("sort", "argsort")
-def _sort(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _sort(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     place = 2 if "stable" in kwargs and len(args) > 2 and isinstance(args[1], bool) else 1
     dim = argument(args, kwargs, place, "dim", default=-1)
     return along_dims(batch, old, -1 if isinstance(dim, bool) else dim)
 
 
 @mover("topk")
-def _topk(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _topk(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return along_dims(batch, old, argument(args, kwargs, 2, "dim", default=-1))
 
 
 @mover("normalize")
-def _normalize(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _normalize(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     return along_dims(batch, old, argument(args, kwargs, 2, "dim", default=1))
 
 
 @mover("renorm")
-def _renorm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _renorm(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     if wrap(argument(args, kwargs, 2, "dim"), old.dim()) == batch.dim:
         return batch
     return batch.losing("norms over the sample axis mix samples")
 
 
 @mover("layer_norm", "rms_norm")
-def _layer_norm(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _layer_norm(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     shape = argument(args, kwargs, 1, "normalized_shape")
     if old is not argument(args, kwargs, 0, "input"):
         return aligned(batch, old, new)

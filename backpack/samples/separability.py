@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 _verdicts: dict[Any, Any] = {}
 _CAPACITY = 4096
@@ -25,13 +25,13 @@ _CAPACITY = 4096
 FEW = 5
 
 
-def keeps_apart(
+def is_sample_separable(
     func: Callable[..., Any],
     args: tuple,
     kwargs: dict[str, Any],
     place: int,
-    data: Sequence[tuple[Tensor, Batch]],
-    axis: Batch,
+    data: Sequence[tuple[Tensor, SampleAxis]],
+    axis: SampleAxis,
 ) -> bool:
     """Whether the samples of a result depend on no other samples of the arguments.
 
@@ -82,7 +82,7 @@ def _remember(key: Any, verdict: Any) -> None:
 
 
 def remembers(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether :func:`keeps_apart` can tell, and once for all calls with arguments of that kind."""
+    """Whether :func:`is_sample_separable` can tell, once for all calls with arguments of that kind."""
     leaves, spec = tree_flatten((args, kwargs))
     return torch.is_grad_enabled() and _key(func, leaves, str(spec), {}) is not None
 
@@ -91,7 +91,7 @@ def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
-def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Batch], *rest: Any) -> Any:
+def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, SampleAxis], *rest: Any) -> Any:
     """What the answer depends on; ``None`` if that includes values of tensors."""
     parts: list[Any] = []
     for x in leaves:
@@ -110,8 +110,8 @@ def _key(func: Any, leaves: list[Any], spec: str, axes: dict[int, Batch], *rest:
 
 
 def _few(
-    leaves: list[Any], axes: dict[int, Batch], axis: Batch
-) -> tuple[list[Any], dict[int, Batch], Batch] | None:
+    leaves: list[Any], axes: dict[int, SampleAxis], axis: SampleAxis
+) -> tuple[list[Any], dict[int, SampleAxis], SampleAxis] | None:
     """The arguments with few samples only, which cost less; ``None`` if there are no more."""
     found = [*axes.values(), axis]
     if axis.size <= FEW or not all(each.plain and each.size == axis.size for each in found):
@@ -125,7 +125,10 @@ def _few(
 
 
 def _tried(
-    results: Callable[[list[Any]], Any], leaves: list[Any], axes: dict[int, Batch], axis: Batch
+    results: Callable[[list[Any]], Any],
+    leaves: list[Any],
+    axes: dict[int, SampleAxis],
+    axis: SampleAxis,
 ) -> bool | None:
     """Try in double precision at the values given, and at others where the operation takes them.
 
@@ -196,8 +199,8 @@ def generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
 def _scales(
     results: Callable[[list[Any]], Any],
     leaves: list[Any],
-    axes: dict[int, Batch],
-    axis: Batch,
+    axes: dict[int, SampleAxis],
+    axis: SampleAxis,
     change: Callable[[Tensor], Tensor],
     wide: bool,
 ) -> bool:
@@ -223,7 +226,7 @@ def _scales(
     return _agree(plain, found, [axes[id(leaves[j])] for j in places], out.dtype)
 
 
-def _scale(axis: Batch, like: Tensor) -> Tensor:
+def _scale(axis: SampleAxis, like: Tensor) -> Tensor:
     """One number for each sample, along the sample axis of a tensor."""
     ids = axis.sample_ids(like.device)
     scales = generic((int(ids.max()) + 1,), like)[ids]
@@ -237,10 +240,10 @@ def _scale(axis: Batch, like: Tensor) -> Tensor:
 def axis_by_backward(
     output: Tensor,
     edges: Sequence[GradientEdge],
-    axes: Sequence[Batch],
-    candidates: Sequence[Batch],
+    axes: Sequence[SampleAxis],
+    candidates: Sequence[SampleAxis],
     key: Any,
-) -> Batch | str:
+) -> SampleAxis | str:
     """The sample axis of a Function's result with which its backward keeps samples apart.
 
     Args:
@@ -276,7 +279,7 @@ def axis_by_backward(
             handle.remove()
         raise RuntimeError("its backward was not reached")
 
-    verdict: Batch | str = "mixes samples"
+    verdict: SampleAxis | str = "mixes samples"
     with (
         torch._C.DisableTorchFunction(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -311,7 +314,7 @@ def _stop(gradients: Sequence[Tensor | None], _: Any) -> None:
 def _agree(
     plain: Sequence[Tensor | None],
     found: Sequence[Tensor | None],
-    axes: Sequence[Batch],
+    axes: Sequence[SampleAxis],
     dtype: torch.dtype,
 ) -> bool:
     """Whether products of scaled cotangents are the scaled products."""

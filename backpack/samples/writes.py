@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import Batch, batch_of, owners_of, regular_axis
+from backpack.samples.axis import SampleAxis, owners_of, regular_axis, sample_axis_of
 from backpack.samples.entries import FREE, Call, coded, decoded, moves_entries
 from backpack.samples.movers import argument, mover
 
@@ -27,7 +27,7 @@ def _aligned(values: Tensor, shape: torch.Size) -> Tensor:
     return values.expand(shape)
 
 
-def _fits(axis: Batch, target: Tensor, owners: Tensor, index: Any) -> bool:
+def _fits(axis: SampleAxis, target: Tensor, owners: Tensor, index: Any) -> bool:
     """Whether ``target[index] = values`` writes to each sample's places what is that sample's."""
     if axis.lost or not axis.fits(target.shape):
         return False
@@ -37,15 +37,15 @@ def _fits(axis: Batch, target: Tensor, owners: Tensor, index: Any) -> bool:
 
 def assigned(
     target: Tensor, values: Any, index: Any, part: Any = ..., adds: bool = False
-) -> Batch | None:
+) -> SampleAxis | None:
     """The sample axis of ``target`` after ``target[index] = values[part]``, or ``+=`` (``adds``).
 
     A target that has no axis yet, or a tentative one, gets the axis that fits the values.
     """
-    own = batch_of(target)
+    own = sample_axis_of(target)
     if own is not None and own.lost and own.tentative:  # a constant
         own = None
-    source = batch_of(values) if isinstance(values, Tensor) else None
+    source = sample_axis_of(values) if isinstance(values, Tensor) else None
     if source is None or (source.lost and not values.requires_grad):
         return own
     if source.lost:
@@ -95,7 +95,7 @@ def _writes(names: str, place: int, *sources: str, adds: Callable[..., bool]) ->
     """
 
     def register(function: Any) -> Any:
-        def move(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+        def move(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
             target = argument(args, kwargs, 0, "input", "self")
             values = argument(args, kwargs, place, *sources)
             index, part = function(target, args, kwargs)
@@ -170,13 +170,13 @@ def _scatter(target: Tensor, args: tuple, kwargs: dict) -> Any:
 
 
 @mover("masked_scatter", "put")
-def _in_order(batch: Batch, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> Batch:
+def _in_order(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     """Values are taken in order, from whichever sample's."""
     values = argument(args, kwargs, 2, "source")
-    if batch_of(values) is not None:
+    if sample_axis_of(values) is not None:
         return batch.losing("values taken in order over all samples")
     target = argument(args, kwargs, 0, "input", "self")
-    return batch_of(target) or batch.losing(_LOST)
+    return sample_axis_of(target) or batch.losing(_LOST)
 
 
 def _put(call: Call) -> Tensor | None:

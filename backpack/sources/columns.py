@@ -23,7 +23,7 @@ from backpack.graph.taps import Source, Tap
 from backpack.graph.tracing import cut
 from backpack.losses.base import LossHessian
 from backpack.losses.twice import Differentiated, differentiate_twice
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
 
@@ -127,12 +127,12 @@ class Pass:
         return [GradientEdge(node, place) for node, place in found]
 
     @cached_property
-    def outputs(self) -> list[tuple[GradientEdge, Batch]]:
+    def outputs(self) -> list[tuple[GradientEdge, SampleAxis]]:
         """Places whose cotangents make up all of the gradient, with their sample axes."""
         return cotangent_places(self.graph)
 
     @cached_property
-    def model_outputs(self) -> list[tuple[GradientEdge, Batch]]:
+    def model_outputs(self) -> list[tuple[GradientEdge, SampleAxis]]:
         """The outputs of the model, with their sample axes."""
         borders = dict(self.graph.outputs)
         for _, below in self.graph.losses.values():
@@ -160,7 +160,7 @@ class Pass:
         return gradients(self.roots, edges, torch.is_grad_enabled())
 
     def _differentiated(
-        self, outputs: list[tuple[GradientEdge, Batch]], absorbed: set[Node]
+        self, outputs: list[tuple[GradientEdge, SampleAxis]], absorbed: set[Node]
     ) -> list[LossPiece]:
         create, known = torch.is_grad_enabled(), self.graph.losses.keys() - absorbed
         with torch.enable_grad(), cut({edge.node for edge, _ in outputs} | known):
@@ -177,7 +177,7 @@ class Pass:
         return [LossPiece(edges, hessian, found[0][0].new_ones(()).detach(), edges)]
 
 
-def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, Batch]]:
+def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, SampleAxis]]:
     """Places whose cotangents make up all of the gradient, with their sample axes.
 
     Those are model outputs, for one loss may take an output as it is and another a part of it: none of
@@ -191,7 +191,7 @@ def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, Batch]]:
     return list({(edge.node, edge.output_nr): (edge, axis) for edge, axis in found}.values())
 
 
-def _placed(borders: dict[Node, list[Any]]) -> list[tuple[GradientEdge, Batch]]:
+def _placed(borders: dict[Node, list[Any]]) -> list[tuple[GradientEdge, SampleAxis]]:
     return [
         (GradientEdge(node, border.place), border.batch)
         for node, found in borders.items()

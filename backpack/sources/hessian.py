@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.survey import carry, columns_at_once, differentiable_twice, hooks_suspended
-from backpack.graph.taps import CURVED, TAPS, LossRecord, loss_at, notes
+from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
 from backpack.graph.tracing import cut, kind_of
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 
 _LINEAR = frozenset(
@@ -56,7 +56,7 @@ def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
         given: the backward pass.
         per_sample: whether the diagonals of single samples are needed.
     """
-    path = Path([edge.node for edge, _ in given.roots], given.outputs)
+    path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs)
     clean: list[Leaf] = []
     by_output: list[Leaf] = []
     by_entry: list[Leaf] = []
@@ -74,7 +74,7 @@ def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
     if below and path.entries() > 3 * sum(map(_output_size, alone)) and len(alone) == len(below):
         clean = [leaf for leaf in clean if leaf not in below]
         by_output += below
-        path.bends.clear()
+        path.nonlinear.clear()
     if clean:
         yield from _columns(given, path, clean)
     for leaf in by_output:
@@ -90,7 +90,7 @@ def _output_size(leaf: Leaf) -> int:
     return prod(node._input_metadata[tap.place].shape) // max(tap.batch.size, 1)
 
 
-class Path:
+class CurvatureMap:
     """What lies between the starts and the taps.
 
     Attributes:
@@ -101,9 +101,11 @@ class Path:
         curved_above: nodes below an operation that is curved in another way.
     """
 
-    def __init__(self, starts: list[Node], outputs: Sequence[tuple[GradientEdge, Batch]] = ()) -> None:
+    def __init__(
+        self, starts: list[Node], outputs: Sequence[tuple[GradientEdge, SampleAxis]] = ()
+    ) -> None:
         self.losses: list[tuple[Node, LossRecord]] = []
-        self.bends: list[tuple[Node, Batch]] = []
+        self.nonlinear: list[tuple[Node, SampleAxis]] = []
         self.bent_above: set[Node] = set()
         self.curved_above: set[Node] = set()
         order = self._order(starts)
@@ -123,8 +125,8 @@ class Path:
                 inputs = [c for c, _ in node.next_functions if c is not None and active.get(c)]
                 if not curved and inputs:
                     kind = kind_of(node)
-                    if CURVED in notes(node) and len(inputs) == 1:
-                        self.bends.append((node, notes(node)[CURVED]))
+                    if NONLINEAR in notes(node) and len(inputs) == 1:
+                        self.nonlinear.append((node, notes(node)[NONLINEAR]))
                         bent = True
                     elif kind in _PRODUCTS:
                         divides = kind == "Div" and node.next_functions[0][0] not in inputs
@@ -148,14 +150,14 @@ class Path:
     def _order(self, starts: list[Node]) -> list[Node]:
         """Nodes, each before those below it."""
         done: dict[Node, None] = {}
-        entered: set[Node] = set()
+        current_inputs: set[Node] = set()
         stack = [(node, False) for node in starts]
         while stack:
             node, leaving = stack.pop()
             if leaving:
                 done[node] = None
-            elif node not in entered:
-                entered.add(node)
+            elif node not in current_inputs:
+                current_inputs.add(node)
                 record = loss_at(node)
                 if record is not None:
                     self.losses.append((node, record))
@@ -185,7 +187,7 @@ class Path:
     def entries(self) -> int:
         """Curved entries per sample."""
         return sum(
-            prod(node._input_metadata[0].shape) // max(batch.size, 1) for node, batch in self.bends
+            prod(node._input_metadata[0].shape) // max(batch.size, 1) for node, batch in self.nonlinear
         )
 
 
@@ -193,12 +195,12 @@ class Path:
 # By columns
 
 
-def _columns(given: Pass, path: Path, leaves: Sequence[Leaf]) -> Iterator[Columns]:
+def _columns(given: Pass, path: CurvatureMap, leaves: Sequence[Leaf]) -> Iterator[Columns]:
     uses = {(node, tap.place): None for leaf in leaves for node, tap, _ in leaf.uses}
     targets = [GradientEdge(*place) for place in uses]
     about = {leaf.parameter for leaf in leaves}
     places = [GradientEdge(node, 0) for node, _ in path.losses]
-    places += [GradientEdge(node, 0) for node, _ in path.bends]
+    places += [GradientEdge(node, 0) for node, _ in path.nonlinear]
     grads = gradients(given.roots, places, create_graph=torch.is_grad_enabled())
     for (_, record), grad in zip(path.losses, grads, strict=False):
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
@@ -207,10 +209,10 @@ def _columns(given: Pass, path: Path, leaves: Sequence[Leaf]) -> Iterator[Column
                 for chunk in record.hessian.columns(part.clamp(min=0), count):
                     signs = part.new_full((len(chunk), record.hessian.batch.size), sign)
                     yield Columns([record.edge], [chunk], None if sign > 0 else signs, about)
-    for (node, batch), grad in zip(path.bends, grads[len(path.losses) :], strict=True):
+    for (node, batch), grad in zip(path.nonlinear, grads[len(path.losses) :], strict=True):
         if grad is None:
             continue
-        found = bend(node, grad)
+        found = second_derivative(node, grad)
         if found is None:
             continue
         below, residual = found
@@ -237,7 +239,7 @@ def refuse_mixing(given: Pass) -> None:
             _refuse_coupled(given.roots, outputs)
 
 
-def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Batch]]) -> None:
+def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, SampleAxis]]) -> None:
     """Samples apart contribute to their own rows only, whatever each is multiplied with."""
     edges = [edge for edge, _ in outputs]
     found = gradients(starts, edges, create_graph=True)
@@ -252,7 +254,7 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Batch]
         return
     flat = [g for g, _ in known]
 
-    def along(axis: Batch, like: Tensor) -> Tensor:
+    def along(axis: SampleAxis, like: Tensor) -> Tensor:
         ids = torch.cos(7 * axis.sample_ids(like.device).to(like) + 1)
         return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
@@ -274,7 +276,7 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Batch]
                 )
 
 
-def bend(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
+def second_derivative(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
     """Where an operation ``phi`` on single entries has its input ``x``, and ``phi''(x) * grad``."""
     below = GradientEdge(*next((c, nr) for c, nr in node.next_functions if c is not None))
     create = torch.is_grad_enabled()
@@ -320,7 +322,7 @@ def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
 
 
 def _polarised(
-    products: Sequence[tuple[Batch, Tensor, Tensor]],
+    products: Sequence[tuple[SampleAxis, Tensor, Tensor]],
 ) -> tuple[list[Tensor], Tensor]:
     """Products of columns as signed squares: ``2 a b = ((a + b)^2 - (a - b)^2) / 2``.
 
@@ -369,7 +371,7 @@ def sampled(
         generator: source of randomness.
     """
     create = torch.is_grad_enabled()
-    path = Path([edge.node for edge, _ in given.roots], given.outputs)
+    path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs)
     by_output = [leaf for leaf in given.leaves if path.linear_in(leaf)]
     taps = {id(tap): (node, tap) for leaf in by_output for node, tap, _ in leaf.uses}
     edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
@@ -413,7 +415,7 @@ def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _parameter_hessian(
     given: Pass,
-    path: Path,
+    path: CurvatureMap,
     leaf: Leaf,
     per_sample: bool,
     entries: Callable[[Tensor | None, Tensor, GradientEdge, bool], Tensor],
@@ -434,7 +436,7 @@ def _parameter_hessian(
 
 
 def _sample_gradients(
-    starts: Starts, path: Path, leaf: Leaf, place: GradientEdge
+    starts: Starts, path: CurvatureMap, leaf: Leaf, place: GradientEdge
 ) -> Iterator[Tensor | None]:
     """Gradients of single samples, by masking the gradient at the model output."""
     if not path.outputs:

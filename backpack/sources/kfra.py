@@ -79,7 +79,7 @@ def _rows(columns: Tensor, samples: int) -> Tensor:
 def _with_taps(start: Node, wanted: Collection[Tap]) -> set[Node]:
     """Nodes from which a tap is reached."""
     active: set[Node] = set()
-    entered: set[Node] = set()
+    current_inputs: set[Node] = set()
     stack = [(start, False)]
     while stack:
         node, leaving = stack.pop()
@@ -87,8 +87,8 @@ def _with_taps(start: Node, wanted: Collection[Tap]) -> set[Node]:
         if leaving:
             if not active.isdisjoint(children) or any(t in wanted for t in notes(node).get(TAPS, ())):
                 active.add(node)
-        elif node not in entered:
-            entered.add(node)
+        elif node not in current_inputs:
+            current_inputs.add(node)
             stack += [(node, True), *((child, False) for child in children)]
     return active
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from backpack.graph.survey import carry
 from backpack.losses.twice import signed_columns
-from backpack.samples.axis import Batch
+from backpack.samples.axis import SampleAxis
 from backpack.sources import hessian, kfra
 from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
 
@@ -37,7 +37,7 @@ class ExactRoot(ColumnSource):
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         for piece in given.losses:
-            loss = piece.hessian if wanted.every_column else piece.hessian.fewest()
+            loss = piece.hessian if wanted.every_column else piece.hessian.with_minimal_root()
             count = given.at_once(given.taps, loss.f.device.type)
             for values, sign in signed_columns(loss, piece.gradient, count, wanted.signed):
                 yield Columns(piece.places, values, sign)
@@ -120,7 +120,7 @@ class AveragedRoot(ColumnSource):
         if len(piece.outputs or piece.places) > 1:
             raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
         start = (piece.outputs or piece.places)[0]
-        loss = piece.hessian.fewest()
+        loss = piece.hessian.with_minimal_root()
         count = given.at_once(piece.places, loss.f.device.type)
         columns = (parts for parts, _ in signed_columns(loss, piece.gradient, count, False))
         # The average is one over the rows of the model's output.
@@ -150,7 +150,7 @@ class OutputBasis(ColumnSource):
                 yield Columns([edge], [columns])
 
 
-def _units(shape: torch.Size, axis: Batch, like: Tensor, count: int) -> Iterator[Tensor]:
+def _units(shape: torch.Size, axis: SampleAxis, like: Tensor, count: int) -> Iterator[Tensor]:
     split = axis.split(like.new_zeros(()).expand(shape)).shape
     size = prod(split[1:])
     for k in torch.arange(size, device=like.device).split(count):

@@ -164,9 +164,13 @@ def draw(rng: random.Random, dims: int, classes: bool, direct: bool = False) -> 
     above = Above(forwards=2 if rng.random() < 0.15 and not direct else 1)
     for _ in range(2 if rng.random() < 0.12 and not direct else 1):
         table = MIXING if rng.random() < 0.08 else PLAIN
-        paths = [name for name, (_, fewest) in table.items() if fewest <= dims]
+        paths = [name for name, (_, with_minimal_root) in table.items() if with_minimal_root <= dims]
         path = "o" if not paths or rng.random() < 0.35 or direct else rng.choice(paths)
-        kinds = [k for k, (*_, fewest) in KINDS.items() if fewest <= dims and (k != "ce" or classes)]
+        kinds = [
+            k
+            for k, (*_, with_minimal_root) in KINDS.items()
+            if with_minimal_root <= dims and (k != "ce" or classes)
+        ]
         above.terms.append(
             Term(
                 path,

@@ -16,7 +16,7 @@ from torch import distributed, multiprocessing, nn
 from backpack import extend, optim
 from backpack.optim import base
 
-CURVED: dict[str, Callable[..., Any]] = {
+NONLINEAR: dict[str, Callable[..., Any]] = {
     name: getattr(optim, name)
     for name in (
         "DiagGGNExact DiagGGNMC DiagHessian SumGradSquared KFAC KFLR KFRA EKFAC EKFLR CGNewton"
@@ -41,7 +41,7 @@ def attempt(name: str, rank: int = 0, **options: Any) -> tuple[str, torch.Tensor
         optimizer: Any = optim.DPSGD(model, 0.1, **PRIVATE, **options)
         optimizer.backward(F.cross_entropy(model(X), y, reduction="none"))
     else:
-        optimizer = CURVED[name](model, 0.1, 0.1, **options)
+        optimizer = NONLINEAR[name](model, 0.1, 0.1, **options)
         with optimizer.backpack():
             extend(nn.CrossEntropyLoss())(model(X), y).backward()
     message = ""
@@ -60,7 +60,7 @@ def _process(rank: int, folder: str) -> None:
     try:
         found = {
             (name, local): attempt(name, rank, process_local=local)
-            for name in (*CURVED, "DPSGD")
+            for name in (*NONLINEAR, "DPSGD")
             for local in (False, True)
         }
         torch.save(found, f"{folder}/{rank}")

@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from backpack import Batch, backpack, check, extend, op_rule
+from backpack import SampleAxis, backpack, check, extend, op_rule
 from backpack.extensions import BatchGrad, DiagGGNExact, DiagHessian, Variance
 from backpack.forms.base import Dense
 
@@ -119,7 +119,7 @@ def circular(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @op_rule(circular)
-def _(batch: Batch, x: Tensor, weight: Tensor) -> list:
+def _(batch: SampleAxis, x: Tensor, weight: Tensor) -> list:
     return [(weight, lambda g: Dense(correlate(g, x)))]
 
 

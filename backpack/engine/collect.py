@@ -1,0 +1,122 @@
+"""What is collected for a parameter: forms of its uses, reduced to states of quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from backpack.engine.state import Block, Nested
+from backpack.forms.base import Dense, Form
+from backpack.forms.several import Pullback, Together, merge, of_one
+from backpack.graph.survey import pull_back
+from backpack.graph.taps import Source, Tap
+from backpack.quantities.base import BackpropExtension
+
+# A node and the number of one of its outputs.
+Place = tuple[Node, int]
+# Columns by places, ``None`` where none have arrived.
+Arrived = Mapping[Place, Tensor | None]
+
+
+class Leaf:
+    """What is collected for one parameter.
+
+    Attributes:
+        parameter: the parameter.
+        samples: number of samples that it meets.
+        places: where it meets data.
+        uses: the same but for parameters without entries, which no column reaches.
+        waiting: taps of which the gradient has not come yet.
+        forms: first-order forms of those of which it has.
+        states: of quantities, by their fields.
+        total: the gradient as the sum of the uses, if a quantity needs it.
+        contracted: whether the first-order forms of all uses are reduced.
+        arrived: whether a gradient has arrived at one of its taps.
+        hooked: whether the user's hooks may change its gradient.
+    """
+
+    __slots__ = (
+        *("parameter", "samples", "places", "uses", "waiting", "forms", "states"),
+        *("total", "contracted", "arrived", "hooked"),
+    )
+
+    def __init__(self, parameter: Tensor, samples: int) -> None:
+        self.parameter = parameter
+        self.samples = samples
+        self.places: list[tuple[Node, Tap, Source]] = []
+        self.uses: list[tuple[Node, Tap, Source]] = []
+        self.waiting: set[Tap] = set()
+        self.forms: list[Form] = []
+        self.states: dict[str, Any] = {}
+        self.total: Tensor | None = None
+        self.contracted = False
+        self.arrived = False
+        self.hooked = bool(getattr(parameter, "_backward_hooks", None))
+
+
+def form_of_source(block: Block, leaf: Leaf, source: Source, columns: Tensor) -> Form:
+    """The form of columns at a tap, for one of its parameters or what is computed from one."""
+    form = source.form(columns)
+    if source.edge is None:
+        return form
+    vjp = partial(_pull_back, block, source.edge, leaf.parameter)
+    return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
+
+
+def _pull_back(block: Block, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:
+    with Nested(block):
+        return pull_back(edge, parameter, columns)
+
+
+def form_of_uses(block: Block, leaf: Leaf, at: Arrived, absent: int) -> Form | None:
+    """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
+    arrived = [at.get((node, tap.place)) for node, tap, _ in leaf.uses]
+    if all(g is None for g in arrived):
+        return None
+    forms = []
+    for (node, tap, source), g in zip(leaf.uses, arrived, strict=True):
+        if g is None and absent:
+            about = node._input_metadata[tap.place]
+            g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
+        if g is not None:
+            forms.append(form_of_source(block, leaf, source, g))
+    return merge(forms)
+
+
+def form_at_parameter(leaf: Leaf, at: Arrived) -> Form | None:
+    """The form of columns at the parameter itself, if there are any."""
+    own = at.get((get_gradient_edge(leaf.parameter).node, 0))
+    if own is None:
+        return None
+    return Together(own, leaf.samples) if own.dim() == 1 + leaf.parameter.dim() else Dense(own)
+
+
+def form_of_zeros(block: Block, leaf: Leaf) -> Form:
+    """A column of zeros, in the form in which columns would reach a parameter."""
+    zero, forms = leaf.parameter.detach().new_zeros(()), []
+    with Nested(block):
+        for node, tap, source in leaf.places:
+            at = node._input_metadata[tap.place]
+            if source.edge is None:
+                forms.append(source.form(zero.to(at.dtype).expand(1, *at.shape)))
+            else:  # whose graph may be gone
+                forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
+    return merge(forms)
+
+
+def reduce(
+    leaf: Leaf, exts: Iterable[BackpropExtension], form: Form, sign: Tensor | None = None
+) -> None:
+    """Add a form to the states of quantities."""
+    states, parameter = leaf.states, leaf.parameter
+    for ext in exts:
+        field = ext.savefield
+        if field in states:
+            states[field] = ext.update(states[field], form, sign)
+        else:
+            states[field] = ext.begin(parameter, form, sign)

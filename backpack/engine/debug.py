@@ -1,0 +1,47 @@
+"""What ``backpack(..., debug=True)`` prints: the rule of every tap, and where time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor
+
+from backpack.engine.refusals import Names, parameters_of
+from backpack.graph.taps import Tap
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class Stopwatch:
+    """Adds up what is spent inside ``with watch(what):``, if it is asked to."""
+
+    def __init__(self, runs: bool) -> None:
+        self.runs = runs
+        self.costs: dict[Tensor | str, float] = {}
+
+    def __call__(self, what: Tensor | str) -> AbstractContextManager[None]:
+        return self._measured(what) if self.runs else _NOTHING
+
+    @contextmanager
+    def _measured(self, what: Tensor | str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.costs[what] = self.costs.get(what, 0.0) + time.perf_counter() - start
+
+    def print(self, names: Names) -> None:
+        """Print the costs, by what they are spent for."""
+        for what, seconds in self.costs.items():
+            name = what if isinstance(what, str) else f"quantities of {names(what)}"
+            print(f"[DEBUG] {name}: {1e3 * seconds:.2f} ms")
+
+
+def print_taps(taps: Iterable[Tap], names: Names) -> None:
+    """Print operations in which parameters meet data, with their rules."""
+    for tap in taps:
+        who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
+        place = f"samples {tap.batch.size}, axis {tap.batch.dim}"
+        print(f"[DEBUG] tap {tap.op}: {who} ({place}), {tap.rule}")

@@ -1,0 +1,110 @@
+"""The one loop: columns of a source are carried to all taps, made forms there, and reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from backpack.engine.collect import (
+    Arrived,
+    Leaf,
+    form_at_parameter,
+    form_of_uses,
+    reduce,
+)
+from backpack.engine.debug import Stopwatch
+from backpack.engine.state import Block, Nested
+from backpack.forms.base import Dense
+from backpack.forms.products import products_kept
+from backpack.graph.survey import carry
+from backpack.quantities.base import BackpropExtension
+from backpack.rules.convolution import patches_kept
+from backpack.sources.columns import Columns, ColumnSource, Pass, Wanted
+
+
+def carry_sources(
+    block: Block,
+    watch: Stopwatch,
+    leaves: Sequence[Leaf],
+    given: Pass,
+    by_source: Mapping[ColumnSource, list[BackpropExtension]],
+) -> None:
+    """Carry the columns of all sources to the taps, and reduce them there."""
+    with patches_kept(), Nested(block):
+        for source, exts in by_source.items():
+            refined = [ext for ext in exts if ext.refines]
+            _refuse_second_loss(refined, leaves)
+            wanted = Wanted(
+                any(ext.per_sample for ext in exts),
+                all(ext.signed for ext in exts),
+                any(ext.every_column for ext in exts),
+            )
+            chunks = source.chunks(given, wanted)
+            kept = list(chunks) if refined and source.random else None
+            _take_all(block, watch, leaves, kept or chunks, exts, given, False)
+            if refined:
+                again = kept or source.chunks(given, wanted)
+                _take_all(block, watch, leaves, again, refined, given, True)
+
+
+def _refuse_second_loss(refined: list[BackpropExtension], leaves: Sequence[Leaf]) -> None:
+    for ext in refined:
+        if any(ext.savefield in leaf.states for leaf in leaves):
+            raise NotImplementedError(
+                f"{ext.savefield} has eigenvectors of one loss's factors, but backward has reached "
+                "another loss; call loss.backward() on their sum, or use KFLR or KFAC"
+            )
+
+
+def _take_all(
+    block: Block,
+    watch: Stopwatch,
+    leaves: Sequence[Leaf],
+    chunks: Iterable[Columns],
+    exts: list[BackpropExtension],
+    given: Pass,
+    refining: bool,
+) -> None:
+    for columns in chunks:
+        with watch("columns carried to all taps"):
+            at = _carry(columns, given)
+        with products_kept():
+            for leaf in leaves:
+                if columns.about is None or leaf.parameter in columns.about:
+                    with watch(leaf.parameter):
+                        _take(block, leaf, columns, at, exts, refining)
+        del at  # before the next columns are carried
+
+
+def _carry(columns: Columns, given: Pass) -> Arrived:
+    """Columns at taps, by places of the graph."""
+    if columns.carried:
+        places = [(edge.node, edge.output_nr) for edge in columns.starts]
+        return dict(zip(places, columns.values, strict=True))
+    targets = given.taps if columns.about is None else given.taps_of(columns.about)
+    found = carry(columns.starts, targets, columns.values)
+    return dict(zip(((edge.node, edge.output_nr) for edge in targets), found, strict=True))
+
+
+def _take(
+    block: Block,
+    leaf: Leaf,
+    columns: Columns,
+    at: Arrived,
+    exts: list[BackpropExtension],
+    refining: bool,
+) -> None:
+    """Reduce columns that have arrived at the taps of a parameter, or at the parameter itself."""
+    count = len(columns.values[0])
+    # Factors of inputs are those of all uses, also where these columns reach some of them only.
+    absent = count if any(ext.every_use for ext in exts) else 0
+    form = form_at_parameter(leaf, at) if columns.carried else None
+    form = form_of_uses(block, leaf, at, absent) if form is None else form
+    if form is None:
+        shape = (count, leaf.samples, *leaf.parameter.shape)
+        zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
+        reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
+    elif refining:
+        for ext in exts:
+            leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
+    else:
+        reduce(leaf, exts, form, columns.sign)
