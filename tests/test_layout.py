@@ -34,7 +34,7 @@ RIVER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files.spl
 # Optimizers stand on all of it; each file of theirs on the first one only.
 OPTIMIZERS = ("base", "diagonal", "gram", "kronecker", "newton", "private")
 # What stands on the core as anybody's own code may: low-rank curvature and the monitor.
-OPEN = {"backpack", "backpack.own", "backpack.hessianfree"}
+OPEN = {"backpack", "backpack.own", "backpack.hessianfree", "backpack._torch"}
 # Packages that one function imports; an extra installs them, or torch's build for a device brings them.
 EXTRAS = {
     "forms/triton.py": {"triton"},
@@ -51,7 +51,7 @@ EXTRAS = {
     "cockpit/__main__.py": {"rich"},
 }
 # Files at the top, which hold names only.
-TOP = {"__init__", "own", "compat", "context"}
+TOP = {"__init__", "_torch", "own", "compat", "context"}
 
 
 def imports(path: Path) -> set[str]:
@@ -83,6 +83,7 @@ def ours(path: Path) -> set[str]:
 def test_imports_go_one_way(name: str) -> None:
     found = ours(ROOT / f"{name.replace('.', '/')}.py")
     above = {f"backpack.{other}" for other in RIVER[: RIVER.index(name)]}
+    above.add("backpack._torch")
     assert found <= above | {f"backpack.{room}" for room in ROOMS if f"backpack.{room}.base" in above}
 
 
@@ -141,6 +142,19 @@ def test_packages_stand_on_the_door(package: str) -> None:
                 assert inside or path.parent.name == "optim", path
             elif inside:
                 assert name in OPEN or name.startswith("backpack.hessianfree"), (path, name)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_of_torch_are_in_one_file(path: Path) -> None:
+    """But for attributes of tensors and nodes, which that file lists."""
+    if path.stem == "_torch":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("torch._C", "torch._VF"), (path.name, node.lineno)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            private = [part for part in (node.module or "").split(".") if part.startswith("_")]
+            assert not private, (path.name, node.module)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

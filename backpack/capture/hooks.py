@@ -24,7 +24,6 @@ from backpack.graph.taps import (
     notes,
 )
 from backpack.samples.axis import (
-    MARK,
     SampleAxis,
     current_inputs,
     mark,
@@ -72,6 +71,18 @@ def _axes_of_inputs(
 ) -> dict[int, SampleAxis]:
     """The sample axes of a model's inputs, by ids: certain for the one that carries the batch."""
     dim = recording.batch_dim
+    if len(args) == 1 and type(args[0]) is Tensor and not kwargs:
+        # Nearly all calls: one tensor, which carries the batch.
+        (only,) = args
+        recording.arguments.append(only)
+        if only.requires_grad:
+            recording.entries.add(get_gradient_edge(only).node)
+        axis = sample_axis_of(only)
+        if axis is None and only.dim() > dim:
+            recording.size = only.shape[dim]
+            return {id(only): regular_axis(recording.size, dim)}
+        recording.size = None if axis is None else axis.size
+        return {}
     named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in flatten(x)]
     named += [(name, t) for name, x in kwargs.items() for t in flatten(x)]
     tensors = [t for _, t in named]
@@ -136,13 +147,20 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
     if recording.depth:
         recording.depth -= 1
         return
-    axes = {id(tensor): _last_axis(recorder, tensor) for tensor in flatten(output)}
-    _close()
-    for tensor in flatten(output):
+    _state.recorder = None
+    try:
+        recorder.close()
+        recorder.__exit__(None, None, None)
+        outputs = [output] if type(output) is Tensor else list(flatten(output))
+        axes = [_last_axis(recorder, tensor) for tensor in outputs]
+        recorder.forget_adopted()
+    finally:
+        _forget()
+        recording.arguments.clear()
+    for tensor, axis in zip(outputs, axes, strict=True):
         node = tensor.grad_fn
         if node is None:
             continue
-        axis = axes[id(tensor)]
         if axis is not None:
             # What the loss takes is data, whatever its targets look like.
             axis = axis if axis.lost else axis.certain()
@@ -206,22 +224,6 @@ def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: T
     recording = Recording(weakref.ref(module), None, dim)
     options = {name: getattr(module, name) for name in names}
     note_loss(recording, func, axis, args, {**kwargs, **options}, node, module)
-
-
-def _close() -> None:
-    recorder = _state.recorder
-    assert recorder is not None
-    _state.recorder = None
-    try:
-        recorder.close()
-        recorder.__exit__(None, None, None)
-        for ref in recorder.adopted:
-            tensor = ref()
-            if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
-                delattr(tensor, MARK)
-    finally:
-        _forget()
-        recorder.recording.arguments.clear()
 
 
 def _forget() -> None:

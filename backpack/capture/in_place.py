@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from backpack._torch import SPACES
 from backpack.capture.tracker import Tracker
 from backpack.graph.taps import (
     View,
@@ -30,7 +31,7 @@ from backpack.samples.writes import assigned
 def _functional_twins() -> dict[Any, Any]:
     """In-place functions and the out-of-place ones they correspond to."""
     twins: dict[Any, Any] = {Tensor.__setitem__: None, Tensor.data.__set__: None}  # type: ignore[attr-defined]
-    for space in (Tensor, torch, torch.nn.functional, torch._C._nn):
+    for space in SPACES[:4]:
         for name in dir(space):
             if name.endswith("_") and not name.endswith("__"):
                 func = getattr(space, name, None)

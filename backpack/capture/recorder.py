@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from backpack._torch import pack_padded_sequence
 from backpack.capture.functions import is_custom
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, tensors_in
@@ -264,5 +265,5 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONAL_TWINS, Recorder.write_in_place),
     **dict.fromkeys(OPENED, Recorder._open),
     _DATA: Recorder._data,
-    torch._VF._pack_padded_sequence: Recorder._pack,
+    pack_padded_sequence: Recorder._pack,
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from backpack._torch import SPACES
 from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
 from backpack.forms.base import Dense
@@ -26,7 +27,7 @@ from backpack.graph.taps import (
 from backpack.losses.base import LOSSES
 from backpack.rules.base import ToForm
 from backpack.samples.aliases import through_base
-from backpack.samples.axis import SampleAxis, mark, regular_axis, sample_axis_of
+from backpack.samples.axis import MARK, SampleAxis, mark, regular_axis, sample_axis_of
 from backpack.samples.movers import LIKE
 from backpack.samples.propagate import (
     ELEMENTWISE,
@@ -43,7 +44,7 @@ ELEMENTWISE_NONLINEAR = frozenset(
         "sigmoid tanh elu selu celu gelu silu mish softplus logsigmoid exp expm1 log log1p sqrt rsqrt "
         "reciprocal sin cos erf"
     ).split()
-    for space in (torch, Tensor, torch.nn.functional, torch._C._nn)
+    for space in SPACES[:4]
     if (func := getattr(space, name, None)) is not None
 )
 
@@ -230,6 +231,13 @@ class Tracker:
         for a in tensors_in((*args, *kwargs.values())):
             if a.requires_grad and (axis := self.axis_of(a)) is not None:
                 self.functions.touch(a, axis)
+
+    def forget_adopted(self) -> None:
+        """Tensors that are not the model's alone are left as they were found."""
+        for ref in self.adopted:
+            tensor = ref()
+            if tensor is not None and not tensor.requires_grad and hasattr(tensor, MARK):
+                delattr(tensor, MARK)
 
     def adopt(self, target: Tensor) -> None:
         """A tensor without an axis gets one, and may have been there before: not to be left on it."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack._torch import without_torch_function
+
 # Logits that are written out at a time.
 AT_ONCE = 2**24
 
@@ -50,7 +52,7 @@ class AttentionLogits:
         enable_gqa: bool = False,
     ) -> None:
         # Of no concern to those who follow the samples of the model's operations.
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), without_torch_function():
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             if enable_gqa and key.shape[-3] != query.shape[-3]:
                 key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)

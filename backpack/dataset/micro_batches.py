@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from backpack._torch import current_task
 from backpack.dataset.totals import Batches, Entry, Totals, rule_of
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension, Context
@@ -45,13 +45,13 @@ class MicroBatches(Batches):
             raise
 
     def take(self, field: str, value: Any, context: Context) -> None:
-        if self._task is not None and self._task != torch._C._current_graph_task_id():
+        if self._task is not None and self._task != current_task():
             self.drop()  # it raised
         super().take(field, value, context)
 
     def _unseen(self) -> None:
         """Begin it with its first value; the engine says when it has ended, if it does not raise."""
-        self._batch, self._task = {}, torch._C._current_graph_task_id()
+        self._batch, self._task = {}, current_task()
         Variable._execution_engine.queue_callback(self._done)
 
     def _done(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from backpack._torch import call_at_end, current_node, current_task, keeps_graph, leaf_of
 from backpack.capture import loss_records
 from backpack.engine import certificate
 from backpack.engine.direct import pass_down
@@ -282,7 +282,7 @@ def _leaves(inputs: Any) -> Iterator[Tensor]:
     if isinstance(inputs, dict):
         inputs = inputs.values()
     for each in [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else inputs:
-        leaf = each if isinstance(each, Tensor) else getattr(each.node, "variable", None)
+        leaf = each if isinstance(each, Tensor) else leaf_of(each.node)
         if leaf is not None:
             yield leaf
 
@@ -294,12 +294,12 @@ def _run_begins(block: Block, grads: Any) -> None:
 
 
 def _run_of(block: Block) -> Run:
-    task = torch._C._current_graph_task_id()
+    task = current_task()
     run = block.runs.get(task)
     if run is None:
-        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        keeps = keeps_graph()
         run = block.runs[task] = Run(block, task, keeps or block.owner.retain_graph)
-        Variable._execution_engine.queue_callback(run.end)
+        call_at_end(run.end)
         run.begin()
     return run
 
@@ -308,12 +308,12 @@ def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
     """Backward has reached a loss or a model output."""
     block = current_block()
     if block is None or not block.listens:
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not keeps_graph():
             recording.release()
         return
     if block.nested:
         return
-    run, node = _run_of(block), torch._C._current_autograd_node()
+    run, node = _run_of(block), current_node()
     run.reach(node)
     if loss is not None:
         run.loss(loss, GradientEdge(node, 0), grads[0])

@@ -67,11 +67,16 @@ def _take_all(
     for columns in chunks:
         with watch("columns carried to all taps"):
             at = _carry(columns, given)
+        about = leaves
+        if columns.about is not None:
+            about = [leaf for leaf in leaves if leaf.parameter in columns.about]
         with products_kept():
-            for leaf in leaves:
-                if columns.about is None or leaf.parameter in columns.about:
+            for leaf in about:
+                if watch.runs:
                     with watch(leaf.parameter):
                         _take(block, leaf, columns, at, exts, refining)
+                else:
+                    _take(block, leaf, columns, at, exts, refining)
         del at  # before the next columns are carried
 
 
@@ -94,7 +99,7 @@ def _take(
     refining: bool,
 ) -> None:
     """Reduce columns that have arrived at the taps of a parameter, or at the parameter itself."""
-    count = len(columns.values[0])
+    count = columns.values[0].shape[0]
     # Factors of inputs are those of all uses, also where these columns reach some of them only.
     absent = count if any(ext.every_use for ext in exts) else 0
     form = form_at_parameter(leaf, at) if columns.carried else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack._torch import current_node, current_task, executes
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
 from backpack.engine.debug import Stopwatch, print_taps
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.loop import carry_sources
 from backpack.engine.refusals import Names, check
-from backpack.engine.state import Block, Nested, current_block
+from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
 from backpack.graph.survey import Graph, leaves_below, survey
@@ -39,8 +40,6 @@ from backpack.sources.table import LossGradient
 
 # Gradients at a node's outputs, by their numbers.
 Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Run:
@@ -75,7 +74,10 @@ class Run:
         for ext in exts:
             if ext not in self.first_order and ext not in self.products:
                 self.by_source.setdefault(ext.source, []).append(ext)
-        self.writes_out = any(ext.writes_out for ext in self.first_order)
+        self.factored = [ext for ext in self.first_order if not ext.written_out]
+        self.written = [ext for ext in self.first_order if ext.written_out]
+        self.writes_out = len(self.written) > 1 and any(ext.writes_out for ext in self.first_order)
+        self.shares_patches = len(self.first_order) > 1
         self.frees_previous = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
         ask = [ext for ext in exts if ext.needs_gradient]
@@ -140,24 +142,18 @@ class Run:
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
-        known = {id(tap) for _, tap in self.graph.taps}
-        fresh = [(node, tap) for node, tap in graph.taps if id(tap) not in known]
-        self.graph.taps += fresh
-        self.graph.losses |= graph.losses
-        self.graph.outputs |= graph.outputs
-        self.graph.recordings += graph.recordings
-        self.graph.outside |= graph.outside
-        self.graph.nodes |= graph.nodes
+        fresh = self.graph.take(graph)
         names = Names(graph.recordings)
         extensions, rooted = self.block.owner.extensions, self.block.roots is not None
         check(graph, fresh, names, extensions, rooted)
         nodes: dict[Node, list[Tap]] = {}
+        everything = self.block.wanted is None and self.block.complete
         for node, tap in fresh:
             nodes.setdefault(node, []).append(tap)
             for source in tap.sources:
                 leaves = [source.leaf] if source.leaf is not None else leaves_below(source.edge)
                 for parameter in leaves:
-                    if self._executes(parameter):
+                    if everything or self._executes(parameter):
                         self._use(parameter, node, tap, source, names)
         for node, taps in nodes.items() if self.task is not None else ():
             self._listen_at_node(node, taps)
@@ -170,9 +166,7 @@ class Run:
         """Whether this backward pass computes the parameter's gradient."""
         if self.block.wanted is not None:
             return parameter in self.block.wanted
-        return self.block.complete or torch._C._will_engine_execute_node(
-            get_gradient_edge(parameter).node
-        )
+        return executes(get_gradient_edge(parameter).node)
 
     def _use(self, parameter: Tensor, node: Node, tap: Tap, source: Source, names: Names) -> None:
         leaf = self.leaves.get(parameter)
@@ -206,7 +200,7 @@ class Run:
 
     def _listen_at_node(self, node: Node, taps: list[Tap]) -> None:
         """Take notice when backward reaches a node with taps."""
-        if node is torch._C._current_autograd_node():
+        if node is current_node():
             self.at_current_node = taps  # whose hooks are being called already
         else:
             self.handles.append(node.register_prehook(partial(self.tap, taps)))
@@ -261,23 +255,24 @@ class Run:
 
     def tap(self, taps: list[Tap], grads: Gradients) -> None:
         """Backward has reached a tap's node."""
-        if not self.block.nested and torch._C._current_graph_task_id() == self.task:
+        if not self.block.nested and current_task() == self.task:
             self.arrive(taps, grads)
 
     def arrive(self, taps: list[Tap], grads: Gradients) -> None:
         """Take the gradients at a node's outputs to the parameters that its taps are about."""
         ready: dict[Leaf, None] = {}
-        for tap in taps if self.block.owner.extension_hook is not None else ():
-            for leaf, _ in self.uses.get(tap, ()):
-                if tap.first is not None:
-                    self.inputs.setdefault(leaf.parameter, tap.first)
+        if self.block.owner.extension_hook is not None:
+            self._keep_inputs(taps)
         for tap in taps:
             g = grads[tap.place]
             column = g.unsqueeze(0) if self.first_order and g is not None else None
             for leaf, source in self.uses.get(tap, ()):
                 leaf.arrived |= g is not None
                 if column is not None:
-                    with patches_kept() if len(self.first_order) > 1 else _NOTHING:
+                    if self.shares_patches:
+                        with patches_kept():
+                            form = form_of_source(self.block, leaf, source, column)
+                    else:
                         form = form_of_source(self.block, leaf, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
@@ -287,7 +282,10 @@ class Run:
                 if not leaf.waiting:
                     ready[leaf] = None
         for leaf in ready:
-            with self.watch(leaf.parameter):
+            if self.watch.runs:
+                with self.watch(leaf.parameter):
+                    self._contract(leaf)
+            else:
                 self._contract(leaf)
             if self.saves_without_gradient and leaf.arrived:
                 self.save(leaf)
@@ -296,6 +294,13 @@ class Run:
         for tap in taps if not self.keeps else ():
             tap.release()
 
+    def _keep_inputs(self, taps: Iterable[Tap]) -> None:
+        """What the extension hook finds as the input of a layer."""
+        for tap in taps:
+            for leaf, _ in self.uses.get(tap, ()):
+                if tap.first is not None:
+                    self.inputs.setdefault(leaf.parameter, tap.first)
+
     def _contract(self, leaf: Leaf) -> None:
         """All uses of a parameter are there: reduce its first-order form."""
         leaf.contracted = True
@@ -303,12 +308,11 @@ class Run:
         if not forms:
             return
         form = merge(forms)
-        others = [ext for ext in self.first_order if ext.written_out]
         with Nested(self.block):
-            reduce(leaf, [ext for ext in self.first_order if not ext.written_out], form)
-            if self.writes_out and len(others) > 1:
+            reduce(leaf, self.factored, form)
+            if self.writes_out:
                 form = Dense(form.dense())  # written out anyway: it serves the others too
-            reduce(leaf, others, form)
+            reduce(leaf, self.written, form)
             if self.needs_totals and self._needs_total(leaf):
                 leaf.total = form.total()
 
@@ -322,7 +326,7 @@ class Run:
 
     def complete(self, leaf: Leaf, gradient: Tensor) -> None:
         """A parameter's gradient is complete: save its quantities."""
-        if self.block.nested or torch._C._current_graph_task_id() != self.task:
+        if self.block.nested or current_task() != self.task:
             return
         self.save(leaf, gradient)
 
@@ -339,22 +343,19 @@ class Run:
                 )
             return found.to_dense() if found.is_sparse else found
 
-        context = Context(leaf.parameter, leaf.samples, total, partial(form_of_zeros, self.block, leaf))
+        parameter, states = leaf.parameter, leaf.states
+        context = Context(parameter, leaf.samples, total, partial(form_of_zeros, self.block, leaf))
         detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
-            if ext.savefield in leaf.states:
-                value = ext.finish(leaf.states.pop(ext.savefield), context)
-            else:
-                value = ext.zero(context)
-            setattr(leaf.parameter, ext.savefield, _detached(value) if detaches else value)
-            self.saved.append((leaf.parameter, ext.savefield))
-        self._call_hook(leaf)
+            field = ext.savefield
+            value = ext.finish(states.pop(field), context) if field in states else ext.zero(context)
+            setattr(parameter, field, _detached(value) if detaches else value)
+            self.saved.append((parameter, field))
+        if self.block.owner.extension_hook is not None:
+            self._call_hook(leaf, self.block.owner.extension_hook)
 
-    def _call_hook(self, leaf: Leaf) -> None:
+    def _call_hook(self, leaf: Leaf, hook: ExtensionHook) -> None:
         """Call the extension hook with modules all of whose parameters have their quantities."""
-        hook = self.block.owner.extension_hook
-        if hook is None:
-            return
         for module, waiting in self.modules:
             if leaf.parameter in waiting:
                 waiting.discard(leaf.parameter)
@@ -411,7 +412,7 @@ def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
     if isinstance(value, KroneckerBlock):
-        return value.detach()
+        return value.detach() if any(t.requires_grad for t in value._tensors()) else value
     if isinstance(value, list):
         return [_detached(each) for each in value]
     return value

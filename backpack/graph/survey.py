@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack._torch import AccumulateGrad, leaf_of
 from backpack.graph.taps import (
     LOSS,
     MIXES,
@@ -77,11 +78,26 @@ class Graph:
 
     def signature(self) -> int:
         """The same number for graphs of the same operations, with the same taps and shapes."""
-        taps = (
-            (tap.func, tap.place, tap.batch, tuple(node._input_metadata[tap.place].shape))
-            for node, tap in self.taps
-        )
+        taps = []
+        for node, tap in self.taps:
+            place, axis = tap.place, tap.batch
+            taps += [tap.func, place, axis.dim, axis.outer, axis.size, axis.inner]
+            taps += node._input_metadata[place].shape
         return hash((*self.kinds, *taps))
+
+    def take(self, other: Graph) -> list[tuple[Node, Tap]]:
+        """Add what lies below another root; the taps that are new here."""
+        fresh = other.taps
+        if self.taps:
+            known = {id(tap) for _, tap in self.taps}
+            fresh = [(node, tap) for node, tap in fresh if id(tap) not in known]
+        self.taps += fresh
+        self.losses |= other.losses
+        self.outputs |= other.outputs
+        self.recordings += other.recordings
+        self.outside |= other.outside
+        self.nodes |= other.nodes
+        return fresh
 
     def joint(self) -> tuple[dict[Node, list[ModelOutput]], set[Node]]:
         """The model outputs whose Hessian no rule gives, and the known losses that add to it."""
@@ -97,8 +113,11 @@ class Graph:
 
 def outputs_at(node: Node) -> list[ModelOutput]:
     """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
+    borders = notes(node).get(MODEL_OUTPUT)
+    if borders is None:
+        return []
     found: dict[int, ModelOutput] = {}
-    for border in notes(node).get(MODEL_OUTPUT, ()):
+    for border in borders:
         if border.batch is not None and not border.batch.lost and border.recording.taps:
             found[border.place] = border
     return list(found.values())
@@ -143,22 +162,23 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     seen: set[tuple[Node, bool, bool, int]] = set()
     while stack:
         node, covered, bent, inside = stack.pop()
-        if inside is not None and node in inside.entries:
+        if inside is not None and inside.entries and node in inside.entries:
             inside = None
-        if (node, covered, bent, id(inside)) in seen:
+        visit = node, covered, bent, id(inside)
+        if visit in seen:
             continue
-        seen.add((node, covered, bent, id(inside)))
+        seen.add(visit)
         # Kinds of nodes have types of their own, but for a few, all of one type.
-        graph.kinds.append(type(node))
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
+        kind = type(node)
+        graph.kinds.append(kind)
+        if kind is AccumulateGrad:
             if inside is None:
-                graph.outside.add(leaf)
+                graph.outside.add(leaf_of(node))
             else:
-                graph.unseen.append((leaf, "its use"))
+                graph.unseen.append((leaf_of(node), "its use"))
             continue
         data = notes(node)
-        if inside is not None and node.name() == "CheckpointFunctionBackward":
+        if inside is not None and kind.__name__ == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=True) hides what happens inside "
                 "it; pass use_reentrant=False"
@@ -179,15 +199,16 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             if not curved and record.known is not None:
                 graph.losses[node] = record, below
                 covered = True
-        outputs = outputs_at(node)
-        if outputs and not covered:
-            graph.outputs[node] = outputs
-            covered = True
-        for border in data.get(MODEL_OUTPUT, ()):
-            inside = border.recording
-            graph.recordings.append(inside)
-            if border.mixed:
-                graph.mixed = border.batch.lost  # type: ignore[union-attr]
+        if MODEL_OUTPUT in data:
+            outputs = outputs_at(node)
+            if outputs and not covered:
+                graph.outputs[node] = outputs
+                covered = True
+            for border in data[MODEL_OUTPUT]:
+                inside = border.recording
+                graph.recordings.append(inside)
+                if border.mixed:
+                    graph.mixed = border.batch.lost
         # What is curved above a loss makes it part of one that no rule knows.
         bent = curvature and not covered and (bent or _is_nonlinear(node))
         taps = data.get(TAPS)
@@ -243,7 +264,7 @@ def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
         if not leaving:
             if node in leaves:
                 continue
-            data, leaf = notes(node), getattr(node, "variable", None)
+            data, leaf = notes(node), leaf_of(node)
             leaves[node] = set() if leaf is None else {leaf}
             model[node] = TAPS in data or MODEL_OUTPUT in data
             if not model[node] and leaf is None:
@@ -280,7 +301,7 @@ def leaves_below(edge: GradientEdge | None) -> list[Tensor]:
 
 
 def _leaves(nodes: Iterable[Node]) -> list[Tensor]:
-    leaves = [getattr(node, "variable", None) for node in nodes]
+    leaves = [leaf_of(node) for node in nodes]
     return [leaf for leaf in leaves if leaf is not None]
 
 
@@ -337,7 +358,7 @@ def carry(
         arrived = (here.get((edge.node, edge.output_nr)) for edge in targets)
         return [next(carried) if found is None else found for found in arrived]
     create = torch.is_grad_enabled()
-    count = len(columns[0])
+    count = columns[0].shape[0]
     small = count >= SEVERAL and bytes_at([*targets, *passing]) <= SMALL_COLUMN
     if count > 1 and (small or columns[0].device.type != "cpu"):
         # Some operations cannot be batched, or only with errors of all kinds: then one by one.

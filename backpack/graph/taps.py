@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
 from backpack.forms.several import Pullback, Single, of_one
@@ -432,7 +433,7 @@ def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
         return Source(tensor, None, form, linear)
     if tensor.dim() == 2 and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
         below = node.next_functions[0][0]
-        leaf = getattr(below, "variable", None)
+        leaf = leaf_of(below)
         if leaf is not None and leaf.shape == tensor.shape[::-1]:
             return Source(leaf, None, lambda g: of_one(form(g), _transposed), linear)
     return Source(None, get_gradient_edge(tensor), form, linear)

@@ -250,13 +250,23 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
         self._place(shape, layout)
         self.averaged_over = averaged_over
 
+    @classmethod
+    def fitting(
+        cls, factors: Sequence[Tensor], shape: torch.Size, layout: str, averaged_over: int
+    ) -> KroneckerFactored:
+        """The same, of factors that are known to fit."""
+        block = cls.__new__(cls)
+        list.__init__(block, factors)
+        block.shape, block.layout, block.averaged_over = shape, layout, averaged_over
+        return block
+
     @property
     def grows(self) -> int:
         """The place of the factor that is a sum over samples, and has the scale of the loss."""
         return 1 if self.layout == "in_out" and len(self) == 2 else 0
 
     def _sizes(self) -> list[int]:
-        return [len(factor) for factor in self]
+        return [factor.shape[0] for factor in self]
 
     def _tensors(self) -> list[Tensor]:
         return list(self)

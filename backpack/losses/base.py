@@ -29,8 +29,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn._reduction import legacy_get_string
 
+from backpack._torch import reduction_name
 from backpack.samples.axis import SampleAxis
 
 LossRule = Callable[..., "LossHessian | None"]
@@ -54,7 +54,7 @@ def loss_rule(*functions: Any) -> Callable[[LossRule], LossRule]:
         def rule(batch: SampleAxis, *args: Any, **kwargs: Any) -> LossHessian | None:
             size_average, reduce = kwargs.pop("size_average", None), kwargs.pop("reduce", None)
             if size_average is not None or reduce is not None:
-                kwargs["reduction"] = legacy_get_string(size_average, reduce, emit_warning=False)
+                kwargs["reduction"] = reduction_name(size_average, reduce, emit_warning=False)
             elif kwargs.get("reduction") == "elementwise_mean":
                 kwargs["reduction"] = "mean"
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]

@@ -34,7 +34,7 @@ class _Kronecker(BackpropExtension):
     def reduce(self, form: Form, sign: Tensor | None = None) -> Any:
         factors = [factor.matrix() for factor in form.kronecker(self.kfac_approx)]
         rows = _averaged_over(form, self.kfac_approx)
-        return KroneckerFactored(factors, form.shape, _layout(form), rows)
+        return KroneckerFactored.fitting(factors, form.shape, _layout(form), rows)
 
     def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
         factors = form.kronecker(self.kfac_approx)
@@ -42,7 +42,7 @@ class _Kronecker(BackpropExtension):
             old + factor.matrix() if factor.grows else old
             for old, factor in zip(state, factors, strict=True)
         ]
-        return KroneckerFactored(grown, state.shape, state.layout, state.averaged_over)
+        return KroneckerFactored.fitting(grown, state.shape, state.layout, state.averaged_over)
 
 
 def _layout(form: Form) -> str:

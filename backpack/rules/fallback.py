@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from backpack._torch import tree_flatten, tree_unflatten
 from backpack.forms.base import Dense, Form
 from backpack.rules.base import Pairs, ToForm
 from backpack.samples.axis import SampleAxis, sample_axis_of

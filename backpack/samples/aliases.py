@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from backpack._torch import storage_users
 from backpack.samples.axis import (
     NOBODY,
     SampleAxis,
@@ -127,7 +128,7 @@ def is_shared(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return False
     # One count is the tensor's, one that of the object asked for here.
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
+    return storage_users(tensor) > 2
 
 
 def _begun(tensor: Tensor, before: SampleAxis | None, size: int) -> Written:

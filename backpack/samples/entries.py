@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from backpack._torch import tree_flatten, tree_unflatten
 from backpack.samples.axis import NOBODY, SampleAxis, axis_of, owners_of
 from backpack.samples.movers import argument, spellings
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack._torch import SPACES
 from backpack.samples.axis import SampleAxis, picked_axis, regular_axis, sample_axis_of
 
 Mover = Callable[[SampleAxis, Tensor, Tensor, tuple, dict], SampleAxis]
@@ -26,7 +27,7 @@ def spellings(*names: str) -> list[Any]:
     """All function objects the torch-function protocol may report for these names."""
     found = []
     for name in names:
-        for space in (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special, torch.linalg):
+        for space in SPACES:
             func = getattr(space, name, None)
             if func is None:
                 continue

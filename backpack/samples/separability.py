@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from backpack.samples.axis import SampleAxis
+from backpack._torch import tree_flatten, tree_unflatten, without_torch_function
+from backpack.samples.axis import SampleAxis, owners_of
 
 _verdicts: dict[Any, Any] = {}
 _CAPACITY = 4096
@@ -47,15 +47,15 @@ def is_sample_separable(
         axis: the sample axis that the result would have.
 
     Returns:
-        ``False`` if samples are mixed, ``True`` if they are not, or if that cannot be tried: where
-        nothing can be differentiated, and outside grad mode.
+        ``False`` if samples are mixed, ``True`` if they are not, and outside grad mode. Integers cannot
+        be differentiated: they are exchanged, and ``False`` says also that no exchange shows anything.
     """
     if not torch.is_grad_enabled():
         return True
     axes = {id(tensor): found for tensor, found in data}
     leaves, spec = tree_flatten((args, kwargs))
     if not any(id(x) in axes and _differentiable(x) and x.numel() for x in leaves):
-        return True
+        return _separable_by_values(func, leaves, spec, place, axes, axis)
     key = _key(func, leaves, str(spec), axes, place, axis)
     # Other threads may empty the dictionary at any time.
     if key is not None and (known := _verdicts.get(key)) is not None:
@@ -73,6 +73,57 @@ def is_sample_separable(
     if key is not None:
         _remember(key, verdict)
     return verdict
+
+
+def _separable_by_values(
+    func: Callable[..., Any],
+    leaves: list[Any],
+    spec: Any,
+    place: int,
+    axes: dict[int, SampleAxis],
+    axis: SampleAxis,
+) -> bool:
+    """Whether results stay as they are where only other samples' integers change.
+
+    One sample after the other gets values that others have, which are as valid.
+    """
+    places = [j for j, x in enumerate(leaves) if id(x) in axes and isinstance(x, Tensor) and x.numel()]
+    if axis.size == 1 or not places:
+        return True
+
+    def results(changed: dict[int, Tensor]) -> Tensor:
+        here = [changed.get(j, x) for j, x in enumerate(leaves)]
+        new_args, new_kwargs = tree_unflatten(here, spec)
+        found = func(*new_args, **new_kwargs)
+        return (found if isinstance(found, Tensor) else found[place]).detach()
+
+    seen = False
+    with without_torch_function(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            plain = results({})
+            if not _differentiable(plain):
+                return True
+            for n in range(min(axis.size, FEW)):
+                changed = {j: _exchanged(leaves[j], axes[id(leaves[j])], n) for j in places}
+                differs = (results(changed) != plain) & ~(plain.isnan())
+                own = owners_of(axis, plain.shape, plain.device) == n
+                if bool((differs & ~own).any()):
+                    return False
+                seen = seen or bool(differs.any())
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+            return False
+    return seen
+
+
+def _exchanged(x: Tensor, axis: SampleAxis, sample: int) -> Tensor:
+    """A tensor in which the entries of one sample are others of its entries."""
+    own = owners_of(axis, x.shape, x.device) == sample
+    values = x.unique()
+    if len(values) == 1:
+        return torch.where(own, torch.where(x == 0, torch.ones_like(x), torch.zeros_like(x)), x)
+    following = torch.searchsorted(values, x.contiguous()).add(1).remainder(len(values))
+    return torch.where(own, values[following], x)
 
 
 def _remember(key: Any, verdict: Any) -> None:
@@ -142,7 +193,7 @@ def _tried(
     kinds = {"cpu", *(device.type for device in devices)}
     cuda = [device for device in devices if device.type == "cuda"]
     with (
-        torch._C.DisableTorchFunction(),
+        without_torch_function(),
         saved_tensors_hooks(lambda x: x, lambda x: x),
         torch.random.fork_rng(devices=cuda),
         warnings.catch_warnings(),
@@ -281,7 +332,7 @@ def axis_by_backward(
 
     verdict: SampleAxis | str = "mixes samples"
     with (
-        torch._C.DisableTorchFunction(),
+        without_torch_function(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         warnings.catch_warnings(),
     ):
