@@ -11,7 +11,7 @@ from torch import nn
 from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.engine import loop
-from backpack.graph import survey as backprop
+from backpack.graph import carry as carrying
 from backpack.sources import hessian
 from backpack.sources import kfra as chain
 from backpack.testing.oracle import Oracle
@@ -33,7 +33,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(columns if isinstance(columns, torch.Tensor) else columns[0]))
         return carry(start, targets, columns, *rest)
 
-    carry = backprop.carry
+    carry = carrying.carry
     for module in (hessian, chain, loop):
         monkeypatch.setattr(module, "carry", watched)
     return counts
@@ -68,6 +68,6 @@ def test_chunk_size(case: Case, ext, carried: list[int]) -> None:
 @pytest.mark.parametrize("case", MODELS, ids=lambda c: c.name)
 @pytest.mark.parametrize("ext", EXTS)
 def test_bytes(case: Case, ext, carried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backprop, "COLUMN_BYTES", {"cpu": 1})
+    monkeypatch.setattr(carrying, "COLUMN_BYTES", {"cpu": 1})
     run(case, ext())
     assert set(carried) == {1}

@@ -69,13 +69,13 @@ def agree(
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_single_columns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in large models on a CPU: one column goes down after the other."""
-    monkeypatch.setattr("backpack.graph.survey.SMALL_COLUMN", -1)
+    monkeypatch.setattr("backpack.graph.carry.SMALL_COLUMN", -1)
     agree(case, LOSSES[0], torch.float64, 1e-8, [E.DiagGGNExact(), E.BatchDiagGGNExact()])
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda c: c.name)
 def test_batched_columns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: all columns go down together, as far as the operations can do that."""
-    monkeypatch.setattr("backpack.graph.survey.SEVERAL", 2)
-    monkeypatch.setattr("backpack.graph.survey.SMALL_COLUMN", 2**30)
+    monkeypatch.setattr("backpack.graph.carry.SEVERAL", 2)
+    monkeypatch.setattr("backpack.graph.carry.SMALL_COLUMN", 2**30)
     agree(case, LOSSES[0], torch.float64, 1e-8)

@@ -649,3 +649,24 @@ def test_samples_as_steps_are_refused() -> None:
     loss = model(torch.randn(4, 2, 3)).sum()
     with pytest.raises(RuntimeError, match="along the sample axis"), backpack(BatchGrad()):
         loss.backward()
+
+
+class Bags(nn.Module):
+    """Indices cannot be differentiated: which samples a result is made of shows when they change."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.bag, self.o, self.turned = nn.EmbeddingBag(5, 4), nn.Linear(4, 3), turned
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.o(self.bag(ids.t() if self.turned else ids).tanh())
+
+
+@pytest.mark.parametrize("ids", [torch.arange(16).reshape(4, 4) % 5, torch.zeros(4, 4).long()])
+def test_bags_of_indices(ids: Tensor) -> None:
+    loss = nn.CrossEntropyLoss()
+    report = check(Bags(False).double(), loss, ids, torch.tensor([0, 1, 2, 0]), FIRST)
+    assert report.ok, report
+    model = extend(Bags(True).double())
+    with pytest.raises(RuntimeError, match="embedding_bag mixes samples"), backpack(*FIRST):
+        loss(model(ids), torch.tensor([0, 1, 2, 0])).backward()

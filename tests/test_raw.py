@@ -76,6 +76,25 @@ def test_inputs_that_were_mixed(name: str) -> None:
     compare(_first(MIXED[name]), [torch.randn(N, 4)])
 
 
+class Turned(nn.Module):
+    """A second input goes through a cell in another order, and back; the cell makes its own state."""
+
+    def __init__(self, cell: nn.Module, pick: int) -> None:
+        super().__init__()
+        self.o, self.pick = nn.Linear(4, 3), pick
+        self.__dict__["cell"] = cell.double().requires_grad_(False)  # no part of the model
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        h = self.cell(z.flip(0))
+        h = (h[0] if isinstance(h, tuple) else h).flip(0)
+        return self.o(h[[self.pick, 0, 2]])
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+def test_a_second_input_through_frozen_cells(cell: type[nn.RNNCellBase]) -> None:
+    compare(Turned(cell(4, 4), 1), [torch.randn(N, 4), torch.randn(N, 4)], [1, 0, 2])
+
+
 @pytest.mark.parametrize("name", [*MOVED, *MIXED])
 def test_added_to_hidden_features(name: str) -> None:
     """What needs no gradient is a constant there, whosesoever it is."""

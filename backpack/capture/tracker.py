@@ -27,7 +27,7 @@ from backpack.graph.taps import (
 from backpack.losses.base import LOSSES
 from backpack.rules.base import ToForm
 from backpack.samples.aliases import through_base
-from backpack.samples.axis import MARK, SampleAxis, mark, regular_axis, sample_axis_of
+from backpack.samples.axis import MADE, MARK, SampleAxis, mark, regular_axis, sample_axis_of
 from backpack.samples.movers import LIKE
 from backpack.samples.propagate import (
     ELEMENTWISE,
@@ -147,7 +147,7 @@ class Tracker:
                 else:
                     mark(out, axis)
             elif func in FACTORIES and size and out.dim() and out.shape[0] == size:
-                mark(out, regular_axis(size, tentative=True))
+                mark(out, regular_axis(size, tentative=MADE))
             return
         batch, demoted = traced(func, args, kwargs, out, marked, place)
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense, Form
 from backpack.forms.several import Pullback, Together, merge, of_one
-from backpack.graph.survey import pull_back
+from backpack.graph.carry import pull_back
 from backpack.graph.taps import Source, Tap
 from backpack.quantities.base import BackpropExtension
 

@@ -15,7 +15,7 @@ from backpack.engine.debug import Stopwatch
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense
 from backpack.forms.products import products_kept
-from backpack.graph.survey import carry
+from backpack.graph.carry import carry
 from backpack.quantities.base import BackpropExtension
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import Columns, ColumnSource, Pass, Wanted

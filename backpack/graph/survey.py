@@ -1,19 +1,13 @@
-"""Backward: carry columns at one place of the graph to all taps below it, and look at the graph.
-
-Letters: ``v`` columns.
-"""
+"""Backward: the walk over the graph below a loss: its taps, losses and model outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import AccumulateGrad, leaf_of
 from backpack.graph.taps import (
@@ -28,11 +22,6 @@ from backpack.graph.taps import (
     notes,
 )
 from backpack.graph.tracing import axis_at, kind_of
-
-# Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
-# memory costs more than it saves: columns go together only if they are small.
-COLUMN_BYTES = {"cpu": 2**24, "cuda": 2**31}
-SEVERAL, SMALL_COLUMN = 5, 2**19
 
 # What a loss module may do to the model output before it calls a loss with a known Hessian without
 # adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
@@ -314,113 +303,3 @@ def _below(nodes: list[Node], stops: Collection[Node] = ()) -> dict[Node, None]:
             seen[node] = None
             nodes += [child for child, _ in node.next_functions if child]
     return seen
-
-
-def bytes_at(places: Sequence[GradientEdge]) -> int:
-    """Memory that one column takes at these places."""
-    sizes = (edge.node._input_metadata[edge.output_nr] for edge in places)
-    return sum(prod(size.shape) * size.dtype.itemsize for size in sizes)
-
-
-def columns_at_once(places: Sequence[GradientEdge], device: str, chunk_size: int | None) -> int:
-    """How many columns are held at these places at a time.
-
-    Args:
-        places: where a column takes memory; twice if it does so twice.
-        device: kind of device they are on.
-        chunk_size: what the user asked for; by default as many as fit the budget.
-    """
-    if chunk_size is not None:
-        return chunk_size
-    return max(1, COLUMN_BYTES.get(device, 2**28) // max(bytes_at(places), 1))
-
-
-def carry(
-    start: GradientEdge | Sequence[GradientEdge],
-    targets: Sequence[GradientEdge],
-    columns: Tensor | Sequence[Tensor],
-    passing: Sequence[GradientEdge] = (),
-) -> list[Tensor | None]:
-    """Vector-Jacobian products of all columns, ``[v, *start.shape] -> [v, *target.shape]`` each.
-
-    With several starts, the ``v``-th column is that of all of them together.
-
-    Batched on devices, and on a CPU where columns are small. Large ones go one at a time there: fresh
-    memory costs more than it saves. Their size is that at the targets and at the places in ``passing``.
-    """
-    starts = [start] if isinstance(start, GradientEdge) else start
-    columns = [columns] if isinstance(columns, Tensor) else columns
-    # Where columns start they have arrived.
-    here = dict(zip(((edge.node, edge.output_nr) for edge in starts), columns, strict=True))
-    if len(starts) == 1 and here.keys() & {(edge.node, edge.output_nr) for edge in targets}:
-        further = [edge for edge in targets if (edge.node, edge.output_nr) not in here]
-        carried = iter(carry(starts, further, columns) if further else ())
-        arrived = (here.get((edge.node, edge.output_nr)) for edge in targets)
-        return [next(carried) if found is None else found for found in arrived]
-    create = torch.is_grad_enabled()
-    count = columns[0].shape[0]
-    small = count >= SEVERAL and bytes_at([*targets, *passing]) <= SMALL_COLUMN
-    if count > 1 and (small or columns[0].device.type != "cpu"):
-        # Some operations cannot be batched, or only with errors of all kinds: then one by one.
-        with suppress(RuntimeError):
-            return list(
-                torch.autograd.grad(
-                    list(starts),
-                    list(targets),
-                    list(columns),
-                    is_grads_batched=True,
-                    retain_graph=True,
-                    create_graph=create,
-                    allow_unused=True,
-                )
-            )
-    results: list[list[Tensor]] = [[] for _ in targets]
-    for column in zip(*columns, strict=True):
-        with differentiable_twice():
-            grads = torch.autograd.grad(
-                list(starts),
-                list(targets),
-                list(column),
-                retain_graph=True,
-                create_graph=create,
-                allow_unused=True,
-            )
-        for result, grad in zip(results, grads, strict=True):
-            if grad is not None:
-                result.append(grad)
-    return [None if not r else r[0].unsqueeze(0) if len(r) == 1 else torch.stack(r) for r in results]
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Say in our words where torch has no second derivative of an operation."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "is not implemented" not in str(error) or "cannot be differentiated twice" in str(error):
-            raise
-        raise NotImplementedError(
-            f"an operation of the model or the loss cannot be differentiated twice ({error}); for "
-            "attention, run the forward pass inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        ) from error
-
-
-@contextmanager
-def hooks_suspended(leaf: Tensor) -> Iterator[None]:
-    """Keep tensor hooks (the user's, and our own) from changing what arrives at a leaf."""
-    hooks = leaf._backward_hooks
-    kept = dict(hooks) if hooks else {}
-    if hooks:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        if hooks is not None:
-            hooks.update(kept)
-
-
-def pull_back(edge: GradientEdge, leaf: Tensor, columns: Tensor) -> Tensor:
-    """Columns at a derived tensor carried on to a leaf, ``[m, *t] -> [m, *p]``."""
-    with hooks_suspended(leaf):
-        (result,) = carry(edge, [get_gradient_edge(leaf)], columns)
-    return leaf.new_zeros(len(columns), *leaf.shape) if result is None else result

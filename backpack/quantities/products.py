@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backpack.graph.survey import differentiable_twice, hooks_suspended
+from backpack.graph.carry import differentiable_twice, hooks_suspended
 from backpack.graph.tangents import jacobian_products
 from backpack.sources.columns import gradients
 from backpack.sources.hessian import CurvatureMap, second_derivative

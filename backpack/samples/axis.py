@@ -46,6 +46,10 @@ class Rows:
         return hash(len(self.samples))
 
 
+# How tentative the axis of a tensor is that a factory function has made.
+MADE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class SampleAxis:
     """The sample axis of one tensor.
@@ -58,8 +62,9 @@ class SampleAxis:
         dim: axis that holds them.
         outer: slower-varying factor flattened into that axis.
         inner: faster-varying factor flattened into that axis.
-        tentative: the axis is inferred from a matching size (a tensor made by a factory function, a
-            second input); it gives way when it disagrees with one that is certain.
+        tentative: the axis is inferred from a matching size: 1 for a second input, 2 (``MADE``) for a
+            tensor made by a factory function. It gives way when it disagrees with one that is certain,
+            or less tentative.
         lost: why the axis is no longer known, if it is not.
         picked: which sample each entry belongs to, where they follow no pattern (entries picked by an
             index, experts that see some tokens of each sample).
@@ -71,7 +76,7 @@ class SampleAxis:
     dim: int = 0
     outer: int = 1
     inner: int = 1
-    tentative: bool = False
+    tentative: int = 0
     lost: str | None = None
     picked: Rows | None = None
     bare: bool = False
@@ -217,18 +222,18 @@ class SampleAxis:
 
 @lru_cache(4096)
 def regular_axis(
-    size: int, dim: int = 0, outer: int = 1, inner: int = 1, tentative: bool = False
+    size: int, dim: int = 0, outer: int = 1, inner: int = 1, tentative: int = 0
 ) -> SampleAxis:
     """A sample axis in regular order; the same object for the same arguments."""
     return SampleAxis(size, dim, outer, inner, tentative)
 
 
-def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: bool = False) -> SampleAxis:
+def picked_axis(samples: Tensor, size: int, dim: int = 0, tentative: int = 0) -> SampleAxis:
     """The axis whose entries belong to these samples: regular, if they come in regular order."""
     axis = _regular(samples, size, dim)
     if axis is None:
         return SampleAxis(size, dim, tentative=tentative, picked=Rows(samples, size))
-    return replace(axis, tentative=True) if tentative else axis
+    return replace(axis, tentative=tentative) if tentative else axis
 
 
 def solo_axis(
@@ -236,7 +241,7 @@ def solo_axis(
     size: int,
     shape: Sequence[int],
     device: torch.device,
-    tentative: bool = False,
+    tentative: int = 0,
     dim: int = 0,
 ) -> SampleAxis:
     """The axis of a tensor of that shape that belongs to one sample."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backpack._torch import SPACES
-from backpack.samples.axis import SampleAxis, picked_axis, regular_axis, sample_axis_of
+from backpack.samples.axis import MADE, SampleAxis, picked_axis, regular_axis, sample_axis_of
 
 Mover = Callable[[SampleAxis, Tensor, Tensor, tuple, dict], SampleAxis]
 
@@ -269,8 +269,8 @@ def _like(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
     if batch.solo is not None:
         return replace(batch, tentative=True, lost="made like one sample")
     if batch.picked is not None and batch.length == batch.size:
-        return regular_axis(batch.size, batch.dim, tentative=True)
-    return replace(batch, tentative=True)
+        return regular_axis(batch.size, batch.dim, tentative=MADE)
+    return replace(batch, tentative=MADE)
 
 
 def along_dims(batch: SampleAxis, old: Tensor, dims: Any) -> SampleAxis:

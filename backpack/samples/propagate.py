@@ -212,8 +212,8 @@ def _propagate(
             chosen, best = here, old
         elif not chosen.agrees(here):
             conflict = chosen.losing(f"{name_of(func)} combines different sample axes")
-            if chosen.tentative:  # one guess is as good as another
-                chosen = conflict
+            if chosen.tentative and chosen.tentative >= batch.tentative:
+                chosen = conflict  # one guess is as good as another
             elif batch.tentative:
                 demoted.append(old)
             elif old.requires_grad or (aligns and not best.requires_grad):
@@ -223,7 +223,7 @@ def _propagate(
     return chosen, demoted
 
 
-def _rank(pair: tuple[Tensor, SampleAxis]) -> tuple[bool, bool, bool]:
+def _rank(pair: tuple[Tensor, SampleAxis]) -> tuple[int, bool, bool]:
     tensor, batch = pair
     return batch.tentative, not tensor.requires_grad, batch.lost is None
 
@@ -273,7 +273,7 @@ def _counted(
     if not marked and func not in EXPANSIONS:
         return replace(lost, tentative=True)
     places: list[int] = []
-    tentative = all(axis.tentative for _, axis in marked)
+    tentative = min((axis.tentative for _, axis in marked), default=1)
     if func in ELEMENTWISE:
         certain = [(old, axis) for old, axis in marked if axis.tentative == tentative]
         places = [axis.dim + new.dim() - old.dim() for old, axis in certain]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.survey import Graph, columns_at_once, differentiable_twice
+from backpack.graph.carry import columns_at_once, differentiable_twice
+from backpack.graph.survey import Graph
 from backpack.graph.taps import Source, Tap
 from backpack.graph.tracing import cut
 from backpack.losses.base import LossHessian

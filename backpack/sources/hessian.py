@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack.graph.survey import carry, columns_at_once, differentiable_twice, hooks_suspended
+from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
 from backpack.graph.tracing import cut, kind_of
 from backpack.samples.axis import SampleAxis

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.forms.products import spectrum
-from backpack.graph.survey import carry
+from backpack.graph.carry import carry
 from backpack.graph.taps import TAPS, Tap, notes
 
 LARGEST_MATRIX = 2**13

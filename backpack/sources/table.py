@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from backpack.graph.survey import carry
+from backpack.graph.carry import carry
 from backpack.losses.twice import signed_columns
 from backpack.samples.axis import SampleAxis
 from backpack.sources import hessian, kfra

@@ -58,8 +58,8 @@ def _linear(t: Given) -> nn.Module:
 
 
 def _token(t: Given, count: int = 5) -> Tensor:
-    """Indices made from data."""
-    return (t.x.detach() * 3).long().abs() % count
+    """Indices made from data, which change with it."""
+    return (t.x.detach() * 37).long().abs() % count
 
 
 def _batched(t: Given) -> list[list[int]]:

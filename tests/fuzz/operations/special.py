@@ -80,7 +80,7 @@ _SPECIAL: dict[str, Callable[[Given], Tensor]] = {
     "data": lambda t: 2 * t.x.data,
     "plus detached": lambda t: t.x + t.x.detach().flip(t.axis),
     "bucketize": lambda t: torch.bucketize(t.x.detach(), torch.tensor([-0.5, 0, 0.5])).double() * t.x,
-    "one_hot": lambda t: F.one_hot((3 * t.x.detach()).long().abs() % 3, 3) * t.x.unsqueeze(-1),
+    "one_hot": lambda t: F.one_hot((37 * t.x.detach()).long().abs() % 3, 3) * t.x.unsqueeze(-1),
     "pad": lambda t: F.pad(t.x, (1, 0)),
     "pad circular": lambda t: F.pad(t.x, (1, 1), mode="circular"),
     "diag_embed": lambda t: torch.diag_embed(t.x),

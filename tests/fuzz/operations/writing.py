@@ -69,7 +69,10 @@ _WRITES: dict[str, Callable[[Given], Tensor]] = {
     "diagonal_scatter": lambda t: t.x.diagonal_scatter(2 * t.x.diagonal()),
     "index_fill": lambda t: t.x.index_fill(t.axis, t.picks(1), 0.5),
     "masked_fill": lambda t: t.x.masked_fill(t.x.detach() > 0.5, 0.1),
-    "masked_scatter": lambda t: t.base().masked_scatter(t.x.detach() > 0, t.x),
+    # The mask is no data: entries would move with other samples' values.
+    "masked_scatter": lambda t: t.base().masked_scatter(
+        torch.arange(t.x.numel()).reshape(t.x.shape) % 3 == t.at % 3, t.x
+    ),
     "put": lambda t: t.base().put(torch.arange(t.x.numel()).flip(0), t.x),
 }
 WRITES = [Operation(name, run) for name, run in _WRITES.items()]
