@@ -116,7 +116,9 @@ class Run:
                 elif ext.curvature == "ggn":
                     function = products.ggn_product(roots, outputs, p)
                 else:
-                    function = products.positive_curvature_product(roots, outputs, p, ext.modify)
+                    function = products.positive_curvature_product(
+                        roots, outputs, p, ext.modify, graph.losses
+                    )
                 leaf.states[ext.savefield] = _quietly(function)
 
     def reach(self, node: Node) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import AccumulateGrad, leaf_of
+from backpack.graph.recognised import recognised
 from backpack.graph.taps import (
     LOSS,
     MIXES,
@@ -30,7 +32,8 @@ _LINEAR = frozenset(
     """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
     Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
     Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Relu LeakyRelu Threshold Hardtanh
-    Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim""".split()
+    Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim NllLoss
+    NllLoss2D ConstantPadNd MaskedSelect Take""".split()
 )
 _PRODUCTS = frozenset({"Mul", "Div", "Mm", "Bmm", "Mv", "Dot", "Addmm"})
 
@@ -43,6 +46,8 @@ class Graph:
         taps: taps with their nodes, those nearer to the root first.
         losses: losses with a known Hessian, with their nodes and the model outputs below them.
         outputs: model outputs that reach the root other than through such a loss.
+        flat: those of which the root is a linear function, beside known losses.
+        bent_by: the first operation above the outputs that is curved, and part of no known loss.
         bare: whether a tap reaches the root neither through a known loss nor a model output.
         unseen: parameters that enter the model at a place that is not a tap, with that place.
         outside: parameters that enter above all model outputs (weight decay in the loss, say).
@@ -56,6 +61,8 @@ class Graph:
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
     losses: dict[Node, tuple[LossRecord, dict[Node, list[ModelOutput]]]] = field(default_factory=dict)
     outputs: dict[Node, list[ModelOutput]] = field(default_factory=dict)
+    flat: dict[Node, list[ModelOutput]] = field(default_factory=dict)
+    bent_by: str | None = None
     bare: bool = False
     unseen: list[tuple[Tensor, str]] = field(default_factory=list)
     outside: set[Tensor] = field(default_factory=set)
@@ -88,9 +95,14 @@ class Graph:
         self.nodes |= other.nodes
         return fresh
 
-    def joint(self) -> tuple[dict[Node, list[ModelOutput]], set[Node]]:
-        """The model outputs whose Hessian no rule gives, and the known losses that add to it."""
+    def joint(self, further: Collection[Node] = ()) -> tuple[dict[Node, list[ModelOutput]], set[Node]]:
+        """The model outputs whose Hessian no rule gives, and the known losses that add to it.
+
+        ``further`` are known losses whose rules are not to be used.
+        """
         outputs, absorbed, size = dict(self.outputs), set[Node](), -1
+        for node in further:
+            outputs |= self.losses[node][1]
         while len(outputs) > size:
             size = len(outputs)
             for node, (_, below) in self.losses.items():
@@ -138,6 +150,42 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], b
     return found, curved
 
 
+def _known_loss(
+    node: Node, is_output: bool, curvature: bool
+) -> tuple[LossRecord, dict[Node, list[ModelOutput]]] | None:
+    """The loss with a known Hessian that a node computes, and the model outputs below it."""
+    noted = notes(node).get(LOSS)
+    if not curvature:
+        return None if noted is None else (noted, {})
+    found = None if noted is None else _placed_loss(noted)
+    if found is None and not is_output:
+        # A loss that was not noted is one of the model's outputs only.
+        record = recognised(node)
+        found = None if record is None else _placed_loss(record)
+        found = found if found is not None and _is_cheaper(*found) else None
+    return found
+
+
+def _is_cheaper(record: LossRecord, below: dict[Node, list[ModelOutput]]) -> bool:
+    """Whether a recognised loss has not many more columns than there are numbers of the model output.
+
+    All distances of an output from a table, say: then the sum of its terms is differentiated twice.
+    """
+    borders = [border for found in below.values() for border in found]
+    outputs = sum(prod(border.shape) for border in borders)
+    samples = max((border.batch.size for border in borders if border.batch), default=1)
+    own = prod(record.edge.node._input_metadata[record.edge.output_nr].shape)
+    return bool(borders) and (own <= 4 * outputs or outputs > 256 * max(samples, 1))
+
+
+def _placed_loss(record: LossRecord) -> tuple[LossRecord, dict[Node, list[ModelOutput]]] | None:
+    below, curved = _outputs_below(record)
+    if below:
+        placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
+        record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
+    return None if curved or record.known is None else (record, below)
+
+
 def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     """Walk the graph below ``roots``, where a backward pass starts or has arrived.
 
@@ -174,32 +222,23 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             )
         if MIXES in data:
             graph.mixing = data[MIXES]
-        record = None
+        outputs = outputs_at(node) if MODEL_OUTPUT in data else []
         if not covered and not bent:
-            record = data.get(LOSS)
-        if record is not None and not curvature:
-            graph.losses[node] = record, {}
+            found = _known_loss(node, bool(outputs), curvature)
+            if found is not None:
+                graph.losses[node], covered = found, True
+        if outputs and not covered:
+            (graph.outputs if bent or not curvature else graph.flat)[node] = outputs
             covered = True
-        elif record is not None:
-            below, curved = _outputs_below(record)
-            if below:
-                placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
-                record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
-            if not curved and record.known is not None:
-                graph.losses[node] = record, below
-                covered = True
-        if MODEL_OUTPUT in data:
-            outputs = outputs_at(node)
-            if outputs and not covered:
-                graph.outputs[node] = outputs
-                covered = True
-            for border in data[MODEL_OUTPUT]:
-                inside = border.recording
-                graph.recordings.append(inside)
-                if border.mixed:
-                    graph.mixed = border.batch.lost
+        for border in data.get(MODEL_OUTPUT, ()):
+            inside = border.recording
+            graph.recordings.append(inside)
+            if border.mixed:
+                graph.mixed = border.batch.lost
         # What is curved above a loss makes it part of one that no rule knows.
-        bent = curvature and not covered and (bent or _is_nonlinear(node))
+        if curvature and not covered and not bent and _is_nonlinear(node):
+            bent, graph.bent_by = True, graph.bent_by or node.name()
+        bent = bent and not covered
         taps = data.get(TAPS)
         if taps is None:
             stack += [(child, covered, bent, inside) for child, _ in node.next_functions if child]
@@ -217,6 +256,9 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             if source.edge is not None and not tapped.isdisjoint(_below([source.edge.node])):
                 graph.unseen += [(leaf, tap.op) for leaf in leaves_below(source.edge)]
     graph.nodes = {node for node, *_ in seen}
+    graph.flat = {node: found for node, found in graph.flat.items() if node not in graph.outputs}
+    if not graph.losses and not graph.outputs:
+        graph.outputs, graph.flat = graph.flat, {}
     if graph.outside:
         used = {source.leaf for _, tap in graph.taps for source in tap.sources}
         graph.unseen += [(p, where) for p, where in _entangled(roots) if p in used]

@@ -253,6 +253,8 @@ class LossRecord:
         axis: where the samples of that input are, as far as capture knows; where model outputs lie
             below, it is found from them when backward starts (:meth:`locate`). ``None``: on no axis.
         device: kind of device it is on.
+        weigh: what the Hessian is multiplied with, from the gradient that arrives at the loss; by
+            default that gradient.
     """
 
     rule: Callable[[SampleAxis], LossHessian | None]
@@ -260,6 +262,7 @@ class LossRecord:
     module: nn.Module | None
     axis: SampleAxis | None
     device: str = "cpu"
+    weigh: Callable[[Tensor], Tensor] | None = None
     _known: tuple[SampleAxis, LossHessian | None] | None = None
 
     def locate(self, axis: SampleAxis | None) -> None:
@@ -276,6 +279,10 @@ class LossRecord:
             with torch.autocast(self.device, enabled=False):
                 self._known = self.axis, self.rule(self.axis)
         return self._known[1]
+
+    def weight(self, gradient: Tensor) -> Tensor:
+        """What the Hessian is multiplied with, for the gradient that arrives at the loss."""
+        return gradient if self.weigh is None else self.weigh(gradient)
 
     @property
     def hessian(self) -> LossHessian:

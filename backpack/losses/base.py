@@ -154,9 +154,10 @@ class LossHessian(ABC):
 def _incoming_root(grad: Tensor) -> Tensor:
     if bool((grad < 0).any()):
         raise ValueError(
-            "the gradient arriving at the loss is negative (a loss times a negative number?): its "
+            "the loss is not convex in the model output (the gradient that arrives at a term of it is "
+            "negative: a loss times a negative number, negative weights or advantages): its "
             "generalized Gauss-Newton has no square root; negate the quantity instead of the loss, or "
-            "use its diagonal (DiagGGNExact) or products (GGNMP)"
+            "use its diagonal (DiagGGNExact, BatchDiagGGNExact) or products (GGNMP)"
         )
     return grad.sqrt()
 

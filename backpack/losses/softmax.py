@@ -76,6 +76,13 @@ class _Softmax(LossHessian):
         return grad if self.reduced else grad.unsqueeze(self.block[0])
 
 
+def softmax(f: Tensor, batch: SampleAxis, dim: int) -> LossHessian:
+    """The Hessian of ``-log p_c`` for any class: ``diag(p) - p p^T`` over an axis of ``f``."""
+    return _Softmax(
+        f, batch, (dim,), f.new_ones(()).expand(f.select(dim, 0).unsqueeze(dim).shape), True
+    )
+
+
 @loss_rule(F.cross_entropy)
 def cross_entropy(
     batch: SampleAxis,

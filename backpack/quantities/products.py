@@ -5,16 +5,19 @@ Letters: ``k`` vectors, ``p`` a parameter's shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.carry import differentiable_twice, hooks_suspended
+from backpack.graph.recognised import second_derivative
 from backpack.graph.tangents import jacobian_products
+from backpack.graph.taps import LossRecord
 from backpack.sources.columns import gradients
-from backpack.sources.hessian import CurvatureMap, second_derivative
+from backpack.sources.hessian import CurvatureMap
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
 
@@ -105,14 +108,18 @@ def _ggn_vector(
 
 
 def positive_curvature_product(
-    starts: Starts, outputs: Sequence[GradientEdge], parameter: Tensor, modify: str
+    starts: Starts,
+    outputs: Sequence[GradientEdge],
+    parameter: Tensor,
+    modify: str,
+    losses: Mapping[Node, tuple[LossRecord, Any]] | None = None,
 ) -> Product:
     """The generalized Gauss-Newton product plus curved activations, made positive.
 
     An activation ``phi`` with incoming gradient ``g`` adds ``J^T diag(m(phi'' g)) J``, ``m`` the
     positive part (``"clip"``) or the absolute value (``"abs"``); (Chen et al., arXiv:1802.06502).
     """
-    path = CurvatureMap([edge.node for edge, _ in starts])
+    path = CurvatureMap([edge.node for edge, _ in starts], known=losses)
     if path.curved_above:
         raise NotImplementedError(
             "PCHMP is defined where all operations between parameters and loss are piecewise linear "

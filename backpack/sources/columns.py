@@ -9,9 +9,11 @@ class with :meth:`ColumnSource.chunks`, and a value (a frozen dataclass), so tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -23,9 +25,11 @@ from backpack.graph.survey import Graph
 from backpack.graph.taps import Source, Tap
 from backpack.graph.tracing import cut
 from backpack.losses.base import LossHessian
-from backpack.losses.twice import Differentiated, differentiate_twice
+from backpack.losses.twice import LARGEST_OUTPUT, Differentiated, differentiate_twice
 from backpack.samples.axis import SampleAxis
 
+# A loss that is differentiated twice is worth a notice if outputs have more numbers per sample.
+NOTICE_FROM = 64
 Starts = Sequence[tuple[GradientEdge, Tensor]]
 
 
@@ -135,7 +139,7 @@ class Pass:
     @cached_property
     def model_outputs(self) -> list[tuple[GradientEdge, SampleAxis]]:
         """The outputs of the model, with their sample axes."""
-        borders = dict(self.graph.outputs)
+        borders = self.graph.outputs | self.graph.flat
         for _, below in self.graph.losses.values():
             borders |= below
         return _placed(borders)
@@ -143,15 +147,32 @@ class Pass:
     @cached_property
     def losses(self) -> list[LossPiece]:
         """The losses, by a rule where there is one, else by differentiating twice in all outputs."""
-        joint, absorbed = self.graph.joint()
+        losses = self.graph.losses
+        arriving = self._arriving([GradientEdge(node, 0) for node in losses])
+        weights = {
+            node: None if gradient is None else record.weight(gradient)
+            for (node, (record, _)), gradient in zip(losses.items(), arriving, strict=True)
+        }
+        joint, absorbed = self.graph.joint(self._concave(weights))
         found = self._differentiated(_placed(joint), absorbed) if joint else []
-        records = {n: pair for n, pair in self.graph.losses.items() if n not in absorbed}
-        edges = [GradientEdge(node, 0) for node in records]
-        arriving = self._arriving(edges)
-        for (record, below), gradient in zip(records.values(), arriving, strict=True):
-            if gradient is not None:
+        for node, (record, below) in losses.items():
+            weight = weights[node]
+            if weight is not None and node not in absorbed:
                 outputs = [edge for edge, _ in _placed(below)]
-                found.append(LossPiece([record.edge], record.hessian, gradient, outputs))
+                found.append(LossPiece([record.edge], record.hessian, weight, outputs))
+        return found
+
+    def _concave(self, weights: dict[Node, Tensor | None]) -> list[Node]:
+        """Terms of a loss that are not convex, where the sum with other terms may be."""
+        found = []
+        for node, (record, below) in self.graph.losses.items():
+            weight, others = weights[node], self.graph.losses.keys() - {node}
+            shared = any(not below.keys().isdisjoint(self.graph.losses[other][1]) for other in others)
+            small = sum(_numbers(b.shape, b.batch) for borders in below.values() for b in borders)
+            if record.weigh is None or weight is None or not shared or small > LARGEST_OUTPUT:
+                continue
+            if bool((weight < 0).any()):
+                found.append(node)
         return found
 
     def _arriving(self, edges: list[GradientEdge]) -> list[Tensor | None]:
@@ -159,6 +180,19 @@ class Pass:
         if len(edges) == len(self.roots) == 1 and edges[0] == self.roots[0][0] and not self.hooked:
             return [self.roots[0][1]]  # the root is the loss
         return gradients(self.roots, edges, torch.is_grad_enabled())
+
+    def _say_what_it_costs(self, found: Sequence[tuple[Tensor, GradientEdge, SampleAxis]]) -> None:
+        size = sum(_numbers(g.shape, axis) for g, _, axis in found)
+        if NOTICE_FROM < size <= LARGEST_OUTPUT:
+            where = self.graph.bent_by
+            why = f" (because of {where}, above the output)" if where else ""
+            warnings.warn(
+                f"the loss has no rule{why}: its Hessian in the {size} numbers of each sample's output "
+                "is found by differentiating twice, in that many backward passes. Write it with a loss "
+                "of torch.nn.functional, of the model's output or a linear function of it, or give it a "
+                "rule (backpack.own.loss_rule)",
+                stacklevel=2,
+            )
 
     def _differentiated(
         self, outputs: list[tuple[GradientEdge, SampleAxis]], absorbed: set[Node]
@@ -173,9 +207,15 @@ class Pass:
             ]
             if not found:
                 return []
+            self._say_what_it_costs(found)
             hessian = differentiate_twice(found, create)
         edges = [edge for _, edge, _ in found]
         return [LossPiece(edges, hessian, found[0][0].new_ones(()).detach(), edges)]
+
+
+def _numbers(shape: Sequence[int], axis: SampleAxis | None) -> int:
+    """Numbers of one sample."""
+    return prod(shape) // max(axis.size if axis is not None else 1, 1)
 
 
 def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, SampleAxis]]:
@@ -185,7 +225,7 @@ def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, SampleAxis]]:
     the places lies above another. A loss that depends on no output is one of the model's own.
     """
     joint, absorbed = graph.joint()
-    found = _placed(joint)
+    found = _placed(joint | graph.flat)
     for node, (record, below) in graph.losses.items():
         if node not in absorbed:
             found += _placed(below) or [(record.edge, record.hessian.batch)]

@@ -17,15 +17,17 @@ And one by chance, :func:`sampled`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
+from backpack.graph.recognised import second_derivative
 from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
 from backpack.graph.tracing import cut, kind_of
 from backpack.samples.axis import SampleAxis
@@ -56,7 +58,7 @@ def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
         given: the backward pass.
         per_sample: whether the diagonals of single samples are needed.
     """
-    path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs)
+    path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs, given.graph.losses)
     clean: list[Leaf] = []
     by_output: list[Leaf] = []
     by_entry: list[Leaf] = []
@@ -96,14 +98,18 @@ class CurvatureMap:
     Attributes:
         losses: losses with a known Hessian, with their nodes.
         outputs: model outputs, with their sample axes.
-        bends: nodes that curve each entry by itself, with their sample axes.
+        nonlinear: nodes that curve each entry by itself, with their sample axes.
         bent_above: nodes below such a node.
         curved_above: nodes below an operation that is curved in another way.
     """
 
     def __init__(
-        self, starts: list[Node], outputs: Sequence[tuple[GradientEdge, SampleAxis]] = ()
+        self,
+        starts: list[Node],
+        outputs: Sequence[tuple[GradientEdge, SampleAxis]] = (),
+        known: Mapping[Node, tuple[LossRecord, Any]] | None = None,
     ) -> None:
+        self.known = known or {}
         self.losses: list[tuple[Node, LossRecord]] = []
         self.nonlinear: list[tuple[Node, SampleAxis]] = []
         self.bent_above: set[Node] = set()
@@ -117,7 +123,7 @@ class CurvatureMap:
         below_loss = {record.edge.node for _, record in self.losses}
         unknown_loss = not self.losses
         for node in order:
-            if loss_at(node) is not None:
+            if self._loss(node) is not None:
                 curved = node in self.curved_above
                 bent = False
             else:
@@ -141,8 +147,12 @@ class CurvatureMap:
                 if bent and child not in below_loss:
                     self.bent_above.add(child)
 
+    def _loss(self, node: Node) -> LossRecord | None:
+        """The loss that a node computes: noted there, or recognised."""
+        return self.known[node][0] if node in self.known else loss_at(node)
+
     def _children(self, node: Node) -> list[Node]:
-        record = loss_at(node)
+        record = self._loss(node)
         if record is not None:
             return [record.edge.node]
         return [child for child, _ in node.next_functions if child is not None]
@@ -158,7 +168,7 @@ class CurvatureMap:
                 done[node] = None
             elif node not in current_inputs:
                 current_inputs.add(node)
-                record = loss_at(node)
+                record = self._loss(node)
                 if record is not None:
                     self.losses.append((node, record))
                 stack.append((node, True))
@@ -202,7 +212,8 @@ def _columns(given: Pass, path: CurvatureMap, leaves: Sequence[Leaf]) -> Iterato
     places = [GradientEdge(node, 0) for node, _ in path.losses]
     places += [GradientEdge(node, 0) for node, _ in path.nonlinear]
     grads = gradients(given.roots, places, create_graph=torch.is_grad_enabled())
-    for (_, record), grad in zip(path.losses, grads, strict=False):
+    for (_, record), arriving in zip(path.losses, grads, strict=False):
+        grad = None if arriving is None else record.weight(arriving)
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
             if part is not None and bool((part > 0).any()):
                 count = given.at_once([record.edge, *targets], part.device.type)
@@ -274,26 +285,6 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
                     "the loss mixes the samples of a batch (its Hessian couples their outputs), so "
                     "that the Hessian diagonal is no sum over samples; use HMP"
                 )
-
-
-def second_derivative(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] | None:
-    """Where an operation ``phi`` on single entries has its input ``x``, and ``phi''(x) * grad``."""
-    below = GradientEdge(*next((c, nr) for c, nr in node.next_functions if c is not None))
-    create = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A differentiable gradient is itself a function of x: it is multiplied on afterwards.
-        weight = torch.ones_like(grad) if grad.requires_grad else grad
-        (slope,) = torch.autograd.grad(
-            [GradientEdge(node, 0)], [below], [weight], create_graph=True, retain_graph=True
-        )
-        if not slope.requires_grad:
-            return None
-        (found,) = torch.autograd.grad(
-            slope.sum(), [below], retain_graph=True, create_graph=create, allow_unused=True
-        )
-    if found is None:
-        return None
-    return below, found * grad if grad.requires_grad else found
 
 
 # --------------------------------------------------------------------------------------
@@ -371,7 +362,7 @@ def sampled(
         generator: source of randomness.
     """
     create = torch.is_grad_enabled()
-    path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs)
+    path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs, given.graph.losses)
     by_output = [leaf for leaf in given.leaves if path.linear_in(leaf)]
     taps = {id(tap): (node, tap) for leaf in by_output for node, tap, _ in leaf.uses}
     edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
