@@ -189,8 +189,8 @@ class Pass:
             warnings.warn(
                 f"the loss has no rule{why}: its Hessian in the {size} numbers of each sample's output "
                 "is found by differentiating twice, in that many backward passes. Write it with a loss "
-                "of torch.nn.functional, of the model's output or a linear function of it, or give it a "
-                "rule (backpack.own.loss_rule)",
+                "of torch.nn.functional, of the model's output or a linear function of it, or give it "
+                "a rule (backpack.own.loss_rule)",
                 stacklevel=2,
             )
 
