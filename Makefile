@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test smoke test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -20,6 +20,10 @@ demo: $(STAMPS)/demo
 # One thread per worker: the tests' tensors are small, and workers would fight for the cores.
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# The library in ten seconds.
+smoke: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_smoke.py
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
