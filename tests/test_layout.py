@@ -21,12 +21,12 @@ ROOMS = {
     "rules": """base recursions elementwise linear convolution lookup normalization recurrent fallback
         decompositions""",
     "losses": "base elementwise piecewise softmax twice",
-    "graph": "taps tangents tracing carry recognised survey",
+    "graph": "taps tangents tracing carry recognised above survey",
     "capture": "switch functions inputs loss_records tracker in_place recorder hooks extend",
     "sources": "columns hessian kfra table",
     "kronecker": "objects lists",
     "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",
-    "engine": "state layer_io refusals debug certificate collect loop run direct block",
+    "engine": "left_out state layer_io refusals debug certificate collect loop run direct block",
     "dataset": "totals micro_batches accumulating loop",
     "testing": "oracle",
 }

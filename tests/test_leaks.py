@@ -101,7 +101,7 @@ def second_order(loss: Callable[[], Tensor], net: Net, kept: dict[str, Any]) -> 
 
 
 def never_backward(loss: Callable[[], Tensor], net: Net, kept: dict[str, Any]) -> None:
-    with backpack(*FIRST):
+    with pytest.warns(UserWarning, match="no backward pass ran"), backpack(*FIRST):
         loss()
 
 

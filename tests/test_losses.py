@@ -571,7 +571,7 @@ def test_product_with_what_does_not_depend_on_the_model(learned: bool) -> None:
     values = []
     for factor in (weight, torch.ones(())):
         with backpack(E.DiagGGNMC(generator=torch.Generator().manual_seed(0)), E.DiagGGNExact()):
-            (lossfunc(model(X), y) * factor + 1).backward()
+            (lossfunc(model(X), y) * factor + 1).backward(inputs=list(model.parameters()))
         values.append([(p.diag_ggn_mc, p.diag_ggn_exact) for p in model.parameters()])
     for ours, plain in zip(*values, strict=True):
         torch.testing.assert_close(ours, tuple(0.3 * each for each in plain))

@@ -66,6 +66,29 @@ def test_blocks(case, lossfunc) -> None:
         assert p.grad_batch.shape[1:] == p.shape
 
 
+def test_batch_norm_in_training_mode() -> None:
+    """Samples are mixed, but products are those of the whole batch's loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = torch.randn(5, 3).double(), torch.randint(3, (5,))
+    model, lossfunc = extend(net), extend(nn.CrossEntropyLoss())
+    with backpack(GGNMP(), HMP()):
+        lossfunc(model(X), y).backward()
+    with disable():
+        f = model(X)
+        blocks = {p: hessian_block(lossfunc(f, y), p) for p in model.parameters()}
+        jacobians = {
+            p: [torch.autograd.grad(e, p, retain_graph=True)[0] for e in f.flatten()] for p in blocks
+        }
+    start = f.detach().requires_grad_()
+    loss_hessian = hessian_block(lossfunc(start, y), start)
+    for p, block in blocks.items():
+        J = torch.stack(jacobians[p]).flatten(1)
+        mat = torch.randn(2, *p.shape).double()
+        torch.testing.assert_close(p.hmp(mat).flatten(1), mat.flatten(1) @ block)
+        torch.testing.assert_close(p.ggnmp(mat).flatten(1), mat.flatten(1) @ J.T @ loss_hessian @ J)
+
+
 @pytest.mark.parametrize("modify", ["clip", "abs"])
 def test_positive_curvature(modify: str) -> None:
     torch.manual_seed(0)

@@ -128,7 +128,7 @@ def test_disable_holds_in_autograds_own_threads(untouched) -> None:
     """Backward on a device runs in these: the block's thread says whether it is switched off."""
     block = backpack(BatchGrad())
     found = []
-    with block:
+    with pytest.warns(UserWarning, match="no backward pass ran"), block:
         (entry,) = blocks.open_blocks
         in_thread(lambda: found.append(entry.listens))
         with disable():

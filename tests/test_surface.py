@@ -122,7 +122,7 @@ def test_context_reports_the_innermost_block() -> None:
         assert CTX.get_active_exts() == exts
         assert CTX.get_extension_hook() is hook
         assert CTX.get_retain_graph()
-        with backpack(DiagGGNExact()):
+        with pytest.warns(UserWarning, match="no backward pass ran"), backpack(DiagGGNExact()):
             assert not CTX.is_extension_active(BatchGrad)
             assert CTX.is_extension_active(BatchGrad, DiagGGNExact)
             CTX.get_extension_hook()(model)

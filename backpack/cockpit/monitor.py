@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack import extend, unextend
+from backpack._torch import leaf_of
 from backpack.cockpit import passes, terminal
 from backpack.cockpit.alarms import Alarm, Finding, alarms_of
 from backpack.cockpit.alpha import End, alpha
@@ -336,7 +337,7 @@ class Monitor:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            variable = getattr(node, "variable", None)
+            variable = leaf_of(node)
             if variable is not None and variable in self._among:
                 return True
             stack += [child for child, _ in node.next_functions]

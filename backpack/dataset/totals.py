@@ -218,7 +218,9 @@ class Batches:
     def block(self, *more: BackpropExtension, **options: Any) -> Iterator[backpack]:
         """A block whose backward passes are collected."""
         # Of two quantities with the same field the last one counts.
-        with backpack(*more, *self.extensions, **options) as self.owner, NotingCalls(self):
+        owner = backpack(*more, *self.extensions, **options)
+        owner.collects = True
+        with owner as self.owner, NotingCalls(self):
             yield self.owner
 
     def backward(self, loss: Tensor, call: Callable[[], Any]) -> Any:

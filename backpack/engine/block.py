@@ -16,10 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 from backpack._torch import call_at_end, current_node, current_task, keeps_graph, leaf_of
 from backpack.capture import loss_records
+from backpack.capture.switch import captures
 from backpack.engine import certificate
 from backpack.engine.direct import pass_down
+from backpack.engine.left_out import MODES, LeftOut, Mode
 from backpack.engine.run import Run
-from backpack.engine.state import Block, ExtensionHook, Nested, current_block, open_blocks
+from backpack.engine.state import (
+    Block,
+    ExtensionHook,
+    Nested,
+    current_block,
+    mark_used,
+    open_blocks,
+)
 from backpack.graph.taps import LossRecord, Recording
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.matrix_products import Product
@@ -60,9 +69,25 @@ class backpack:  # noqa: N801
             kind of graph, again at a low rate, and where samples are picked by an index; ``"always"``;
             ``"never"``. By default once (``engine.certificate.default``). A failure is an error that
             names the operation at which samples are mixed.
+        unsupported: what to do where a parameter cannot have one of the quantities: ``"raise"`` the
+            error that says why; ``"warn"`` or ``"skip"``: leave it out and compute the others. What
+            was left out, and why, is in ``left_out``, a list that can be printed::
+
+                with backpack(KFAC(), DiagGGNMC(), unsupported="skip") as block:
+                    loss.backward()
+                print(block.left_out)
+
+            Parameters that belong to no extended model, but are used between a model's output and the
+            loss, are left out with a warning by default.
+
+    A field holds the value of the last block that it was asked in: what parameters of a model that took
+    part have from earlier blocks, and are not given in this one, is deleted when it ends.
 
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
+
+    Warns:
+        UserWarning: at the end of a block in which no backward pass ran.
 
     With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
     As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
@@ -82,6 +107,7 @@ class backpack:  # noqa: N801
         gradient: bool = True,
         parameters: Iterable[Tensor] | None = None,
         certify: certificate.Mode | None = None,
+        unsupported: Mode = "raise",
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -108,6 +134,12 @@ class backpack:  # noqa: N801
         self.gradient = gradient
         self.parameters = None if parameters is None else frozenset(parameters)
         self.certify: certificate.Mode = certify or certificate.default
+        if unsupported not in MODES:
+            raise ValueError(f"unsupported must be one of {MODES}, got {unsupported!r}")
+        self.unsupported: Mode = unsupported
+        self.left_out = LeftOut()
+        # Whether passes of several blocks belong together, which whoever opens them puts together.
+        self.collects = False
         self._blocks: list[_Block] = []
 
     @classmethod
@@ -132,6 +164,7 @@ class backpack:  # noqa: N801
             chunk_size=owner.chunk_size,
             gradient=owner.gradient,
             certify=owner.certify,
+            unsupported=owner.unsupported,
         )
 
     @property
@@ -140,6 +173,7 @@ class backpack:  # noqa: N801
         return bool(self.extensions) or self.extension_hook is not None
 
     def __enter__(self) -> backpack:
+        self.left_out = LeftOut()
         block = _Block(self)
         self._blocks.append(block)
         block.open()
@@ -150,6 +184,14 @@ class backpack:  # noqa: N801
         block = [each for each in self._blocks if each.thread == threading.get_ident()][-1]
         self._blocks.remove(block)
         block.close()
+        unused = self.extensions and not self.collects and not block.used
+        if unused and exc[:1] in ((), (None,)) and captures(block.thread):
+            warnings.warn(
+                "no backward pass ran inside of this backpack(...) block, so that it has computed "
+                "nothing; fields of parameters, if there are any, are those of an earlier pass. Call "
+                "loss.backward() inside the block",
+                stacklevel=2,
+            )
 
 
 class _Block(Block):
@@ -170,6 +212,8 @@ class _Block(Block):
             for run in list(self.runs.values()):
                 run.abort()
             self.runs.clear()
+            if not self.owner.collects:
+                self.forget_earlier()
 
 
 class _Watch(TorchFunctionMode):
@@ -202,6 +246,7 @@ class _Watch(TorchFunctionMode):
             inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
             batched = kwargs.get("is_grads_batched")
             if batched or any(isinstance(t, Tensor) and t.dim() for t in outputs):
+                mark_used(self.block.thread)
                 # A Jacobian or Hessian product, not the gradient of a loss.
                 with Nested(self.block):
                     return func(*args, **kwargs)
@@ -221,6 +266,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         block = self.block
         outer = block.roots, block.wanted, block.complete
+        mark_used(block.thread)
         plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
         if block.nested or not plain or not block.owner.active or current_block() is not block:
             return func(*args, **kwargs)
@@ -297,6 +343,7 @@ def _run_of(block: Block) -> Run:
     task = current_task()
     run = block.runs.get(task)
     if run is None:
+        mark_used(block.thread)
         keeps = keeps_graph()
         run = block.runs[task] = Run(block, task, keeps or block.owner.retain_graph)
         call_at_end(run.end)

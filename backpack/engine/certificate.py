@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.survey import Graph, outputs_at
+from backpack.graph.recognised import outputs_at
+from backpack.graph.survey import Graph
 from backpack.graph.taps import ENDS, Tap, notes
 from backpack.samples.axis import SampleAxis
 from backpack.samples.separability import generic
@@ -97,7 +98,7 @@ def certify(graph: Graph, name: Named) -> list[Tap]:
     Raises:
         RuntimeError: if they are not.
     """
-    places = [Place(node, tap) for node, tap in graph.taps if not tap.batch.lost]
+    places = [Place(node, tap) for node, tap in graph.taps if not (tap.batch.lost or tap.above)]
     starts = starts_of(graph)
     if not starts or not places:
         return [place.tap for place in places]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack.engine.left_out import REFUSALS
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense, Form
 from backpack.forms.several import Pullback, Together, merge, of_one
@@ -38,14 +39,21 @@ class Leaf:
         contracted: whether the first-order forms of all uses are reduced.
         arrived: whether a gradient has arrived at one of its taps.
         hooked: whether the user's hooks may change its gradient.
+        without: reasons why it does not have quantities, by their fields.
+        refuse: what happens when it cannot have one: an error, or it is left out.
     """
 
     __slots__ = (
         *("parameter", "samples", "places", "uses", "waiting", "forms", "states"),
-        *("total", "contracted", "arrived", "hooked"),
+        *("total", "contracted", "arrived", "hooked", "without", "refuse"),
     )
 
-    def __init__(self, parameter: Tensor, samples: int) -> None:
+    def __init__(
+        self,
+        parameter: Tensor,
+        samples: int,
+        refuse: Callable[[Leaf, BackpropExtension, Exception], None],
+    ) -> None:
         self.parameter = parameter
         self.samples = samples
         self.places: list[tuple[Node, Tap, Source]] = []
@@ -56,6 +64,8 @@ class Leaf:
         self.total: Tensor | None = None
         self.contracted = False
         self.arrived = False
+        self.without: dict[str, str] = {}
+        self.refuse = refuse
         self.hooked = bool(getattr(parameter, "_backward_hooks", None))
 
 
@@ -116,7 +126,12 @@ def reduce(
     states, parameter = leaf.states, leaf.parameter
     for ext in exts:
         field = ext.savefield
-        if field in states:
-            states[field] = ext.update(states[field], form, sign)
-        else:
-            states[field] = ext.begin(parameter, form, sign)
+        if field in leaf.without:
+            continue
+        try:
+            if field in states:
+                states[field] = ext.update(states[field], form, sign)
+            else:
+                states[field] = ext.begin(parameter, form, sign)
+        except REFUSALS as error:
+            leaf.refuse(leaf, ext, error)

@@ -63,7 +63,9 @@ def _reach_taps(run: Run) -> None:
     grads: list[Tensor | None] = [None] * len(taps)
     if run.first_order:
         edges = [GradientEdge(node, tap.place) for node, tap in taps]
-        grads = _gradients(run, edges, run.keeps)
+        # Forms above the model's outputs are made from nodes, which must not be freed yet.
+        keeps = run.keeps or any(tap.above for _, tap in taps)
+        grads = _gradients(run, edges, keeps)
     for i, (_, tap) in enumerate(taps):
         grad, grads[i] = grads[i], None
         run.arrive([tap], {tap.place: grad})

@@ -12,6 +12,8 @@ from backpack.engine.collect import (
     reduce,
 )
 from backpack.engine.debug import Stopwatch
+from backpack.engine.left_out import REFUSALS
+from backpack.engine.refusals import Refuse
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense
 from backpack.forms.products import products_kept
@@ -27,23 +29,38 @@ def carry_sources(
     leaves: Sequence[Leaf],
     given: Pass,
     by_source: Mapping[ColumnSource, list[BackpropExtension]],
+    refuse: Refuse,
 ) -> None:
     """Carry the columns of all sources to the taps, and reduce them there."""
     with patches_kept(), Nested(block):
         for source, exts in by_source.items():
-            refined = [ext for ext in exts if ext.refines]
-            _refuse_second_loss(refined, leaves)
-            wanted = Wanted(
-                any(ext.per_sample for ext in exts),
-                all(ext.signed for ext in exts),
-                any(ext.every_column for ext in exts),
-            )
-            chunks = source.chunks(given, wanted)
-            kept = list(chunks) if refined and source.random else None
-            _take_all(block, watch, leaves, kept or chunks, exts, given, False)
-            if refined:
-                again = kept or source.chunks(given, wanted)
-                _take_all(block, watch, leaves, again, refined, given, True)
+            try:
+                _carry_source(block, watch, leaves, given, source, exts)
+            except REFUSALS as error:
+                refuse(error, None, exts)
+
+
+def _carry_source(
+    block: Block,
+    watch: Stopwatch,
+    leaves: Sequence[Leaf],
+    given: Pass,
+    source: ColumnSource,
+    exts: list[BackpropExtension],
+) -> None:
+    refined = [ext for ext in exts if ext.refines]
+    _refuse_second_loss(refined, leaves)
+    wanted = Wanted(
+        any(ext.per_sample for ext in exts),
+        all(ext.signed for ext in exts),
+        any(ext.every_column for ext in exts),
+    )
+    chunks = source.chunks(given, wanted)
+    kept = list(chunks) if refined and source.random else None
+    _take_all(block, watch, leaves, kept or chunks, exts, given, False)
+    if refined:
+        again = kept or source.chunks(given, wanted)
+        _take_all(block, watch, leaves, again, refined, given, True)
 
 
 def _refuse_second_loss(refined: list[BackpropExtension], leaves: Sequence[Leaf]) -> None:
@@ -109,7 +126,7 @@ def _take(
         zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
         reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
     elif refining:
-        for ext in exts:
+        for ext in [ext for ext in exts if ext.savefield not in leaf.without]:
             leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
     else:
         reduce(leaf, exts, form, columns.sign)

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -14,6 +15,7 @@ from backpack.graph.survey import Graph, leaves_below
 from backpack.graph.taps import Recording, Source, Tap
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.matrix_products import Product
+from backpack.sources.table import AveragedRoot, HessianRoot, RandomSigns
 
 
 class Names:
@@ -29,6 +31,11 @@ class Names:
                 if each is parameter:
                     return f"'{name}'"
         return f"of shape {tuple(parameter.shape)}"
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether a parameter belongs to one of the extended models."""
+        modules = [module for r in self.recordings if (module := r.module()) is not None]
+        return any(p is parameter for module in modules for p in module.parameters())
 
     def of(self, tap: Tap) -> str:
         """The names of the parameters of a tap."""
@@ -53,6 +60,16 @@ class Names:
             "requires_grad_(False)"
         )
 
+    def above(self, parameter: Tensor, where: str, why: str) -> str:
+        """Of a parameter above the model's outputs, whose share in each sample's loss is not known."""
+        return (
+            f"parameter {self(parameter)} is used above the model's output (at {where}), {why}, so "
+            "that backpack cannot see its share in each sample's loss. Use it where samples are "
+            "apart (before a loss is reduced), or "
+            "inside of an extended module whose forward computes all of this; or leave it out: "
+            "requires_grad_(False), backpack(..., parameters=model.parameters())"
+        )
+
     def inputs(self, recording: Recording) -> str:
         """The inputs of a model, with their shapes."""
         module = recording.module()
@@ -70,14 +87,28 @@ def parameters_of(source: Source) -> list[Tensor]:
     return [source.leaf] if source.leaf is not None else leaves_below(source.edge)
 
 
+class Refuse(Protocol):
+    """What happens to a refusal: it is raised, or quantities are left out."""
+
+    def __call__(
+        self,
+        error: Exception,
+        parameters: Sequence[Tensor] | None = None,
+        exts: Sequence[BackpropExtension] | None = None,
+        foreign: bool = False,
+    ) -> None:
+        """Refuse quantities of parameters (``None``: all); ``foreign``: of no extended model."""
+
+
 def check(
     graph: Graph,
     fresh: Sequence[tuple[Node, Tap]],
     names: Names,
     extensions: Sequence[BackpropExtension],
     rooted: bool,
+    refuse: Refuse,
 ) -> None:
-    """Raise an error for what cannot be computed, before anything is.
+    """Refuse what cannot be computed, before anything is.
 
     Args:
         graph: what lies below the root.
@@ -85,6 +116,7 @@ def check(
         names: names of parameters.
         extensions: the quantities.
         rooted: whether the call of ``backward`` was seen.
+        refuse: what to do with a refusal of some quantities; others are errors in any case.
     """
     second_order = [ext for ext in extensions if ext.source.second_order]
     if any(recording.packed for recording in graph.recordings):
@@ -100,19 +132,18 @@ def check(
                 f"the model has shape {tuple(recording.doubt)}. Pass the batch first, or keep masks "
                 "and tables as attributes or buffers of the module"
             )
-    if graph.unseen:
-        raise RuntimeError(names.unseen(graph.unseen))
-    for recording in {id(tap.recording): tap.recording for _, tap in fresh}.values():
-        hidden = [p for ref in recording.unseen if (p := ref()) is not None and p.requires_grad]
-        if hidden:
-            reached = {p for _, tap in fresh for s in tap.sources for p in parameters_of(s)}
-            hidden = [p for p in hidden if p not in reached]
-        if hidden:
-            raise RuntimeError(
-                f"parameter {names(hidden[0])} takes part in the forward pass only through "
-                "'.data', which autograd does not see: it has no gradient and no quantities. Use "
-                "the parameter itself, or requires_grad_(False) if it is meant to be constant"
-            )
+    for unseen in graph.unseen:
+        refuse(RuntimeError(names.unseen([unseen])), [unseen[0]])
+    for parameter in _hidden(fresh):
+        text = (
+            f"parameter {names(parameter)} takes part in the forward pass only through "
+            "'.data', which autograd does not see: it has no gradient and no quantities. Use "
+            "the parameter itself, or requires_grad_(False) if it is meant to be constant"
+        )
+        refuse(RuntimeError(text), [parameter])
+    for parameter, where, why in graph.refused:
+        error = RuntimeError(names.above(parameter, where, why))
+        refuse(error, [parameter], foreign=not names.owns(parameter))
     for _, tap in fresh:
         if tap.released:
             raise RuntimeError(
@@ -120,39 +151,74 @@ def check(
                 "backward with retain_graph=True, or run the forward pass again"
             )
         if tap.batch.lost:
-            raise RuntimeError(
+            text = (
                 f"cannot tell which axis of the output of {tap.op} (parameters {names.of(tap)}) holds "
                 f"the samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
                 "batch_dim to extend"
             )
+            refuse(RuntimeError(text), [p for s in tap.sources for p in parameters_of(s)])
+        for ext in second_order if tap.above else ():
+            why = _why_not_above(ext, tap in graph.uncovered)
+            for parameter in [p for s in tap.sources for p in parameters_of(s)] if why else ():
+                text = f"{ext.savefield}: {names.above(parameter, tap.op, why)}"
+                refuse(NotImplementedError(text), [parameter], [ext], not names.owns(parameter))
     if graph.mixed and fresh:
         raise RuntimeError(
             f"cannot tell which axis of the model's output holds the samples: {graph.mixed}. Keep "
             "samples on one axis, or compute a loss that compares samples inside the model"
         )
     if graph.mixing:
-        _refuse_mixing(graph.mixing, extensions)
-    if not rooted and any(isinstance(ext, Product) for ext in second_order):
-        raise RuntimeError(
+        _refuse_mixing(graph.mixing, extensions, refuse)
+    products = [ext for ext in second_order if isinstance(ext, Product)]
+    if products and not rooted:
+        text = (
             "products with curvature (GGNMP, HMP, PCHMP) keep the graph, for which the call must "
             "be loss.backward(), not torch.autograd.backward(loss)"
         )
+        refuse(RuntimeError(text), None, products)
     if second_order and (graph.bare or (graph.outputs and not rooted)):
         fields = ", ".join(ext.savefield for ext in second_order)
-        raise RuntimeError(
+        text = (
             f"{fields} need a loss that backpack knows, but backward reached the model other "
             "than through one. Extend the loss module (lossfunc = extend(CrossEntropyLoss())), "
             "and call loss.backward()"
         )
+        refuse(RuntimeError(text), None, second_order)
 
 
-def _refuse_mixing(why: str, extensions: Sequence[BackpropExtension]) -> None:
+def _hidden(fresh: Sequence[tuple[Node, Tap]]) -> list[Tensor]:
+    """Parameters that are read through ``.data`` only."""
+    found: list[Tensor] = []
+    for recording in {id(tap.recording): tap.recording for _, tap in fresh}.values():
+        hidden = [p for ref in recording.unseen if (p := ref()) is not None and p.requires_grad]
+        if hidden:
+            reached = {p for _, tap in fresh for s in tap.sources for p in parameters_of(s)}
+            found += [p for p in hidden if p not in reached]
+    return found
+
+
+def _why_not_above(ext: BackpropExtension, uncovered: bool) -> str:
+    """Why a quantity is not defined for parameters above the model's outputs, if it is not."""
+    curvature = ext.curvature if isinstance(ext, Product) else "ggn"
+    if isinstance(ext.source, HessianRoot | RandomSigns) or curvature == "hessian":
+        return ""
+    if isinstance(ext.source, AveragedRoot) or curvature != "ggn":
+        return "for which this quantity is not defined"
+    if uncovered:
+        return (
+            "below no loss that has a rule, so that the Hessian to take the square root of is not known"
+        )
+    return ""
+
+
+def _refuse_mixing(why: str, extensions: Sequence[BackpropExtension], refuse: Refuse) -> None:
     text = (
         f"{why} mixes the samples of a batch, so that quantities of individual samples are not "
         "defined; call model.eval(), or use a norm that keeps samples apart (GroupNorm)"
     )
     for ext in extensions:
         if not ext.mixed:
-            raise NotImplementedError(f"{ext.savefield}: {text}")
-    fields = ", ".join(ext.savefield for ext in extensions)
-    warnings.warn(f"{text}. {fields} holds each row's contribution to the gradient", stacklevel=2)
+            refuse(NotImplementedError(f"{ext.savefield}: {text}"), None, [ext])
+    fields = ", ".join(ext.savefield for ext in extensions if ext.mixed and ext.per_sample)
+    if fields:
+        warnings.warn(f"{text}. {fields} holds each row's contribution to the gradient", stacklevel=2)

@@ -23,8 +23,9 @@ from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
 from backpack.engine.debug import Stopwatch, print_taps
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
+from backpack.engine.left_out import REFUSALS
 from backpack.engine.loop import carry_sources
-from backpack.engine.refusals import Names, check
+from backpack.engine.refusals import Names, check, parameters_of
 from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
@@ -59,6 +60,9 @@ class Run:
         self.graph = Graph()
         self.leaves: dict[Tensor, Leaf] = {}
         self.uses: dict[Tap, list[tuple[Leaf, Source]]] = {}
+        # What was refused and left out: reasons by parameters and fields, and parameters as a whole.
+        self.without: dict[Tensor | None, dict[str, str]] = {}
+        self.dropped: set[Tensor] = set()
         self.modules: list[tuple[nn.Module, set[Tensor]]] = []
         self.handles: list[Any] = []
         self.saved: list[tuple[Tensor, str]] = []
@@ -107,19 +111,27 @@ class Run:
 
     def _products(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
         """Functions that go through the graph again; ``_Watch`` made backward keep it."""
-        outputs = [edge for edge, _ in cotangent_places(graph)]
-        for leaf in self.leaves.values():
-            for ext in self.products:
+        at_outputs = [edge for edge, _ in cotangent_places(graph)]
+        records = [record for record, _ in graph.losses.values()] + list(graph.upper.values())
+        at_losses = [record.edge for record in records]
+        for leaf, ext in [(leaf, ext) for leaf in self.leaves.values() for ext in self.products]:
+            if ext.savefield not in leaf.without:
                 p = leaf.parameter
-                if ext.curvature == "hessian":
-                    function = products.hessian_product(roots, p)
-                elif ext.curvature == "ggn":
-                    function = products.ggn_product(roots, outputs, p)
+                above = all(tap.above for _, tap, _ in leaf.places)
+                outputs = at_losses if above else at_outputs
+                try:
+                    if ext.curvature == "hessian":
+                        function = products.hessian_product(roots, p)
+                    elif ext.curvature == "ggn":
+                        function = products.ggn_product(roots, outputs, p)
+                    else:
+                        function = products.positive_curvature_product(
+                            roots, outputs, p, ext.modify, graph.losses
+                        )
+                except REFUSALS as error:
+                    self._refuse_one(leaf, ext, error)
                 else:
-                    function = products.positive_curvature_product(
-                        roots, outputs, p, ext.modify, graph.losses
-                    )
-                leaf.states[ext.savefield] = _quietly(function)
+                    leaf.states[ext.savefield] = _quietly(function)
 
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
@@ -147,7 +159,8 @@ class Run:
         fresh = self.graph.take(graph)
         names = Names(graph.recordings)
         extensions, rooted = self.block.owner.extensions, self.block.roots is not None
-        check(graph, fresh, names, extensions, rooted)
+        self._expect(graph)
+        check(graph, fresh, names, extensions, rooted, self.refuse)
         nodes: dict[Node, list[Tap]] = {}
         everything = self.block.wanted is None and self.block.complete
         for node, tap in fresh:
@@ -164,6 +177,66 @@ class Run:
         if self.block.owner.debug:
             print_taps((tap for _, tap in fresh), names)
 
+    def _expect(self, graph: Graph) -> None:
+        """Parameters that take part, whose values are this block's at its end, or gone."""
+        expected, wanted = self.block.expected, self.block.wanted
+        if wanted is None and not self.block.complete:
+            expected |= {
+                leaf: None for _, tap in graph.taps for leaf in _parameters(tap, self._executes)
+            }
+            return
+        for recording in {id(r): r for r in graph.recordings}.values():
+            module = recording.module()
+            for p in module.parameters() if module is not None else ():
+                if wanted is None or p in wanted:
+                    expected[p] = None
+        for leaf in graph.outside if wanted is None else graph.outside & wanted:
+            expected[leaf] = None
+
+    def refuse(
+        self,
+        error: Exception,
+        parameters: Sequence[Tensor] | None = None,
+        exts: Sequence[BackpropExtension] | None = None,
+        foreign: bool = False,
+    ) -> None:
+        """Raise a refusal, or leave out what cannot be computed, as the user said."""
+        owner, names = self.block.owner, Names(self.graph.recordings)
+        given, everything = parameters, self.block.wanted is None and self.block.complete
+        if given is not None and not everything:
+            given = [p for p in given if p in self.leaves or self._executes(p)]
+        if given == []:
+            return
+        if owner.unsupported == "raise" and not foreign:
+            raise error
+        fields, reason = [ext.savefield for ext in exts or owner.extensions], str(error)
+        if owner.unsupported != "skip":
+            owner.left_out.warn(fields, reason)
+        for p in [leaf.parameter for leaf in self.leaves.values()] if given is None else given:
+            owner.left_out.note(p, names(p), fields, reason)
+        if given is None:
+            self.without.setdefault(None, {}).update(dict.fromkeys(fields, reason))
+        for p in given or ():
+            self.without.setdefault(p, {}).update(dict.fromkeys(fields, reason))
+        if exts is None:
+            self.dropped |= set(given or ())
+        for leaf in list(self.leaves.values()):
+            if given is None or any(leaf.parameter is p for p in given):
+                self._leave_out(leaf)
+
+    def _leave_out(self, leaf: Leaf) -> None:
+        """Apply what was refused to a parameter."""
+        leaf.without |= self.without.get(None, {}) | self.without.get(leaf.parameter, {})
+        for field in leaf.without:
+            leaf.states.pop(field, None)
+        if leaf.parameter in self.dropped:
+            self.leaves.pop(leaf.parameter)
+            for tap, uses in self.uses.items():
+                self.uses[tap] = [(other, source) for other, source in uses if other is not leaf]
+
+    def _refuse_one(self, leaf: Leaf, ext: BackpropExtension, error: Exception) -> None:
+        self.refuse(error, [leaf.parameter], [ext])
+
     def _executes(self, parameter: Tensor) -> bool:
         """Whether this backward pass computes the parameter's gradient."""
         if self.block.wanted is not None:
@@ -171,23 +244,30 @@ class Run:
         return executes(get_gradient_edge(parameter).node)
 
     def _use(self, parameter: Tensor, node: Node, tap: Tap, source: Source, names: Names) -> None:
+        if parameter in self.dropped:
+            return
         leaf = self.leaves.get(parameter)
         if parameter.is_complex():
-            raise NotImplementedError(
+            text = (
                 f"parameter {names(parameter)} is complex, for which quantities are not defined; "
                 "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
             )
+            return self.refuse(NotImplementedError(text), [parameter])
         if leaf is None:
-            leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size)
+            leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
+            self._leave_out(leaf)
+            for field, reason in self.without.get(None, {}).items():
+                self.block.owner.left_out.note(parameter, names(parameter), [field], reason)
             if not self.saves_without_gradient or not parameter.numel():
                 self._save_on_gradient(leaf)
             for field in self.frees_previous:
                 parameter.__dict__.pop(field, None)
         if leaf.samples != tap.batch.size:
-            raise RuntimeError(
+            text = (
                 f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
                 f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched"
             )
+            return self.refuse(RuntimeError(text), [parameter])
         if leaf.contracted:
             raise RuntimeError(
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
@@ -250,7 +330,7 @@ class Run:
         if leaves and self.by_source:
             block, names = self.block, Names(self.graph.recordings)
             given = Pass(roots, graph, leaves, names, block.owner.chunk_size, block.hooked)
-            carry_sources(block, self.watch, leaves, given, self.by_source)
+            carry_sources(block, self.watch, leaves, given, self.by_source, self.refuse)
 
     # ----------------------------------------------------------------------------------
     # First order
@@ -349,10 +429,19 @@ class Run:
         context = Context(parameter, leaf.samples, total, partial(form_of_zeros, self.block, leaf))
         detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
-            field = ext.savefield
-            value = ext.finish(states.pop(field), context) if field in states else ext.zero(context)
-            setattr(parameter, field, _detached(value) if detaches else value)
-            self.saved.append((parameter, field))
+            if ext.savefield in leaf.without:
+                continue
+            try:
+                if ext.savefield in states:
+                    value = ext.finish(states.pop(ext.savefield), context)
+                else:
+                    value = ext.zero(context)
+            except REFUSALS as error:
+                self._refuse_one(leaf, ext, error)
+                continue
+            setattr(parameter, ext.savefield, _detached(value) if detaches else value)
+            self.saved.append((parameter, ext.savefield))
+            self.block.saved.add((id(parameter), ext.savefield))
         if self.block.owner.extension_hook is not None:
             self._call_hook(leaf, self.block.owner.extension_hook)
 
@@ -395,6 +484,10 @@ class Run:
         self.modules.clear()
         self.inputs.clear()
         self.graph = Graph()
+
+
+def _parameters(tap: Tap, executes: Callable[[Tensor], bool]) -> list[Tensor]:
+    return [p for source in tap.sources for p in parameters_of(source) if executes(p)]
 
 
 def _quietly(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from backpack.capture.switch import captures
+from backpack.engine.left_out import LeftOut, Mode
 from backpack.quantities.base import BackpropExtension
 
 ExtensionHook = Callable[[nn.Module], None]
@@ -26,6 +27,9 @@ class Options(Protocol):
     gradient: bool
     parameters: frozenset[Tensor] | None
     certify: Literal["once", "always", "never"]
+    unsupported: Mode
+    left_out: LeftOut
+    collects: bool
 
     @property
     def active(self) -> bool:
@@ -44,6 +48,9 @@ class Block:
         wanted: what it differentiates with respect to, as far as that is known.
         complete: whether it computes the gradients of all leaves.
         nested: how many times the library itself is differentiating.
+        used: whether a backward pass was seen, in it or in a block inside.
+        expected: parameters that took part in its passes, whose values of earlier passes go at its end.
+        saved: fields that were saved in it, with ids of their parameters.
     """
 
     def __init__(self, owner: Options) -> None:
@@ -55,6 +62,17 @@ class Block:
         self.wanted: set[Tensor] | None = None
         self.complete = False
         self.nested = 0
+        self.used = False
+        self.expected: dict[Tensor, None] = {}
+        self.saved: set[tuple[int, str]] = set()
+
+    def forget_earlier(self) -> None:
+        """Values of earlier passes are not left where this block's should be."""
+        for parameter in self.expected:
+            for ext in self.owner.extensions:
+                if (id(parameter), ext.savefield) not in self.saved:
+                    parameter.__dict__.pop(ext.savefield, None)
+        self.expected.clear()
 
     @property
     def listens(self) -> bool:
@@ -82,6 +100,13 @@ def current_block() -> Block | None:
             "told apart between them; let one thread at a time use backpack"
         )
     return open_blocks[-1]
+
+
+def mark_used(thread: int) -> None:
+    """A backward pass runs in this thread."""
+    for block in open_blocks:
+        if block.thread == thread:
+            block.used = True
 
 
 class Nested:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from backpack.forms.products import gram, row_products
+from backpack.forms.products import gram, gram_matrix, row_products
 
 # A block of G is squared and summed while it is in the processor's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
@@ -34,6 +34,7 @@ PATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
 SMALL = 2**18
 
 
+# A Kronecker factor of more rows is kept as its diagonal, a vector.
 LARGEST_FACTOR = 2**14
 
 
@@ -217,14 +218,13 @@ class Form(ABC):
         return torch.cat([parts[start] for start in sorted(parts)] or [self.like.new_zeros(0)])
 
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
-        """Factors whose Kronecker product is, or approximates, ``sum_{v,n} G G^T``."""
+        """Factors whose Kronecker product is, or approximates, ``sum_{v,n} G G^T``.
+
+        One of more than :data:`LARGEST_FACTOR` rows is its diagonal, a vector.
+        """
         size = self.shape.numel()
         if size > LARGEST_FACTOR:
-            raise ValueError(
-                f"a Kronecker factor for a parameter of shape {tuple(self.shape)} would be a dense "
-                f"{size} x {size} matrix; leave the parameter out (requires_grad_(False)) or use a "
-                "diagonal quantity"
-            )
+            return [Factor(lambda: self.square_sum().flatten(), True)]
         rows = self.columns * self.samples
         return [Factor(lambda: gram(self.dense().reshape(rows, size)), True)]
 
@@ -232,12 +232,15 @@ class Form(ABC):
         """``sum_{v,n} (Q_1^T G Q_2)^2``, ``G`` as the matrix that the factors of :meth:`kronecker` fit.
 
         Args:
-            bases: for every factor a matrix of its size, with orthonormal columns.
+            bases: for every factor a matrix of its size, with orthonormal columns; a vector stands for
+                a diagonal one.
 
         Returns:
             One number for each pair of columns of the bases (each column, for one factor).
         """
         sizes = [len(basis) for basis in bases]
+        if len(bases) == 1 and bases[0].dim() == 1:
+            return (bases[0].square() * self.square_sum().flatten()).reshape(sizes)
         result = self.like.new_zeros(sizes)
         for _, _, g in self.blocks():
             result = result + rotate_columns(g.reshape(*g.shape[:2], *sizes), bases).square().sum(
@@ -280,7 +283,22 @@ def bin_counts(values: Tensor, edges: Tensor) -> Tensor:
 
 
 def rotate_columns(g: Tensor, bases: Sequence[Tensor]) -> Tensor:
-    return g @ bases[0] if len(bases) == 1 else bases[0].mT @ g @ bases[1]
+    if len(bases) == 1:
+        return turn(g, bases[0])
+    g = turn(g, bases[1])
+    return bases[0].unsqueeze(1) * g if bases[0].dim() == 1 else bases[0].mT @ g
+
+
+def turn(x: Tensor, basis: Tensor) -> Tensor:
+    """``x Q``; a vector stands for a diagonal matrix."""
+    return x * basis if basis.dim() == 1 else x @ basis
+
+
+def second_moment(x: Tensor, count: int | None = None) -> Tensor:
+    """``x^T x / count``, or its diagonal if that is too large."""
+    if x.shape[1] > LARGEST_FACTOR:
+        return x.square().sum(0) / max(count or 1, 1)
+    return gram(x) if count is None else gram_matrix(x, count)
 
 
 def apply_sign(squares: Tensor, sign: Tensor | None, v: slice, n: slice) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 
@@ -18,9 +18,10 @@ from backpack.forms.base import (
     Tile,
     bin_counts,
     by_tiles,
+    second_moment,
+    turn,
 )
 from backpack.forms.memory import fresh_zeros
-from backpack.forms.products import gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,23 +148,47 @@ class Lookup(Positioned):
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """As for a matrix that multiplies one-hot vectors, which are zero where the table is not read.
 
-        ``[A, B]``, ``A`` the row frequencies.
+        ``[A, B]``, ``A`` the row frequencies: a vector, which stands for a diagonal matrix, if the
+        table has more than :data:`~backpack.forms.base.LARGEST_FACTOR` rows. With ``"reduce"``, where
+        ``A`` is not diagonal, its diagonal then.
         """
-        if self.shape[0] > LARGEST_FACTOR:
-            return super().kronecker()
+        large = self.shape[0] > LARGEST_FACTOR
         g = (self.g.flatten(1, 2) if sharing == "expand" else self.g.sum(2)).flatten(0, 1)
         ones = self.g.new_ones(self.index.shape) if self.reads is None else self.reads.to(g.dtype)
+        output = Factor(lambda: second_moment(g), True)
+        if sharing == "reduce" and large:
+            return [Factor(self._reduced_frequencies, False), output]
         if sharing == "reduce":
             a = g.new_zeros(self.samples, self.shape[0]).scatter_add(1, self.index, ones)
             sizes = self.index.shape[1] if self.counts is None else self.counts.unsqueeze(1)
             a = a / torch.as_tensor(sizes, device=g.device).clamp(min=1)
             return [
                 Factor(lambda: a.mT @ a / max(self.samples, 1), False),
-                Factor(lambda: gram(g), True),
+                output,
             ]
         counts = g.new_zeros(self.shape[0]).index_add(0, self.index.flatten(), ones.flatten())
         count = max(self.all_positions, 1) if sharing == "expand" else max(self.samples, 1)
-        return [Factor(lambda: torch.diag(counts / count), False), Factor(lambda: gram(g), True)]
+        frequencies = counts / count
+        return [Factor(lambda: frequencies if large else torch.diag(frequencies), False), output]
+
+    def _reduced_frequencies(self) -> Tensor:
+        """``1/N sum_n (mean_s a)^2``, without a table for each sample."""
+        ones = self.g.new_ones(self.index.shape) if self.reads is None else self.reads.to(self.g.dtype)
+        sizes = self.index.shape[1] if self.counts is None else self.counts.unsqueeze(1)
+        ones = ones / torch.as_tensor(sizes, device=self.g.device).clamp(min=1)
+        one = Lookup(self.index, ones.reshape(1, *ones.shape, 1), torch.Size((self.shape[0], 1)))
+        _, rows, shares = one._touched()
+        squares = shares[0, :, 0].square() / max(self.samples, 1)
+        return self.g.new_zeros(self.shape[0]).index_add(0, rows, squares)
+
+    def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
+        """With rows that stay what they are, by those that are read."""
+        if len(bases) != 2 or bases[0].dim() != 1:
+            return super().rotated_square_sum(bases)
+        samples, rows, g = self._touched()
+        squares = turn(g, bases[1]).square().sum(0)
+        table = squares.new_zeros(len(bases[0]), squares.shape[1]).index_add(0, rows, squares)
+        return table * bases[0].square().unsqueeze(1)
 
 
 def _same_rows(left: Lookup, right: Lookup) -> Tensor:

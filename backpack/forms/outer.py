@@ -12,6 +12,7 @@ from torch import Tensor
 from backpack.forms import triton
 from backpack.forms.base import (
     BLOCK_BYTES,
+    LARGEST_FACTOR,
     PATCH_BYTES,
     Factor,
     Form,
@@ -22,12 +23,14 @@ from backpack.forms.base import (
     by_tiles,
     room_for_pairs,
     rotate_columns,
+    second_moment,
     squared_norm,
     sum_first,
+    turn,
 )
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.memory import fresh
-from backpack.forms.products import gram, gram_matrix, row_products
+from backpack.forms.products import row_products
 
 # On a CPU, products of matrices that are squared at once are written into the same memory each time, up
 # to so many bytes of them; all at once if they take no more than the lesser number.
@@ -367,13 +370,14 @@ class Outer(Positioned):
             g = g[:, :, :, 0] if self.positions == 1 else g.sum(3)
         g = g.flatten(2).flatten(0, 1)
 
-        def second_moment() -> Tensor:
-            if isinstance(self.inputs, Patches) and sharing != "reduce":
+        def of_inputs() -> Tensor:
+            small = self.shape.numel() // max(self.shape[0], 1) <= LARGEST_FACTOR
+            if isinstance(self.inputs, Patches) and sharing != "reduce" and small:
                 return self.inputs.gram().to(g.dtype) / count
             a = _mean(self.a, self.counts, 2) if sharing == "reduce" else self.a
-            return gram_matrix(a.flatten(0, 2), count)
+            return second_moment(a.flatten(0, 2), count)
 
-        output, inputs = Factor(lambda: gram(g), True), Factor(second_moment, False)
+        output, inputs = Factor(lambda: second_moment(g), True), Factor(of_inputs, False)
         return [inputs, output] if self.layout.kind == "in_out" else [output, inputs]
 
     def rotated_square_sum(self, bases: Sequence[Tensor]) -> Tensor:
@@ -384,7 +388,7 @@ class Outer(Positioned):
         outputs, inputs = reversed(bases) if columns else bases
         if self.g.shape[2] == 1:
             shape = torch.Size((len(outputs), len(inputs)))
-            squares = Outer(self.a @ inputs, self.g @ outputs, Layout(shape)).square_sum()
+            squares = Outer(turn(self.a, inputs), turn(self.g, outputs), Layout(shape)).square_sum()
         else:
             squares = self.like.new_zeros(len(outputs), len(inputs))
             for g in self.g:

@@ -68,8 +68,12 @@ def gram_matrix(x: Tensor, count: int = 1) -> Tensor:
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of symmetric matrices, found in double precision.
 
+    A vector stands for a diagonal matrix, and so do its eigenvectors, a vector of ones.
+
     On matrices of low rank, LAPACK in single precision may give up, or return NaN and say nothing.
     """
+    if matrix.dim() == 1:
+        return matrix.clone(), torch.ones_like(matrix)
     values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix), vectors.to(matrix)
 

@@ -15,19 +15,33 @@ Autograd's nodes keep what a rule asks for. Two kinds are known:
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.taps import LossRecord
-from backpack.graph.tracing import kind_of
+from backpack.graph.taps import LOSS, MODEL_OUTPUT, TAPS, LossRecord, ModelOutput, notes
+from backpack.graph.tracing import axis_at, kind_of
 from backpack.losses.base import LOSSES, LossHessian
 from backpack.losses.elementwise import elementwise
 from backpack.losses.softmax import softmax
 from backpack.samples.axis import SampleAxis
+
+# What a loss module may do to the model output before it calls a loss with a known Hessian without
+# adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
+# with constants.
+LINEAR = frozenset(
+    """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
+    Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
+    Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Relu LeakyRelu Threshold Hardtanh
+    Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim NllLoss
+    NllLoss2D ConstantPadNd MaskedSelect Take PreluKernel""".split()
+)
+PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
+
 
 _REDUCTIONS = ("none", "mean", "sum")
 # Torch's losses of single entries: the function, and what nodes keep of its further arguments.
@@ -153,3 +167,115 @@ def second_derivative(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] |
     if found is None:
         return None
     return below, found * grad if grad.requires_grad else found
+
+
+def outputs_at(node: Node) -> list[ModelOutput]:
+    """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
+    found: dict[int, ModelOutput] = {}
+    for border in notes(node).get(MODEL_OUTPUT, ()):
+        if border.batch is not None and not border.batch.lost and border.recording.taps:
+            found[border.place] = border
+    return list(found.values())
+
+
+def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], bool]:
+    """The model outputs that a known loss depends on, and whether by way of a curved function.
+
+    In that case its Hessian is not the one in the outputs.
+    """
+    found: dict[Node, list[ModelOutput]] = {}
+    curved = False
+    stack, seen = [(record.edge.node, False)], set()
+    while stack:
+        node, bent = stack.pop()
+        if (node, bent) in seen:
+            continue
+        seen.add((node, bent))
+        borders = outputs_at(node)
+        if borders:
+            found[node] = borders
+            curved |= bent
+        elif TAPS not in notes(node):
+            children = [child for child, _ in node.next_functions if child is not None]
+            kind = kind_of(node)
+            linear = kind in LINEAR or (kind in PRODUCTS and _multiplies_once(node))
+            stack += [(child, bent or not linear) for child in children]
+    return found, curved
+
+
+class KnownLoss(NamedTuple):
+    """A loss with a known Hessian in its input.
+
+    Attributes:
+        record: the loss.
+        outputs: the model outputs below it.
+        curved: whether its input is no linear function of these, so that the Hessian is another there.
+    """
+
+    record: LossRecord
+    outputs: dict[Node, list[ModelOutput]]
+    curved: bool = False
+
+
+def known_loss(node: Node, is_output: bool, curvature: bool) -> KnownLoss | None:
+    """The loss with a known Hessian that a node computes."""
+    noted = notes(node).get(LOSS)
+    if not curvature:
+        return None if noted is None else KnownLoss(noted, {})
+    found = None if noted is None else _placed_loss(noted)
+    if found is None and not is_output:
+        # A loss that was not noted is one of the model's outputs only.
+        record = recognised(node)
+        found = None if record is None else _placed_loss(record)
+        found = found if found is not None and _is_cheaper(found) else None
+    return found
+
+
+def _is_cheaper(loss: KnownLoss) -> bool:
+    """Whether a recognised loss has not many more columns than there are numbers of the model output.
+
+    All distances of an output from a table, say: then the sum of its terms is differentiated twice.
+    """
+    record, borders = loss.record, [border for found in loss.outputs.values() for border in found]
+    outputs = sum(prod(border.shape) for border in borders)
+    samples = max((border.batch.size for border in borders if border.batch), default=1)
+    own = prod(record.edge.node._input_metadata[record.edge.output_nr].shape)
+    return bool(borders) and (own <= 4 * outputs or outputs > 256 * max(samples, 1))
+
+
+def _placed_loss(record: LossRecord) -> KnownLoss | None:
+    below, curved = _outputs_below(record)
+    if below:
+        placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
+        record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
+    return None if record.known is None else KnownLoss(record, below, curved)
+
+
+def is_nonlinear(node: Node) -> bool:
+    """Whether an operation between root and losses adds curvature."""
+    kind = kind_of(node)
+    if kind in LINEAR:
+        return False
+    return kind not in PRODUCTS or not _multiplies_once(node)
+
+
+def _multiplies_once(node: Node) -> bool:
+    """Whether a product is linear in the data: only one of its arguments depends on it."""
+    children = [child for child, _ in node.next_functions]
+    known = [child is not None and _reaches_model(child) for child in children]
+    return sum(known) <= 1 and (kind_of(node) != "Div" or known[0])
+
+
+def _reaches_model(node: Node) -> bool:
+    """Whether data lies at a node or below it; what is made from parameters only is small."""
+    stack, seen = [node], {node}
+    while stack:
+        here = stack.pop()
+        data = notes(here)
+        if TAPS in data or MODEL_OUTPUT in data or LOSS in data:
+            return True
+        for child, _ in here.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return False

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import AccumulateGrad, leaf_of
-from backpack.graph.recognised import recognised
+from backpack.graph.above import taps_above
+from backpack.graph.recognised import is_nonlinear, known_loss, outputs_at
 from backpack.graph.taps import (
-    LOSS,
     MIXES,
     MODEL_OUTPUT,
     TAPS,
@@ -23,19 +22,6 @@ from backpack.graph.taps import (
     Tap,
     notes,
 )
-from backpack.graph.tracing import axis_at, kind_of
-
-# What a loss module may do to the model output before it calls a loss with a known Hessian without
-# adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
-# with constants.
-_LINEAR = frozenset(
-    """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
-    Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
-    Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Relu LeakyRelu Threshold Hardtanh
-    Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim NllLoss
-    NllLoss2D ConstantPadNd MaskedSelect Take""".split()
-)
-_PRODUCTS = frozenset({"Mul", "Div", "Mm", "Bmm", "Mv", "Dot", "Addmm"})
 
 
 @dataclass(eq=False)
@@ -46,11 +32,15 @@ class Graph:
         taps: taps with their nodes, those nearer to the root first.
         losses: losses with a known Hessian, with their nodes and the model outputs below them.
         outputs: model outputs that reach the root other than through such a loss.
+        upper: losses with a known Hessian in their input, which is no linear function of model outputs.
         flat: those of which the root is a linear function, beside known losses.
         bent_by: the first operation above the outputs that is curved, and part of no known loss.
         bare: whether a tap reaches the root neither through a known loss nor a model output.
         unseen: parameters that enter the model at a place that is not a tap, with that place.
         outside: parameters that enter above all model outputs (weight decay in the loss, say).
+        refused: parameters that meet data above the outputs in a way that is no tap, with the operation
+            and the reason.
+        uncovered: taps above the outputs that are below no known loss.
         mixing: why samples are mixed somewhere, if they are.
         nodes: all nodes seen.
         mixed: why a model output that has one row for each sample has them no longer apart.
@@ -61,11 +51,14 @@ class Graph:
     taps: list[tuple[Node, Tap]] = field(default_factory=list)
     losses: dict[Node, tuple[LossRecord, dict[Node, list[ModelOutput]]]] = field(default_factory=dict)
     outputs: dict[Node, list[ModelOutput]] = field(default_factory=dict)
+    upper: dict[Node, LossRecord] = field(default_factory=dict)
     flat: dict[Node, list[ModelOutput]] = field(default_factory=dict)
     bent_by: str | None = None
     bare: bool = False
     unseen: list[tuple[Tensor, str]] = field(default_factory=list)
     outside: set[Tensor] = field(default_factory=set)
+    refused: list[tuple[Tensor, str, str]] = field(default_factory=list)
+    uncovered: set[Tap] = field(default_factory=set)
     mixing: str | None = None
     mixed: str | None = None
     nodes: set[Node] = field(default_factory=set)
@@ -112,80 +105,6 @@ class Graph:
         return outputs, absorbed
 
 
-def outputs_at(node: Node) -> list[ModelOutput]:
-    """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
-    borders = notes(node).get(MODEL_OUTPUT)
-    if borders is None:
-        return []
-    found: dict[int, ModelOutput] = {}
-    for border in borders:
-        if border.batch is not None and not border.batch.lost and border.recording.taps:
-            found[border.place] = border
-    return list(found.values())
-
-
-def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], bool]:
-    """The model outputs that a known loss depends on, and whether by way of a curved function.
-
-    In that case its Hessian is not the one in the outputs.
-    """
-    found: dict[Node, list[ModelOutput]] = {}
-    curved = False
-    stack, seen = [(record.edge.node, False)], set()
-    while stack:
-        node, bent = stack.pop()
-        if (node, bent) in seen:
-            continue
-        seen.add((node, bent))
-        borders = outputs_at(node)
-        if borders:
-            found[node] = borders
-            curved |= bent
-        elif TAPS not in notes(node):
-            children = [child for child, _ in node.next_functions if child is not None]
-            kind = kind_of(node)
-            product = kind in _PRODUCTS and len(children) == 1
-            product &= kind != "Div" or node.next_functions[0][0] is not None
-            stack += [(child, bent or not (product or kind in _LINEAR)) for child in children]
-    return found, curved
-
-
-def _known_loss(
-    node: Node, is_output: bool, curvature: bool
-) -> tuple[LossRecord, dict[Node, list[ModelOutput]]] | None:
-    """The loss with a known Hessian that a node computes, and the model outputs below it."""
-    noted = notes(node).get(LOSS)
-    if not curvature:
-        return None if noted is None else (noted, {})
-    found = None if noted is None else _placed_loss(noted)
-    if found is None and not is_output:
-        # A loss that was not noted is one of the model's outputs only.
-        record = recognised(node)
-        found = None if record is None else _placed_loss(record)
-        found = found if found is not None and _is_cheaper(*found) else None
-    return found
-
-
-def _is_cheaper(record: LossRecord, below: dict[Node, list[ModelOutput]]) -> bool:
-    """Whether a recognised loss has not many more columns than there are numbers of the model output.
-
-    All distances of an output from a table, say: then the sum of its terms is differentiated twice.
-    """
-    borders = [border for found in below.values() for border in found]
-    outputs = sum(prod(border.shape) for border in borders)
-    samples = max((border.batch.size for border in borders if border.batch), default=1)
-    own = prod(record.edge.node._input_metadata[record.edge.output_nr].shape)
-    return bool(borders) and (own <= 4 * outputs or outputs > 256 * max(samples, 1))
-
-
-def _placed_loss(record: LossRecord) -> tuple[LossRecord, dict[Node, list[ModelOutput]]] | None:
-    below, curved = _outputs_below(record)
-    if below:
-        placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
-        record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
-    return None if curved or record.known is None else (record, below)
-
-
 def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     """Walk the graph below ``roots``, where a backward pass starts or has arrived.
 
@@ -224,9 +143,11 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             graph.mixing = data[MIXES]
         outputs = outputs_at(node) if MODEL_OUTPUT in data else []
         if not covered and not bent:
-            found = _known_loss(node, bool(outputs), curvature)
-            if found is not None:
-                graph.losses[node], covered = found, True
+            found = known_loss(node, bool(outputs), curvature)
+            if found is not None and found.curved:
+                graph.upper[node] = found.record
+            elif found is not None:
+                graph.losses[node], covered = (found.record, found.outputs), True
         if outputs and not covered:
             (graph.outputs if bent or not curvature else graph.flat)[node] = outputs
             covered = True
@@ -236,7 +157,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             if border.mixed:
                 graph.mixed = border.batch.lost
         # What is curved above a loss makes it part of one that no rule knows.
-        if curvature and not covered and not bent and _is_nonlinear(node):
+        if curvature and not covered and not bent and is_nonlinear(node):
             bent, graph.bent_by = True, graph.bent_by or node.name()
         bent = bent and not covered
         taps = data.get(TAPS)
@@ -260,56 +181,26 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     if not graph.losses and not graph.outputs:
         graph.outputs, graph.flat = graph.flat, {}
     if graph.outside:
-        used = {source.leaf for _, tap in graph.taps for source in tap.sources}
-        graph.unseen += [(p, where) for p, where in _entangled(roots) if p in used]
+        above = taps_above(roots)
+        open_to = _open(roots, graph)
+        graph.uncovered = {tap for node, tap in above.taps if node in open_to}
+        graph.taps = above.taps + graph.taps
+        graph.refused = above.refused
     return graph
 
 
-def _is_nonlinear(node: Node) -> bool:
-    """Whether an operation between root and losses adds curvature."""
-    kind = kind_of(node)
-    if kind in _LINEAR:
-        return False
-    children = [child for child, _ in node.next_functions]
-    known = [child is not None and _reaches_model(child) for child in children]
-    return kind not in _PRODUCTS or sum(known) > 1 or (kind == "Div" and not known[0])
-
-
-def _reaches_model(node: Node) -> bool:
-    found = (notes(below) for below in _below([node]))
-    return any(TAPS in data or MODEL_OUTPUT in data or LOSS in data for data in found)
-
-
-def _entangled(roots: Sequence[Node]) -> list[tuple[Tensor, str]]:
-    """Parameters that meet the model's results above its outputs, other than in a sum.
-
-    The penalty of a gradient in the loss, say: its graph goes through the parameters once more, where
-    there are no taps.
-    """
-    found: list[tuple[Tensor, str]] = []
-    leaves: dict[Node, set[Tensor]] = {}
-    model: dict[Node, bool] = {}
-    stack = [(root, False) for root in roots]
+def _open(roots: Sequence[Node], graph: Graph) -> set[Node]:
+    """Nodes above the model's outputs that reach the root other than through a loss with a rule."""
+    stack, seen = list(roots), set(roots)
     while stack:
-        node, leaving = stack.pop()
-        if not leaving:
-            if node in leaves:
-                continue
-            data, leaf = notes(node), leaf_of(node)
-            leaves[node] = set() if leaf is None else {leaf}
-            model[node] = TAPS in data or MODEL_OUTPUT in data
-            if not model[node] and leaf is None:
-                stack.append((node, True))
-                stack += [(child, False) for child, _ in node.next_functions if child]
+        node = stack.pop()
+        if node in graph.losses or node in graph.upper or outputs_at(node):
             continue
-        children = {child for child, _ in node.next_functions if child}
-        kind = kind_of(node)
-        for child in children if kind not in _LINEAR else ():
-            if any(model[other] for other in children - {child}):
-                found += [(leaf, node.name()) for leaf in leaves[child]]
-        leaves[node] = set().union(*(leaves[child] for child in children))
-        model[node] = any(model[child] for child in children)
-    return found
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return seen
 
 
 def _inside_tap(node: Node, taps: Sequence[Tap]) -> Iterator[tuple[Tensor, str]]:

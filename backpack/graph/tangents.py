@@ -304,6 +304,13 @@ def _pulled(
     return found
 
 
+def vector_jacobian(node: Node, cotangents: dict[int, Tensor], place: int) -> Tensor | None:
+    """The gradient of one of a node's inputs, from those at its outputs; no hook is called."""
+    nothing = torch.empty(0)
+    below = [nothing if i == place else None for i in range(len(node.next_functions))]
+    return _pulled(node, cotangents, below)[0]
+
+
 def _fitted(grad: Tensor, meta: Any) -> Tensor:
     """A gradient in the shape and type of what it is for, as the engine makes it."""
     grad = grad if grad.shape == meta.shape else grad.sum_to_size(meta.shape)

@@ -95,12 +95,13 @@ class Tap:
         released: whether autograd has passed and freed its buffers.
         args: arguments of the operation, if it is a plain layer.
         input: its first argument, as long as somebody else holds it.
+        above: whether it is above the model's outputs.
         read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "batch", "inputs", "recording", "released"),
-        *("args", "input", "read", "_version", "_sources", "__weakref__"),
+        *("args", "input", "read", "above", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -125,6 +126,7 @@ class Tap:
         self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
+        self.above = False
 
     @property
     def op(self) -> str:
@@ -438,12 +440,19 @@ def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
     node = tensor.grad_fn
     if node is None:
         return Source(tensor, None, form, linear)
-    if tensor.dim() == 2 and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
-        below = node.next_functions[0][0]
-        leaf = leaf_of(below)
-        if leaf is not None and leaf.shape == tensor.shape[::-1]:
+    return source_at(get_gradient_edge(tensor), tensor.shape, form, linear)
+
+
+def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool) -> Source:
+    """The source at a place of the graph, a parameter or a tensor made from parameters."""
+    leaf = leaf_of(edge.node)
+    if leaf is not None:
+        return Source(leaf, None, form, linear)
+    if len(shape) == 2 and edge.node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
+        leaf = leaf_of(edge.node.next_functions[0][0])
+        if leaf is not None and leaf.shape == shape[::-1]:
             return Source(leaf, None, lambda g: of_one(form(g), _transposed), linear)
-    return Source(None, get_gradient_edge(tensor), form, linear)
+    return Source(None, edge, form, linear)
 
 
 def _transposed(form: Form) -> Form:

@@ -167,7 +167,10 @@ def _owners(edge: GradientEdge, outputs: Placed, size: int) -> Tensor | None:
         )
         return torch.zeros_like(weights) if found is None else found.detach()
 
-    whole = product(tangents)
+    try:
+        whole = product(tangents)
+    except NotImplementedError:  # an operation that cannot be differentiated twice
+        return None
     largest = whole.abs().amax()
     if not bool(torch.isfinite(largest)):
         return None

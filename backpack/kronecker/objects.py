@@ -214,7 +214,9 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
 
     What ``p.kfac``, ``p.kflr``, ``p.kfra`` and ``p.kfac_empirical`` are. With ``V`` the matrix that a
     vector of the parameter's shape is (``layout`` of :class:`KroneckerBlock`), ``F v`` is ``B V A^T``.
-    One factor, ``F = B``, belongs to any other parameter, flattened.
+    One factor, ``F = B``, belongs to any other parameter, flattened. A factor may be a vector, which
+    stands for a diagonal matrix: the row frequencies of a large table, and the diagonal of a factor
+    that would have more than 16,384 rows.
 
     Products, roots, traces and inverses without damping are those of the factors:
     ``kron(B, A)^{-1} = kron(B^{-1}, A^{-1})``, ``tr F = tr B tr A``. What is damped needs eigenvalues:
@@ -222,7 +224,8 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
     ``Lambda = lambda_B lambda_A^T``, see :meth:`KroneckerBlock.eig`.
 
     Args:
-        factors: ``[B, A]``, ``[A, B]`` in the layout ``"in_out"``, or ``[B]``.
+        factors: ``[B, A]``, ``[A, B]`` in the layout ``"in_out"``, or ``[B]``; square matrices, or
+            vectors in place of diagonal ones.
         shape: the parameter's shape; by default that of ``V``.
         layout: see :class:`KroneckerBlock`.
         averaged_over: the number of rows that ``A`` is an average over, its weight in :meth:`add`.
@@ -243,9 +246,11 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
         averaged_over: int = 1,
     ) -> None:
         super().__init__(factors)
-        if len(self) not in (1, 2) or any(f.dim() != 2 or f.shape[0] != f.shape[1] for f in self):
+        square = all(f.dim() == 1 or (f.dim() == 2 and f.shape[0] == f.shape[1]) for f in self)
+        if len(self) not in (1, 2) or not square:
             raise ValueError(
-                f"expected one or two square matrices, got shapes {[tuple(f.shape) for f in self]}"
+                "expected one or two square matrices, or vectors in place of diagonal ones, got "
+                f"shapes {[tuple(f.shape) for f in self]}"
             )
         self._place(shape, layout)
         self.averaged_over = averaged_over
@@ -301,7 +306,7 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
         inverses = []
         for factor, shift in zip(self, pi_damping(self, damping), strict=True):
             values, basis = _eigen(factor)
-            inverses.append((basis * _reciprocal(values, shift)) @ basis.mT)
+            inverses.append(_turned_back(basis, _reciprocal(values, shift)))
         return self._with(inverses)
 
     def solve(self, vectors: Tensor, damping: float = 0.0, pi: bool = False) -> Tensor:
@@ -318,14 +323,14 @@ class KroneckerFactored(list[Tensor], KroneckerBlock):
         roots = []
         for factor in self:
             values, basis = _eigen(factor)
-            roots.append((basis * _positive(values).sqrt()) @ basis.mT)
+            roots.append(_turned_back(basis, _positive(values).sqrt()))
         return self._with(roots)
 
     def trace(self) -> Tensor:
-        return reduce(torch.mul, (factor.trace() for factor in self))
+        return reduce(torch.mul, (f.sum() if f.dim() == 1 else f.trace() for f in self))
 
     def diagonal(self) -> Tensor:
-        parts = [factor.diagonal() for factor in self]
+        parts = [factor if factor.dim() == 1 else factor.diagonal() for factor in self]
         return self._as_parameter(parts[0] if len(parts) == 1 else torch.outer(*parts))
 
     def scale(self, factor: float) -> KroneckerFactored:
@@ -428,7 +433,7 @@ class KroneckerEigen(_Pair, KroneckerBlock):
 
     def rotate(self, vectors: Tensor) -> Tensor:
         """``Q^T v``, coordinates in the eigenbasis, ``[*lead, *p] -> [*lead, *eigenvalues.shape]``."""
-        return multiply([basis.mT for basis in self.eigenvectors], self._as_matrix(vectors))
+        return multiply([transposed(basis) for basis in self.eigenvectors], self._as_matrix(vectors))
 
     def _turned(self, coordinates: Tensor) -> Tensor:
         """``Q c``, with the parameter's shape."""
@@ -583,8 +588,20 @@ def working(factor: Tensor) -> Tensor:
     return factor.to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
 
 
+def transposed(factor: Tensor) -> Tensor:
+    """``F^T``; a vector stands for a diagonal matrix."""
+    return factor if factor.dim() == 1 else factor.mT
+
+
+def _turned_back(basis: Tensor, values: Tensor) -> Tensor:
+    """``Q diag(values) Q^T``; a vector if ``Q`` is one."""
+    return basis.square() * values if basis.dim() == 1 else (basis * values) @ basis.mT
+
+
 def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors; without work for a diagonal matrix (frequencies of words)."""
+    if factor.dim() == 1:
+        return spectrum(factor)
     diagonal = factor.diagonal()
     if int(factor.count_nonzero()) == int(diagonal.count_nonzero()):
         return diagonal.clone(), torch.eye(len(factor), dtype=factor.dtype, device=factor.device)

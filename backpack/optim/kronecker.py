@@ -25,6 +25,7 @@ from backpack.kronecker.objects import (
     as_parameter,
     multiply,
     pi_damping,
+    transposed,
     working,
 )
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
@@ -128,7 +129,7 @@ class _EigenvalueCorrected(_Kronecker):
         eigenvalues = working(block.eigenvalues) / use.scale
         if decay:
             old = zip(use.state["bases"], bases, strict=True)
-            overlaps = [(new.mT @ working(each)).square() for each, new in old]
+            overlaps = [_overlap(new, working(each)) for each, new in old]
             carried = multiply(overlaps, working(use.state["eigenvalues"]))
             eigenvalues = carried.lerp(eigenvalues, 1 - decay)
         dtype = use.parameter.dtype
@@ -141,7 +142,7 @@ class _EigenvalueCorrected(_Kronecker):
     def _solve(self, use: Use, state: State) -> Tensor:
         bases, eigenvalues = state["bases"], state["eigenvalues"]
         matrix = as_matrix(use.gradient, state["transposed"], list(eigenvalues.shape))
-        rotated = multiply([each.mT for each in bases], matrix)
+        rotated = multiply([transposed(each) for each in bases], matrix)
         if use.gamma:
             rotated = rotated / (eigenvalues + use.gamma)
         else:
@@ -221,8 +222,15 @@ def _held(form: Form) -> Form:
 # Matrices
 
 
+def _overlap(new: Tensor, old: Tensor) -> Tensor:
+    """``(Q_new^T Q_old)^2``, squared entries."""
+    return (new * old if new.dim() == 1 else new.mT @ old).square()
+
+
 def _thin(factor: Tensor) -> Tensor:
     """The diagonal, if there is nothing else: row frequencies of an embedding, above all."""
+    if factor.dim() == 1:
+        return factor
     diagonal = factor.diagonal()
     alone = len(factor) > 1 and int(factor.count_nonzero()) == int(diagonal.count_nonzero())
     return diagonal.clone() if alone else factor

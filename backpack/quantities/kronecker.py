@@ -70,6 +70,10 @@ class KFLR(_Kronecker):
     ``[B]``, their exact block. With output-gradient columns ``g [v, n, s, o]`` and inputs
     ``a [n, s, i]``: ``B = sum_{v,n} (sum_s g)(sum_s g)^T``, which carries the loss's reduction and is
     the block of the layer's bias; ``A = 1/N sum_{n,s} a a^T``. Exact for one sample and one position.
+    A factor that would have more than 16,384 rows is its diagonal, a vector, instead: for the row
+    frequencies of a table that is all of it, for the outputs of a language model's head it leaves out
+    what couples two words, and of a parameter of another kind (a table that is the head, too) it is the
+    diagonal of the block. All that can be done with the list takes vectors in place of matrices.
     For transposed convolutions the pair approximates the block of ``weight.transpose(0, 1)``.
 
     Of several batches: ``B`` is added, each with its weight in the loss, and ``A`` is averaged by

@@ -15,7 +15,8 @@ class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
     source = NoColumns()
-    needs_gradient = False
+    needs_gradient = per_sample = False
+    mixed = True  # functions of the whole batch
     combine = Functions(1)
     curvature: Literal["ggn", "hessian", "positive"]
     modify = "clip"

@@ -88,12 +88,19 @@ class LossPiece(NamedTuple):
         hessian: its Hessian there.
         gradient: the gradient that arrives at the loss.
         outputs: the model outputs below ``places``, if these are no outputs themselves.
+        about: the parameters that it is for; ``None``: for all.
     """
 
     places: list[GradientEdge]
     hessian: LossHessian | Differentiated
     gradient: Tensor
     outputs: list[GradientEdge]
+    about: Collection[Tensor] | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is the part that no rule gives."""
+        return isinstance(self.hessian, Differentiated)
 
 
 @dataclass
@@ -160,6 +167,19 @@ class Pass:
             if weight is not None and node not in absorbed:
                 outputs = [edge for edge, _ in _placed(below)]
                 found.append(LossPiece([record.edge], record.hessian, weight, outputs))
+        return self._with_upper(found) if self.graph.upper else found
+
+    def _with_upper(self, found: list[LossPiece]) -> list[LossPiece]:
+        """Parameters above the outputs have the Hessian in the input of the loss, which has a rule."""
+        above = {leaf.parameter for leaf in self.leaves if all(tap.above for _, tap, _ in leaf.uses)}
+        others = {leaf.parameter for leaf in self.leaves} - above
+        found = [piece._replace(about=others) if piece.joint else piece for piece in found]
+        records = self.graph.upper if above else {}
+        arriving = self._arriving([GradientEdge(node, 0) for node in records])
+        for record, gradient in zip(records.values(), arriving, strict=True):
+            if gradient is not None:
+                weight = record.weight(gradient)
+                found.append(LossPiece([record.edge], record.hessian, weight, [], above))
         return found
 
     def _concave(self, weights: dict[Node, Tensor | None]) -> list[Node]:

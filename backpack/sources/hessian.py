@@ -430,6 +430,12 @@ def _sample_gradients(
     starts: Starts, path: CurvatureMap, leaf: Leaf, place: GradientEdge
 ) -> Iterator[Tensor | None]:
     """Gradients of single samples, by masking the gradient at the model output."""
+    if any(tap.above for _, tap, _ in leaf.uses):
+        raise NotImplementedError(
+            f"the Hessian diagonal of single samples of a parameter of shape "
+            f"{tuple(leaf.parameter.shape)}, which is used above the model's output in a way that is "
+            "not linear, is not known; use DiagHessian, or use the parameter inside an extended module"
+        )
     if not path.outputs:
         raise NotImplementedError(
             "the Hessian diagonal of single samples of a parameter that is used several times needs to "

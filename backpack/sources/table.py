@@ -40,7 +40,7 @@ class ExactRoot(ColumnSource):
             loss = piece.hessian if wanted.every_column else piece.hessian.with_minimal_root()
             count = given.at_once(given.taps, loss.f.device.type)
             for values, sign in signed_columns(loss, piece.gradient, count, wanted.signed):
-                yield Columns(piece.places, values, sign)
+                yield Columns(piece.places, values, sign, piece.about)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class SampledRoot(ColumnSource):
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         for piece in given.losses:
             drawn = piece.hessian.sampled(piece.gradient, self.draws, self.generator)
-            yield Columns(piece.places, [drawn] if isinstance(drawn, Tensor) else drawn)
+            values = [drawn] if isinstance(drawn, Tensor) else drawn
+            yield Columns(piece.places, values, None, piece.about)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class LeadingRoot(ColumnSource):
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         for piece in given.losses:
-            yield Columns(piece.places, self._leading(piece))
+            yield Columns(piece.places, self._leading(piece), None, piece.about)
 
     def _leading(self, piece: LossPiece) -> list[Tensor]:
         """Singular vectors of each sample's root, ``[v, C]``, of all outputs together."""

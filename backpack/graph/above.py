@@ -1,0 +1,295 @@
+"""Parameters above a model's outputs, between these and the loss: a temperature, prototypes, a head.
+
+Nobody sees the operations there. When backward starts they are read from the graph: where a tensor made
+from parameters only meets what depends on a model's output there is a tap, if the samples are apart in
+the result. What is added to the loss without meeting data (weight decay) is no use of that kind: no
+sample's share depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack._torch import leaf_of
+from backpack.forms.base import Dense, Form
+from backpack.graph.recognised import LINEAR, PRODUCTS, outputs_at
+from backpack.graph.tangents import vector_jacobian
+from backpack.graph.taps import TAPS, ModelOutput, Source, Tap, notes, source_at
+from backpack.graph.tracing import axis_at, cut, kind_of
+from backpack.rules.base import RULES
+from backpack.rules.elementwise import reduce_to
+from backpack.samples.axis import SampleAxis, entering, regular_axis
+from backpack.samples.separability import generic
+
+_CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+
+
+class Above(NamedTuple):
+    """What was found.
+
+    Attributes:
+        taps: taps, with their nodes.
+        refused: parameters whose use cannot be one, with the operation and the reason.
+    """
+
+    taps: list[tuple[Node, Tap]]
+    refused: list[tuple[Tensor, str, str]]
+
+
+class _Walk:
+    """What nodes between the roots and the model's outputs depend on."""
+
+    def __init__(self, roots: Sequence[Node]) -> None:
+        self.leaves: dict[Node, set[Tensor]] = {}
+        self.model: dict[Node, bool] = {}
+        self.numbers: dict[Node, set[int]] = {root: {0} for root in roots}
+        self.outputs: dict[Node, list[ModelOutput]] = {}
+        self.order: list[Node] = []  # those below first
+        self.inner: set[Node] = set()  # which depend on the model's inside other than by its outputs
+        stack = [(root, False) for root in roots]
+        while stack:
+            node, leaving = stack.pop()
+            if leaving:
+                self._leave(node)
+                continue
+            if node in self.leaves:
+                continue
+            leaf = leaf_of(node)
+            self.leaves[node] = set() if leaf is None else {leaf}
+            found = outputs_at(node)
+            self.model[node] = bool(found) or TAPS in notes(node)
+            if found:
+                self.outputs[node] = found
+            elif self.model[node]:
+                self.inner.add(node)
+            elif leaf is None:
+                stack.append((node, True))
+                for child, number in node.next_functions:
+                    if child is not None:
+                        self.numbers.setdefault(child, set()).add(number)
+                        stack.append((child, False))
+
+    def _leave(self, node: Node) -> None:
+        children = [child for child, _ in node.next_functions if child is not None]
+        self.leaves[node] = set().union(*(self.leaves[child] for child in children))
+        self.model[node] = any(self.model[child] for child in children)
+        if any(child in self.inner for child in children):
+            self.inner.add(node)
+        self.order.append(node)
+
+    def meetings(self) -> dict[Node, list[int]]:
+        """Nodes at which parameters meet data, with the places of what is made from parameters only."""
+        bent: set[Node] = set()
+        found: dict[Node, list[int]] = {}
+        for node in reversed(self.order):
+            if not self.model[node]:
+                continue
+            kind = kind_of(node)
+            children = [child for child, _ in node.next_functions]
+            for i, child in enumerate(children):
+                if child is None:
+                    continue
+                others = (c for j, c in enumerate(children) if j != i and c is not None)
+                meets = kind not in LINEAR and (
+                    kind not in PRODUCTS or any(self.model[other] for other in others)
+                )
+                if node in bent or meets:
+                    if self.leaves[child] and not self.model[child]:
+                        found.setdefault(node, []).append(i)
+                    bent.add(child)
+        return found
+
+    def inputs(self) -> set[Tensor]:
+        """Inputs of the models that require grad."""
+        recordings = {id(b.recording): b.recording for found in self.outputs.values() for b in found}
+        entries = set[Node]().union(*(recording.entries for recording in recordings.values()))
+        return {leaf for leaf in map(leaf_of, entries) if leaf is not None}
+
+    def below(self, node: Node) -> list[tuple[Node, ModelOutput]]:
+        """The model outputs that a node depends on."""
+        stack, seen, found = [node], {node}, []
+        while stack:
+            here = stack.pop()
+            found += [(here, border) for border in self.outputs.get(here, ())]
+            if here in self.outputs or not self.model.get(here):
+                continue
+            for child, _ in here.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        return found
+
+
+def taps_above(roots: Sequence[Node]) -> Above:
+    """The taps above the model's outputs, from where a backward pass starts."""
+    walk, found = _Walk(roots), Above([], [])
+    inputs = walk.inputs()
+    for node, places in walk.meetings().items():
+        axis, why = _axis(walk, node)
+        if axis is None:
+            below = [walk.leaves[node.next_functions[i][0]] - inputs for i in places]  # type: ignore[index]
+            found.refused.extend((p, node.name(), why) for p in set().union(*below))
+            continue
+        (number,) = walk.numbers[node]
+        recording = walk.below(node)[0][1].recording
+        own = [i for i in places if walk.leaves[node.next_functions[i][0]] - inputs]  # type: ignore[index]
+        if not own:
+            continue
+        sources = [_source(node, number, i, axis) for i in own]
+        tap = Tap(node.name(), number, axis, (), recording, sources)
+        tap.above = True
+        found.taps.append((node, tap))
+    return found
+
+
+def _axis(walk: _Walk, node: Node) -> tuple[SampleAxis | None, str]:
+    borders = walk.below(node)
+    if node in walk.inner or not borders:
+        return None, "with data inside of the model, where backpack cannot see it"
+    if len(walk.numbers[node]) > 1:
+        return None, "in an operation of several results"
+    (number,) = walk.numbers[node]
+    sizes = {border.batch.size for _, border in borders if border.batch is not None}
+    shape = node._input_metadata[number].shape
+    if len(sizes) == 1 and prod(shape) == 0 and len(shape):
+        return regular_axis(0), ""
+    placed = [(GradientEdge(each, border.place), border.batch) for each, border in borders]
+    axis = axis_at(GradientEdge(node, number), placed)  # type: ignore[arg-type]
+    if axis is None or axis.lost:
+        (size,) = sizes if len(sizes) == 1 else (0,)
+        axis = (
+            _by_scaling(GradientEdge(node, number), torch.Size(shape), placed, size) if size else None
+        )
+    if axis is None:
+        return None, "where samples are summed up or mixed"
+    return axis, ""
+
+
+def _by_scaling(
+    edge: GradientEdge, shape: torch.Size, outputs: Sequence[tuple[GradientEdge, Any]], size: int
+) -> SampleAxis | None:
+    """The axis whose rows depend on their own sample's outputs only, where torch cannot tell forwards.
+
+    A cotangent with a factor for each sample must reach every output with the factor of its sample.
+    """
+    about = edge.node._input_metadata[edge.output_nr]
+    weights = generic(shape, torch.empty(0, dtype=about.dtype, device=about.device))
+    places = [place for place, _ in outputs]
+
+    def pulled(cotangent: Tensor) -> list[Tensor | None]:
+        with cut(place.node for place in places):
+            return list(
+                torch.autograd.grad([edge], places, [cotangent], retain_graph=True, allow_unused=True)
+            )
+
+    def scaled(axis: SampleAxis, x: Tensor) -> Tensor:
+        factors = torch.pow(2.0, axis.sample_ids(x.device) * 7 % 13 - 6).to(x.dtype)
+        return x * factors.reshape([-1 if d == axis.dim else 1 for d in range(x.dim())])
+
+    plain = pulled(weights)
+    for d, length in enumerate(shape):
+        axis = regular_axis(size, d, 1, length // size) if length % size == 0 else None
+        if axis is None or not length:
+            continue
+        pairs = zip(plain, pulled(scaled(axis, weights)), outputs, strict=True)
+        known = [(a, b, own) for a, b, (_, own) in pairs if a is not None and b is not None]
+        if known and all(torch.allclose(scaled(own, a), b, rtol=1e-3) for a, b, own in known):
+            return axis
+    return None
+
+
+def _source(node: Node, number: int, place: int, axis: SampleAxis) -> Source:
+    child, nr = node.next_functions[place]
+    assert child is not None
+    edge = GradientEdge(child, nr)
+    about = child._input_metadata[nr] if not hasattr(child, "variable") else child.variable
+    shape = torch.Size(about.shape)
+    form = _by_rule(node, place, axis, shape)
+    if form is None:
+        return source_at(edge, shape, _one_by_one(node, number, place, axis, shape), False)
+    linear = not (kind_of(node) == "Div" and place == 1)
+    return source_at(edge, shape, form, linear)
+
+
+def _by_rule(
+    node: Any, place: int, axis: SampleAxis, shape: torch.Size
+) -> Callable[[Tensor], Form] | None:
+    """The form of the usual operations, from what their nodes keep."""
+    kind = kind_of(node)
+    if kind in ("Add", "Sub"):
+        factor = 1 if place == 0 else node._saved_alpha if kind == "Add" else -node._saved_alpha
+        return lambda g: reduce_to(axis, g if factor == 1 else factor * g, shape)
+    if kind == "Mul":
+        other = node._saved_self if place else node._saved_other
+        return lambda g: reduce_to(axis, g * other, shape)
+    if kind == "Div":
+        other = node._saved_other
+        if place == 0:
+            return lambda g: reduce_to(axis, g / other, shape)
+        x = node._saved_self
+        return lambda g: reduce_to(axis, -g * x / other**2, shape)
+    if kind == "Addmm" and place == 0:
+        return lambda g: reduce_to(axis, node._saved_beta * g, shape)
+    if kind in ("Mm", "Addmm") and axis.dim == 0 and place == len(node.next_functions) - 1:
+        x = node._saved_self if kind == "Mm" else node._saved_mat1
+        if x is None or node.next_functions[place - 1][0] is None:
+            return None
+        scale = 1 if kind == "Mm" else node._saved_alpha
+        weight = x.new_empty(0).expand(0, *shape)[0] if 0 in shape else x.new_zeros(()).expand(shape)
+        return _asked(torch.mm, axis, x, 1, weight, scale)
+    if kind == "Convolution" and not node._saved_transposed and axis.dim == 0:
+        x, weight = node._saved_input, node._saved_weight
+        function = _CONVOLUTIONS.get(x.dim())
+        if function is None or place == 0:
+            return None
+        options = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
+        bias = weight.new_empty(len(weight))
+        return _asked(function, axis, x, place, weight, 1, bias, *options)
+    return None
+
+
+def _asked(
+    function: Any, axis: SampleAxis, x: Tensor, place: int, weight: Tensor, scale: Any, *more: Any
+) -> Callable[[Tensor], Form] | None:
+    """What the rule of an operation says of its argument at a place (the weight, or the bias)."""
+    x = x.detach() if not torch.is_grad_enabled() else x
+    with entering({id(x): axis}):
+        pairs = RULES[function](axis, x, weight, *more)
+    wanted = weight if place == 1 else more[0]
+    for tensor, form in pairs or ():
+        if tensor is wanted:
+            return form if scale == 1 else _scaled(form, scale)
+    return None
+
+
+def _scaled(form: Callable[[Tensor], Form], scale: Any) -> Callable[[Tensor], Form]:
+    return lambda g: form(scale * g)
+
+
+def _one_by_one(
+    node: Node, number: int, place: int, axis: SampleAxis, shape: torch.Size
+) -> Callable[[Tensor], Form]:
+    """The vector-Jacobian product of the node itself, of one sample's columns after another's."""
+
+    def pulled(c: Tensor) -> Tensor:
+        found = vector_jacobian(node, {number: c}, place)
+        return c.new_zeros(shape) if found is None else found
+
+    def form(g: Tensor) -> Form:
+        if not bool(g.any()):  # the node may be freed
+            return Dense(g.new_zeros(()).expand(len(g), axis.size, *shape))
+        if axis.size == 1:
+            return Dense(torch.stack([pulled(c) for c in g]).unsqueeze(1))
+        ids, found = axis.sample_ids(g.device), []
+        for n in range(axis.size):
+            own = (ids == n).reshape([-1 if d == axis.dim else 1 for d in range(g.dim() - 1)])
+            found.append(torch.stack([pulled(c * own) for c in g]))
+        return Dense(torch.stack(found, 1))
+
+    return form
