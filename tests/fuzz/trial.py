@@ -186,7 +186,7 @@ def _consistent(case: Case, truth: Truth, backward: Callable[[], None]) -> bool:
         backward()
     found = {n: getattr(program.get_parameter(n), "grad_batch", None) for n in at.parameters}
     fields = [
-        (g.flatten(1), truth.slope.unsqueeze(1) * at.jacobian[n])
+        (g.reshape(len(g), -1), truth.slope.unsqueeze(1) * at.jacobian[n])
         for n, g in found.items()
         if g is not None
     ]
