@@ -190,6 +190,8 @@ def _consistent(case: Case, truth: Truth, backward: Callable[[], None]) -> bool:
         for n, g in found.items()
         if g is not None
     ]
+    if any(len(g) != samples for g, _ in fields):
+        return False
     for axis in range(at.outputs[0].dim()):
         rows = torch.cat([rows_of(o, axis).flatten() for o in at.outputs])
         count = int(rows.max()) + 1
