@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from backpack import backpack, extend
-from backpack.extensions import DiagHessian
+from backpack.extensions import BatchDiagHessian, DiagHessian
 from backpack.graph import carry as carrying
 
 
@@ -34,6 +34,31 @@ def by_brute_force(model: nn.Module, X: Tensor, y: Tensor, p: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(nn.functional.mse_loss(model(X), y), p, create_graph=True)
     rows = [torch.autograd.grad(g, p, retain_graph=True)[0] for g in gradient.flatten()]
     return torch.stack([row.flatten()[j] for j, row in enumerate(rows)]).reshape(p.shape)
+
+
+class Picks(nn.Module):
+    """A parameter that is used in a curved way, and a batch of which one sample goes on, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(2, 2))
+        self.norm, self.head = nn.GroupNorm(1, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm((x * self.scale.exp())[[1, 1]]))
+
+
+def test_a_sample_without_a_share_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of zeros agree whatever torch does; those of the next sample are tried all the same."""
+    monkeypatch.setattr(carrying, "_batchable", {})
+    torch.manual_seed(0)
+    model = extend(Picks().double())
+    X, y = torch.randn(2, 2, 2).double(), torch.randn(2, 2, 3).double()
+    with backpack(BatchDiagHessian()):
+        nn.functional.mse_loss(model(X), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.diag_h_batch[1], by_brute_force(model, X, y, p))
+        assert not p.diag_h_batch[0].any()
 
 
 def way() -> tuple[list[Any], list[Any], list[Tensor]]:

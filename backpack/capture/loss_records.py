@@ -46,7 +46,7 @@ def note_loss(
     if not f.requires_grad:
         return
     rule = _without_logits(func, args, kwargs, node)
-    record = LossRecord(rule, get_gradient_edge(f), module, axis, f.device.type)
+    record = LossRecord(rule, get_gradient_edge(f), module, axis, f.device.type, recording=recording)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: on_backward(recording, record, grads))
 

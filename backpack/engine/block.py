@@ -29,6 +29,7 @@ from backpack.engine.state import (
     mark_used,
     open_blocks,
 )
+from backpack.graph.forwards import FORWARDS, Forwards
 from backpack.graph.taps import LossRecord, Recording
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.matrix_products import Product
@@ -79,6 +80,12 @@ class backpack:  # noqa: N801
 
             Parameters that belong to no extended model, but are used between a model's output and the
             loss, are left out with a warning by default.
+        forwards: what rows of several forward passes below one loss are. ``"same"``: row ``n`` of each
+            is sample ``n`` (two views that are compared, a real and a generated batch, steps of a
+            cell); ``"further"``: each pass has samples of its own, numbered in the order of the
+            passes (a batch in parts, one pass for each sample or episode). By default the same, and an
+            error where it may be either: outputs that are joined to a longer batch, and passes of one
+            sample each whose losses are added up.
 
     A field holds the value of the last block that it was asked in: what parameters of a model that took
     part have from earlier blocks, and are not given in this one, is deleted when it ends.
@@ -108,6 +115,7 @@ class backpack:  # noqa: N801
         parameters: Iterable[Tensor] | None = None,
         certify: certificate.Mode | None = None,
         unsupported: Mode = "raise",
+        forwards: Forwards | None = None,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -138,6 +146,9 @@ class backpack:  # noqa: N801
             raise ValueError(f"unsupported must be one of {MODES}, got {unsupported!r}")
         self.unsupported: Mode = unsupported
         self.left_out = LeftOut()
+        if forwards is not None and forwards not in FORWARDS:
+            raise ValueError(f"forwards must be one of {FORWARDS}, got {forwards!r}")
+        self.forwards: Forwards | None = forwards
         # Whether passes of several blocks belong together, which whoever opens them puts together.
         self.collects = False
         self._blocks: list[_Block] = []
@@ -165,6 +176,7 @@ class backpack:  # noqa: N801
             gradient=owner.gradient,
             certify=owner.certify,
             unsupported=owner.unsupported,
+            forwards=owner.forwards,
         )
 
     @property

@@ -60,7 +60,7 @@ def starts_of(graph: Graph) -> Starts:
                 found[node, border.place] = border.batch
         for edge, axis, recording in notes(node).get(ENDS, ()):
             if recording.taps:
-                found.setdefault((edge.node, edge.output_nr), axis)
+                found.setdefault((edge.node, edge.output_nr), recording.among_all(axis))
     return [(GradientEdge(*place), axis) for place, axis in found.items()]
 
 
@@ -161,7 +161,7 @@ def _disagreeing(
     for place, before, after in zip(places, plain, scaled, strict=True):
         if before is None or after is None:
             continue
-        factors = _along(place.tap.batch, before, scale)
+        factors = _along(place.tap.axis, before, scale)
         if not _agree(before, after, factors):
             found.append(place)
     return found
@@ -206,7 +206,7 @@ def _first_mixed(graph: Graph, starts: Starts, place: Place) -> Node | None:
     order = _between(starts, place.node)
     edges = [GradientEdge(node, 0) for node in order]
     plain, scaled = _pulled(starts, edges, None), _pulled(starts, edges, _powers)
-    (size,) = {axis.size for _, axis in starts if axis.size == place.tap.batch.size}
+    (size,) = {axis.size for _, axis in starts if axis.size == place.tap.axis.size}
     dirty: set[Node] = set()
     for node, before, after in zip(order, plain, scaled, strict=True):
         if before is not None and after is not None and not _owned(before, after, size):

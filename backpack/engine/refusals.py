@@ -180,8 +180,8 @@ def check(
         fields = ", ".join(ext.savefield for ext in second_order)
         text = (
             f"{fields} need a loss that backpack knows, but backward reached the model other "
-            "than through one. Extend the loss module (lossfunc = extend(CrossEntropyLoss())), "
-            "and call loss.backward()"
+            "than through one. Extend the loss module (lossfunc = extend(CrossEntropyLoss())), return "
+            "from forward what other terms of the loss are computed from, and call loss.backward()"
         )
         refuse(RuntimeError(text), None, second_order)
 

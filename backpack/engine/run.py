@@ -29,8 +29,14 @@ from backpack.engine.refusals import Names, check, parameters_of
 from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
+from backpack.graph.forwards import (
+    ambiguous,
+    forget_places,
+    passes_below,
+    place_one_after_another,
+)
 from backpack.graph.survey import Graph, leaves_below, survey
-from backpack.graph.taps import LossRecord, Source, Tap
+from backpack.graph.taps import LossRecord, Recording, Source, Tap
 from backpack.kronecker.objects import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
@@ -71,6 +77,8 @@ class Run:
         self.inputs: dict[Tensor, Tensor] = {}
         self.at_current_node: list[Tap] = []
         self.done = False
+        # Forward passes with samples of their own.
+        self.apart: list[Recording] = []
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if isinstance(ext.source, LossGradient)]
         self.products = [ext for ext in exts if isinstance(ext, Product)]
@@ -96,7 +104,12 @@ class Run:
         roots = self.block.roots
         if roots is None:
             return
-        graph = self._survey([edge.node for edge, _ in roots])
+        nodes = [edge.node for edge, _ in roots]
+        if self.block.owner.forwards == "further":
+            self.apart = passes_below(nodes)
+            place_one_after_another(self.apart)
+        graph = self._survey(nodes)
+        self._refuse_ambiguous(nodes, graph)
         self.listen(graph)
         self._certify(graph)
         if not graph.taps:
@@ -133,9 +146,24 @@ class Run:
                 else:
                     leaf.states[ext.savefield] = _quietly(function)
 
+    def _refuse_ambiguous(self, roots: list[Node], graph: Graph) -> None:
+        """Raise an error where rows of several forward passes may be the same samples or others."""
+        owner, numbers = self.block.owner, {tap.recording.number for _, tap in graph.taps}
+        if owner.forwards is not None or len(numbers) < 2 or not (self.first_order or self.by_source):
+            return
+        why = ambiguous(roots)
+        if why is not None:
+            raise RuntimeError(
+                f"{len(numbers)} forward passes are below the loss: {why}. Say what their rows are: "
+                "backpack(..., forwards='same') if row n of each is sample n, forwards='further' if "
+                "each has samples of its own"
+            )
+
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
         if self.block.roots is None and node not in self.graph.nodes:
+            if self.block.owner.forwards == "further":
+                raise RuntimeError("forwards='further' asks for a call of loss.backward()")
             graph = self._survey([node])
             self.listen(graph)
             self._certify(graph)
@@ -254,7 +282,7 @@ class Run:
             )
             return self.refuse(NotImplementedError(text), [parameter])
         if leaf is None:
-            leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
+            leaf = self.leaves[parameter] = Leaf(parameter, tap.axis.size, self._refuse_one)
             self._leave_out(leaf)
             for field, reason in self.without.get(None, {}).items():
                 self.block.owner.left_out.note(parameter, names(parameter), [field], reason)
@@ -262,10 +290,11 @@ class Run:
                 self._save_on_gradient(leaf)
             for field in self.frees_previous:
                 parameter.__dict__.pop(field, None)
-        if leaf.samples != tap.batch.size:
+        if leaf.samples != tap.axis.size:
             text = (
                 f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
-                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched"
+                f"{tap.axis.size} samples in one backward pass; individual samples cannot be "
+                "matched. If each forward pass has its own: backpack(..., forwards='further')"
             )
             return self.refuse(RuntimeError(text), [parameter])
         if leaf.contracted:
@@ -353,9 +382,9 @@ class Run:
                 if column is not None:
                     if self.shares_patches:
                         with patches_kept():
-                            form = form_of_source(self.block, leaf, source, column)
+                            form = form_of_source(self.block, leaf, tap, source, column)
                     else:
-                        form = form_of_source(self.block, leaf, source, column)
+                        form = form_of_source(self.block, leaf, tap, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
                         form = form.written()
@@ -483,6 +512,8 @@ class Run:
         self.uses.clear()
         self.modules.clear()
         self.inputs.clear()
+        forget_places(self.apart)
+        self.apart.clear()
         self.graph = Graph()
 
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from backpack.capture.switch import captures
 from backpack.engine.left_out import LeftOut, Mode
+from backpack.graph.forwards import Forwards
 from backpack.quantities.base import BackpropExtension
 
 ExtensionHook = Callable[[nn.Module], None]
@@ -29,6 +30,7 @@ class Options(Protocol):
     certify: Literal["once", "always", "never"]
     unsupported: Mode
     left_out: LeftOut
+    forwards: Forwards | None
     collects: bool
 
     @property

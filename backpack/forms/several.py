@@ -1,4 +1,4 @@
-"""Forms made of other forms: sums, pullbacks, those of one sample; and :func:`merge` of all uses."""
+"""Forms made of other forms: sums, pullbacks, those of some samples; and :func:`merge` of all uses."""
 
 from __future__ import annotations
 
@@ -102,17 +102,17 @@ class Pullback(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class Single(Form):
-    """The form of an operation on one sample only; for all others it is zero.
+class Part(Form):
+    """The form of an operation on some of the samples only; for all others it is zero.
 
     Attributes:
-        form: that sample's, ``[v, 1, *p]``.
-        sample: which it is.
-        samples: number of samples.
+        form: that of samples ``first, first + 1, ...``, ``[v, m, *p]``.
+        first: the first of them.
+        samples: number of all samples.
     """
 
     form: Form
-    sample: int
+    first: int
     samples: int = field()  # type: ignore[assignment]
 
     @property
@@ -127,24 +127,28 @@ class Single(Form):
     def like(self) -> Tensor:
         return self.form.like
 
-    def written(self) -> Single:
-        return Single(Dense(self.form.dense()), self.sample, self.samples)
+    @property
+    def _own(self) -> slice:
+        return slice(self.first, self.first + self.form.samples)
+
+    def written(self) -> Part:
+        return Part(Dense(self.form.dense()), self.first, self.samples)
 
     def take(self, columns: slice, samples: slice | Tensor) -> Form:
-        return _together([self]).take(columns, samples)
+        return self.together().take(columns, samples)
 
     def dense(self) -> Tensor:
         found = self.like.new_zeros(self.columns, self.samples, *self.shape)
         return found.index_copy(1, self._at(), self.form.dense())
 
     def _at(self) -> Tensor:
-        return torch.tensor([self.sample], device=self.like.device)
+        return torch.arange(self._own.start, self._own.stop, device=self.like.device)
 
     def total(self) -> Tensor:
         return self.form.total()
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
-        return self.form.square_sum(None if sign is None else sign[:, self.sample : self.sample + 1])
+        return self.form.square_sum(None if sign is None else sign[:, self._own])
 
     def squared_norms(self) -> Tensor:
         return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
@@ -161,48 +165,60 @@ class Single(Form):
 
 
 def of_one(form: Form, function: Callable[[Form], Form]) -> Form:
-    """``function(form)``; where the form is of one sample, of that sample's."""
-    if isinstance(form, Single):
-        return Single(function(form.form), form.sample, form.samples)
+    """``function(form)``; where the form is of some samples, of theirs."""
+    if isinstance(form, Part):
+        return Part(function(form.form), form.first, form.samples)
     return function(form)
 
 
-def _together(singles: Sequence[Single]) -> Form:
-    """One form of all samples, from forms of one sample each; those of one sample are summed."""
-    size, like = singles[0].samples, singles[0].like
+def part_of(form: Form, first: int, samples: int) -> Part:
+    """A form as that of some of ``samples`` samples."""
+    return Part(form.together() if isinstance(form, Part) else form, first, samples)
+
+
+def _together(parts: Sequence[Part]) -> Form:
+    """One form of all samples, from forms of some each; those of the same samples are summed."""
+    size, like = parts[0].samples, parts[0].like
     of: dict[int, list[Form]] = {}
-    for single in singles:
-        of.setdefault(single.sample, []).append(single.form)
-    forms = {sample: merge(each) for sample, each in of.items()}
-    at = torch.tensor(list(forms), device=like.device)
-    found = list(forms.values())
+    for part in parts:
+        of.setdefault(part.first, []).append(part.form)
+    forms = {first: merge(each) for first, each in sorted(of.items())}
+    found, whole_batch = list(forms.values()), sum(form.samples for form in forms.values()) == size
+    at = torch.cat(
+        [torch.arange(first, first + form.samples, device=like.device) for first, form in forms.items()]
+    )
 
     def placed(parts: list[Tensor], dim: int) -> Tensor:
         """Put samples at their places, and fill up with zeros."""
         shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
-        shape[dim] = 1
-        parts = [_filled(part, shape) for part in parts]
+        parts = [_filled(part, [*shape[:dim], part.shape[dim], *shape[dim + 1 :]]) for part in parts]
+        if whole_batch:
+            return torch.cat(parts, dim)
         shape[dim] = size
         return parts[0].new_zeros(shape).index_copy(dim, at, torch.cat(parts, dim))
 
-    def counted(numbers: list[int]) -> Tensor:
-        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(
-            0, at, at.new_tensor(numbers)
-        )
+    def counted(parts: Sequence[Positioned]) -> Tensor | None:
+        each = [
+            at.new_full((form.samples,), form.g.shape[-2]) if form.counts is None else form.counts
+            for form in parts
+        ]
+        if whole_batch and len({(p.counts is None, p.g.shape[-2]) for p in parts}) == 1:
+            return None if parts[0].counts is None else torch.cat(each)
+        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(0, at, torch.cat(each))
 
     if all(isinstance(form, Outer) for form in found):
         outers: list[Outer] = found  # type: ignore[assignment]
         if len({(form.layout, form.inputs.shape[1]) for form in outers}) == 1:
             a, g = placed([form.a for form in outers], 0), placed([form.g for form in outers], 1)
-            return Outer(a, g, outers[0].layout, counted([form.all_positions for form in outers]))
+            return Outer(a, g, outers[0].layout, counted(outers))
     if all(isinstance(form, Lookup) for form in found):
         lookups: list[Lookup] = found  # type: ignore[assignment]
         whole = [
             torch.ones_like(f.index, dtype=torch.bool) if f.reads is None else f.reads for f in lookups
         ]
         index, reads = placed([form.index for form in lookups], 0), placed(whole, 0)
-        g, counts = placed([form.g for form in lookups], 1), [form.all_positions for form in lookups]
-        return Lookup(index, g, lookups[0].shape, reads, counted(counts))
+        g = placed([form.g for form in lookups], 1)
+        return Lookup(index, g, lookups[0].shape, reads, counted(lookups))
     return Dense(placed([form.dense() for form in found], 1))
 
 
@@ -279,9 +295,9 @@ def merge(forms: Sequence[Form]) -> Form:
     """
     if len(forms) == 1:
         return forms[0]
-    singles = [form for form in forms if isinstance(form, Single)]
-    if singles:
-        forms = [_together(singles), *(form for form in forms if not isinstance(form, Single))]
+    parts = [form for form in forms if isinstance(form, Part)]
+    if parts:
+        forms = [_together(parts), *(form for form in forms if not isinstance(form, Part))]
         return merge(forms)
     merged: list[Form] = []
     outers: dict[tuple[Layout, int], list[Outer]] = {}

@@ -46,6 +46,7 @@ def carry(
     targets: Sequence[GradientEdge],
     columns: Tensor | Sequence[Tensor],
     passing: Sequence[GradientEdge] = (),
+    sample: int | None = None,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products of all columns, ``[v, *start.shape] -> [v, *target.shape]`` each.
 
@@ -53,6 +54,8 @@ def carry(
 
     Batched on devices, and on a CPU where columns are small. Large ones go one at a time there: fresh
     memory costs more than it saves. Their size is that at the targets and at the places in ``passing``.
+    ``sample`` is the one that the graph is masked for, if it is: the graph of another one has the same
+    operations, but zeros elsewhere.
     """
     starts = [start] if isinstance(start, GradientEdge) else start
     columns = [columns] if isinstance(columns, Tensor) else columns
@@ -66,7 +69,7 @@ def carry(
     count = columns[0].shape[0]
     small = count >= SEVERAL and bytes_at([*targets, *passing]) <= SMALL_COLUMN
     if count > 1 and (small or columns[0].device.type != "cpu"):
-        found = _carried_at_once(starts, targets, columns)
+        found = _carried_at_once(starts, targets, columns, sample)
         if found is not None:
             return found
     results: list[list[Tensor]] = [[] for _ in targets]
@@ -97,32 +100,43 @@ def _carried(
     return list(found)
 
 
-# Whether torch carries columns at once without mistakes, by the operations that they go through.
+# Whether torch carries columns at once without mistakes, by the operations that they go through, and
+# how often they went since that was tried.
 _batchable: dict[Any, bool] = {}
-_CAPACITY = 4096
+_uses: dict[Any, int] = {}
+_CAPACITY, _AGAIN_AFTER = 4096, 100
 
 
 def _carried_at_once(
-    starts: Sequence[GradientEdge], targets: Sequence[GradientEdge], columns: Sequence[Tensor]
+    starts: Sequence[GradientEdge],
+    targets: Sequence[GradientEdge],
+    columns: Sequence[Tensor],
+    sample: int | None,
 ) -> list[Tensor | None] | None:
     """All columns at once; ``None`` if torch cannot, or makes mistakes.
 
     Some operations cannot be batched, or only with errors of all kinds, and some come out wrong (the
-    second derivative of group norm, where sizes happen to fit). So the first time that columns go
-    through operations of some kinds and shapes, a combination of them is carried by itself as well.
+    second derivative of group norm, where sizes happen to fit). So the first time that so many columns
+    go through operations of some kinds and shapes, and again at a low rate, a combination of them is
+    carried by itself as well. What comes out as zero proves nothing, and is tried again the next time.
     """
-    key = _way(starts, targets)
+    key = (_way(starts, targets), len(columns[0]), sample)
     if _batchable.get(key) is False:
         return None
     try:
         found = _carried(starts, targets, columns, batched=True)
     except RuntimeError:
         return None
-    if key not in _batchable:
-        if len(_batchable) >= _CAPACITY:
-            _batchable.clear()
-        _batchable[key] = _combine_alike(starts, targets, columns, found)
-    return found if _batchable[key] else None
+    uses = _uses[key] = _uses.get(key, -1) + 1
+    if key in _batchable and uses % _AGAIN_AFTER:
+        return found
+    if len(_uses) > _CAPACITY:
+        _batchable.clear()
+        _uses.clear()
+    alike = _combine_alike(starts, targets, columns, found)
+    if not alike or all(each is None or bool(each.any()) for each in found):
+        _batchable[key] = alike
+    return found if alike else None
 
 
 def _combine_alike(

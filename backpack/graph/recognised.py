@@ -174,7 +174,7 @@ def outputs_at(node: Node) -> list[ModelOutput]:
     found: dict[int, ModelOutput] = {}
     for border in notes(node).get(MODEL_OUTPUT, ()):
         if border.batch is not None and not border.batch.lost and border.recording.taps:
-            found[border.place] = border
+            found[border.place] = border.among_all()
     return list(found.values())
 
 
@@ -201,6 +201,22 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], b
             linear = kind in LINEAR or (kind in PRODUCTS and _multiplies_once(node))
             stack += [(child, bent or not linear) for child in children]
     return found, curved
+
+
+def _taps_below(node: Node) -> list[tuple[GradientEdge, SampleAxis]]:
+    """The nearest operations with parameters that a node depends on, with their sample axes."""
+    found: list[tuple[GradientEdge, SampleAxis]] = []
+    stack, seen = [node], {node}
+    while stack:
+        here = stack.pop()
+        taps = notes(here).get(TAPS, ())
+        found += [(GradientEdge(here, tap.place), tap.axis) for tap in taps]
+        if not taps:
+            for child, _ in here.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+    return found
 
 
 class KnownLoss(NamedTuple):
@@ -248,6 +264,11 @@ def _placed_loss(record: LossRecord) -> KnownLoss | None:
     if below:
         placed = [(GradientEdge(n, b.place), b.batch) for n, bs in below.items() for b in bs]
         record.locate(axis_at(record.edge, placed))  # type: ignore[arg-type]
+    elif record.recording is None or record.recording.taps:
+        record.locate_as_noted()
+    elif taps := _taps_below(record.edge.node):
+        # A loss of what is no output, or one whose samples are lost: its own guess does not count.
+        record.locate(axis_at(record.edge, taps))
     return None if record.known is None else KnownLoss(record, below, curved)
 
 

@@ -142,6 +142,8 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if MIXES in data:
             graph.mixing = data[MIXES]
         outputs = outputs_at(node) if MODEL_OUTPUT in data else []
+        if outputs and curvature and not covered and not bent and _is_a_loss(node, outputs):
+            outputs = []
         if not covered and not bent:
             found = known_loss(node, bool(outputs), curvature)
             if found is not None and found.curved:
@@ -187,6 +189,23 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         graph.taps = above.taps + graph.taps
         graph.refused = above.refused
     return graph
+
+
+def _is_a_loss(node: Node, outputs: Sequence[ModelOutput]) -> bool:
+    """Whether the output of a model is its loss: of one sample, a number is no sign of that."""
+    if any(border.shape for border in outputs):
+        return False
+    stack, seen = [node], {node}
+    while stack:
+        here = stack.pop()
+        if known_loss(here, False, True) is not None:
+            return True
+        if TAPS not in notes(here):
+            for child, _ in here.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+    return False
 
 
 def _open(roots: Sequence[Node], graph: Graph) -> set[Node]:

@@ -7,9 +7,10 @@ collected): taps hold inputs, which lie below, and recordings hold taps weakly.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
-from backpack.forms.several import Pullback, Single, of_one
+from backpack.forms.several import Part, Pullback, of_one, part_of
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
-from backpack.samples.axis import SampleAxis, entering, mark, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, entering, mark, picked_axis, regular_axis, solo_axis
 from backpack.samples.movers import reshaped
 
 # Operations that are linear in each argument, though they have no rule.
@@ -129,6 +130,16 @@ class Tap:
         self.above = False
 
     @property
+    def axis(self) -> SampleAxis:
+        """The sample axis of the output, among all samples of the backward pass."""
+        return self.batch if self.above else self.recording.among_all(self.batch)
+
+    def form(self, source: Source, g: Tensor) -> Form:
+        """The form of one of its sources for columns at its output, of all samples."""
+        form, place = source.form(g), self.recording.place
+        return form if place is None or self.above else part_of(form, place.first, place.samples)
+
+    @property
     def op(self) -> str:
         """Name of the operation."""
         return getattr(self.func, "__name__", str(self.func))
@@ -182,6 +193,21 @@ class Tap:
         self._sources, self.args, self.released = [], None, True
 
 
+class Place(NamedTuple):
+    """Where the samples of a forward pass are among those of several.
+
+    Attributes:
+        first: number of its first sample.
+        samples: number of all.
+    """
+
+    first: int
+    samples: int
+
+
+_numbers = itertools.count()
+
+
 @dataclass(slots=True, eq=False)
 class Recording:
     """One forward pass of an outermost extended module.
@@ -201,6 +227,9 @@ class Recording:
         sizes: numbers of samples according to others than the one that counts.
         doubted: whether that one may be a mask or positions.
         doubt: the shape of an output that speaks for another one.
+        number: a count of forward passes.
+        place: of its samples, in a backward pass through several forward passes with samples of their
+            own.
     """
 
     module: weakref.ref[nn.Module]
@@ -217,6 +246,18 @@ class Recording:
     sizes: frozenset[int] = frozenset()
     doubted: bool = False
     doubt: torch.Size | None = None
+    number: int = field(default_factory=_numbers.__next__)
+    place: Place | None = None
+
+    def among_all(self, axis: SampleAxis) -> SampleAxis:
+        """A sample axis of this forward pass, among all samples of the backward pass."""
+        if self.place is None or axis.lost:
+            return axis
+        device = axis.picked.samples.device if axis.picked is not None else torch.device("cpu")
+        ids = axis.sample_ids(device) + self.place.first
+        if axis.bare:
+            return solo_axis(int(ids[0]), self.place.samples, (), device)
+        return picked_axis(ids, self.place.samples, axis.dim)
 
     def release(self) -> None:
         """Release all taps that are still there."""
@@ -234,6 +275,12 @@ class ModelOutput:
     place: int
     batch: SampleAxis | None
     shape: torch.Size
+
+    def among_all(self) -> ModelOutput:
+        """The same output, its axis among all samples of the backward pass."""
+        if self.batch is None or self.recording.place is None:
+            return self
+        return replace(self, batch=self.recording.among_all(self.batch))
 
     @property
     def mixed(self) -> bool:
@@ -257,6 +304,7 @@ class LossRecord:
         device: kind of device it is on.
         weigh: what the Hessian is multiplied with, from the gradient that arrives at the loss; by
             default that gradient.
+        recording: the forward pass that ``axis`` is about, if capture has noted the loss.
     """
 
     rule: Callable[[SampleAxis], LossHessian | None]
@@ -265,7 +313,16 @@ class LossRecord:
     axis: SampleAxis | None
     device: str = "cpu"
     weigh: Callable[[Tensor], Tensor] | None = None
+    recording: Recording | None = None
     _known: tuple[SampleAxis, LossHessian | None] | None = None
+
+    def __post_init__(self) -> None:
+        self._noted = self.axis
+
+    def locate_as_noted(self) -> None:
+        """Its samples are where capture saw them."""
+        if self._noted is not None and self.recording is not None:
+            self.locate(self.recording.among_all(self._noted))
 
     def locate(self, axis: SampleAxis | None) -> None:
         """Say where the samples are."""
@@ -398,7 +455,7 @@ def of_sample(form: ToForm, batch: SampleAxis) -> ToForm:
     """The form of all samples from that of the one that the axis is about."""
     sample, size = batch.solo, batch.size
     assert sample is not None
-    return lambda g: Single(form(g), sample, size)
+    return lambda g: Part(form(g), sample, size)
 
 
 def _looking(form: ToForm, places: Tensor) -> ToForm:

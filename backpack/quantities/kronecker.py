@@ -13,7 +13,7 @@ from backpack.forms.base import Form, Positioned, Sharing
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.products import spectrum
-from backpack.forms.several import Single
+from backpack.forms.several import Part
 from backpack.kronecker.objects import KroneckerEigen, KroneckerFactored
 from backpack.quantities.base import BackpropExtension, Sampled
 from backpack.quantities.combining import Blocks, Never, Rule
@@ -47,7 +47,7 @@ class _Kronecker(BackpropExtension):
 
 def _layout(form: Form) -> str:
     """Where in a parameter the matrix is that its Kronecker factors fit."""
-    form = form.form if isinstance(form, Single) else form
+    form = form.form if isinstance(form, Part) else form
     if isinstance(form, Lookup):
         return "in_out"
     return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "out_in"
@@ -55,7 +55,7 @@ def _layout(form: Form) -> str:
 
 def _averaged_over(form: Form, sharing: Sharing) -> int:
     """The number of rows that the factor of the inputs is an average over."""
-    form = form.together() if isinstance(form, Single) else form
+    form = form.together() if isinstance(form, Part) else form
     groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
     if sharing == "expand" and isinstance(form, Positioned):
         return max(form.all_positions * groups, 1)

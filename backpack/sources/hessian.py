@@ -132,7 +132,8 @@ class CurvatureMap:
                 if not curved and inputs:
                     kind = kind_of(node)
                     if NONLINEAR in notes(node) and len(inputs) == 1:
-                        self.nonlinear.append((node, notes(node)[NONLINEAR]))
+                        recording, axis = notes(node)[NONLINEAR]
+                        self.nonlinear.append((node, recording.among_all(axis)))
                         bent = True
                     elif kind in _PRODUCTS:
                         divides = kind == "Div" and node.next_functions[0][0] not in inputs
@@ -293,7 +294,7 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
 
 def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
     ((node, tap, _),) = leaf.uses
-    edge, batch = GradientEdge(node, tap.place), tap.batch
+    edge, batch = GradientEdge(node, tap.place), tap.axis
     (gradient,) = gradients(given.roots, [edge], create_graph=True)
     if gradient is None or not gradient.requires_grad:
         return
@@ -383,9 +384,7 @@ def sampled(
         for leaf in by_output:
             uses = [(node, tap) for node, tap, _ in leaf.uses if id(tap) in at]
             if uses:
-                products = [
-                    (tap.batch, *(each.unsqueeze(0) for each in at[id(tap)])) for _, tap in uses
-                ]
+                products = [(tap.axis, *(each.unsqueeze(0) for each in at[id(tap)])) for _, tap in uses]
                 columns, sign = _polarised(products)  # type: ignore[arg-type]
                 places = [GradientEdge(node, tap.place) for node, tap in uses]
                 yield Columns(places, columns, sign / count, {leaf.parameter}, carried=True)
@@ -409,17 +408,18 @@ def _parameter_hessian(
     path: CurvatureMap,
     leaf: Leaf,
     per_sample: bool,
-    entries: Callable[[Tensor | None, Tensor, GradientEdge, bool], Tensor],
+    entries: Callable[[Tensor | None, Tensor, GradientEdge, bool, int | None], Tensor],
 ) -> Columns:
     parameter, create = leaf.parameter, torch.is_grad_enabled()
     place = get_gradient_edge(parameter)
     with hooks_suspended(parameter), torch.enable_grad():
         if per_sample:
             found = _sample_gradients(given.roots, path, leaf, place)
-            diagonal = torch.stack([entries(each, parameter, place, create) for each in found])
+            rows = [entries(each, parameter, place, create, n) for n, each in enumerate(found)]
+            diagonal = torch.stack(rows)
         else:
             (gradient,) = gradients(given.roots, [place], create_graph=True)
-            diagonal = entries(gradient, parameter, place, create)
+            diagonal = entries(gradient, parameter, place, create, None)
     parts = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
     sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
     sign[1] = -1
@@ -459,6 +459,7 @@ def _entries(
     parameter: Tensor,
     place: GradientEdge,
     create: bool,
+    sample: int | None,
     passing: Sequence[GradientEdge],
     chunk_size: int | None,
 ) -> Tensor:
@@ -470,7 +471,7 @@ def _entries(
         for k in _chunks(torch.arange(parameter.numel(), device=like.device), count):
             units = like.new_zeros(len(k), parameter.numel())
             units[torch.arange(len(k), device=like.device), k] = 1
-            (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing)
+            (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing, sample)
             if rows is None:
                 return torch.zeros_like(parameter)
             # A copy: a view would hold all rows.
@@ -483,6 +484,7 @@ def _drawn_entries(
     parameter: Tensor,
     place: GradientEdge,
     create: bool,
+    sample: int | None,
     count: int,
     generator: torch.Generator | None,
 ) -> Tensor:

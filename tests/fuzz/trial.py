@@ -182,7 +182,7 @@ def _consistent(case: Case, truth: Truth, backward: Callable[[], None]) -> bool:
     Where rows of the input are moved before any parameter, nothing says whose sample they are.
     """
     at, samples, program = truth.at, case.built.samples, case.built.program
-    with backpack(E.BatchGrad()):
+    with backpack(E.BatchGrad(), forwards="same"):
         backward()
     found = {n: getattr(program.get_parameter(n), "grad_batch", None) for n in at.parameters}
     fields = [

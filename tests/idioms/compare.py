@@ -86,7 +86,7 @@ class Comparison:
             p.grad = None
             for ext in extensions:
                 p.__dict__.pop(ext.savefield, None)
-        with backpack(*extensions, gradient=gradient):
+        with backpack(*extensions, gradient=gradient, forwards="same"):
             self.backward()
         return {
             name: "; ".join(filter(None, map(self._wrong, group))) for name, group in groups.items()

@@ -1,0 +1,210 @@
+"""Several forward passes below one loss: their rows are the same samples, or further ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, extend
+from backpack import extensions as E
+
+SIZES = (3, 1, 2)
+QUANTITIES = (
+    *(E.BatchGrad, E.BatchL2Grad, E.SumGradSquared, E.Variance, E.EmpiricalKFAC),
+    *(E.DiagGGNExact, E.BatchDiagGGNExact, E.KFLR, E.SqrtGGNExact, E.DiagHessian, E.BatchDiagHessian),
+)
+
+
+class Words(nn.Module):
+    """An embedding, a scale and a bias of bare use, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(self.table(x))) * self.scale
+        return self.layer(h).sum(1)[:, :3]
+
+
+class Returns(nn.Module):
+    """A model that computes its loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.cross_entropy(self.layer(x), x.argmax(1) % 3, reduction="sum") / 6
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "smooth": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "piecewise": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+    "convolution": lambda: nn.Sequential(
+        *(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(6, 3))
+    ),
+    "softmax inside": lambda: nn.Sequential(nn.Linear(4, 5), nn.Softmax(1), nn.Linear(5, 3)),
+    "words": Words,
+}
+
+
+def inputs(name: str) -> Tensor:
+    return torch.randint(5, (6, 3)) if name == "words" else torch.randn(6, 4).double()
+
+
+def values(model: nn.Module) -> dict[str, list[Tensor]]:
+    """All fields, as lists of tensors."""
+    found = {}
+    for name, p in model.named_parameters():
+        for quantity in QUANTITIES:
+            field = quantity().savefield
+            if hasattr(p, field):
+                value = getattr(p, field)
+                found[f"{name}.{field}"] = list(value) if isinstance(value, list) else [value]
+    return found
+
+
+def same(found: dict[str, list[Tensor]], wanted: dict[str, list[Tensor]]) -> None:
+    assert found.keys() == wanted.keys() and wanted
+    for key, each in wanted.items():
+        for a, b in zip(found[key], each, strict=True):
+            if "sqrt" in key:  # of any order of columns
+                a, b = (torch.einsum("cn...,cn...->n...", x, x) for x in (a, b))
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("joined", [True, False], ids=["cat", "sum"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_in_parts(name: str, joined: bool, gradient: bool) -> None:
+    """Numbers are those of one forward pass of all samples."""
+    torch.manual_seed(0)
+    model, lossfunc = extend(MODELS[name]().double()), extend(nn.CrossEntropyLoss(reduction="sum"))
+    X, y = inputs(name), torch.randint(3, (6,))
+    quantities = [quantity() for quantity in QUANTITIES if joined or quantity is not E.SqrtGGNExact]
+    with backpack(*quantities):
+        (lossfunc(model(X), y) / 6).backward()
+    wanted = values(model)
+    outputs = [model(part) for part in X.split(SIZES)]
+    if joined:
+        loss = lossfunc(torch.cat(outputs), y) / 6
+    else:
+        loss = sum(lossfunc(f, t) for f, t in zip(outputs, y.split(SIZES), strict=True)) / 6
+    with backpack(*quantities, forwards="further", gradient=gradient):
+        loss.backward()
+    same(values(model), wanted)
+
+
+def test_losses_inside_the_model() -> None:
+    torch.manual_seed(0)
+    model, X = extend(Returns().double()), inputs("")
+    quantities = [quantity() for quantity in QUANTITIES if quantity is not E.SqrtGGNExact]
+    with backpack(*quantities):
+        model(X).backward()
+    wanted = values(model)
+    with backpack(*quantities, forwards="further"):
+        torch.stack([model(part) for part in X.split(SIZES)]).sum().backward()
+    same(values(model), wanted)
+
+
+def test_a_loss_of_one_sample_inside_the_model() -> None:
+    """A number is what remains of a batch of one, too; curvature is that of the loss all the same."""
+    torch.manual_seed(0)
+    model, X = extend(Returns().double()), inputs("")
+    with backpack(E.DiagGGNExact(), E.DiagHessian()):
+        model(X[:1]).backward()
+    assert model.layer.weight.diag_h.abs().max() > 0.01
+    for p in model.parameters():
+        torch.testing.assert_close(p.diag_ggn_exact, p.diag_h)
+
+
+def test_one_pass_for_each_sample() -> None:
+    """Sequences of different lengths; each is one sample."""
+    torch.manual_seed(0)
+    cell, head = nn.LSTM(3, 4, batch_first=True).double(), nn.Linear(4, 2).double()
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cell(x)[0][:, -1])
+
+    model = extend(Reads())
+    data = [torch.randn(1, length, 3).double() for length in (2, 5, 1)]
+    y = torch.tensor([0, 1, 1])
+    with backpack(E.BatchGrad(), E.BatchDiagGGNExact(), forwards="further"):
+        sum(F.cross_entropy(model(x), t[None]) for x, t in zip(data, y, strict=True)).backward()
+    found = [(p.grad_batch, p.diag_ggn_exact_batch) for p in model.parameters()]
+    for n, x in enumerate(data):
+        with backpack(E.BatchGrad(), E.BatchDiagGGNExact()):
+            F.cross_entropy(model(x), y[n : n + 1]).backward()
+        for p, (gradients, curvatures) in zip(model.parameters(), found, strict=True):
+            torch.testing.assert_close(gradients[n], p.grad_batch[0])
+            torch.testing.assert_close(curvatures[n], p.diag_ggn_exact_batch[0])
+
+
+def test_a_graph_that_is_used_again() -> None:
+    """Where samples are is a matter of each backward pass."""
+    model, X = extend(nn.Linear(4, 3).double()), inputs("")
+    loss = torch.cat([model(X[:3]), model(X[3:])]).square().sum()
+    with backpack(E.BatchGrad(), forwards="further"):
+        loss.backward(retain_graph=True)
+    apart = model.weight.grad_batch
+    with backpack(E.BatchGrad(), forwards="same"):
+        loss.backward()
+    assert apart.shape[0] == 6
+    torch.testing.assert_close(model.weight.grad_batch, apart[:3] + apart[3:])
+
+
+AMBIGUOUS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "cat": lambda m, x: torch.cat([m(x[:3]), m(x[3:])]).square().mean(),
+    "cat of rows": lambda m, x: torch.cat([m(row[None]) for row in x]).square().mean(),
+    "stack": lambda m, x: torch.stack([m(x[:3]), m(x[3:])]).square().mean(),
+    "losses of rows": lambda m, x: sum(m(row[None]).square().mean() for row in x),
+}
+PLAIN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "two views": lambda m, x: (m(x) - m(x.flip(1))).square().mean(),
+    "two views of a row": lambda m, x: (m(x[:1]) - m(x[1:2])).square().mean(),
+    "real and generated": lambda m, x: m(x).square().mean() - m(-x).mean(),
+    "a chain": lambda m, x: m(F.pad(m(x[:1]), (0, 1))).square().mean() + m(x[:1]).mean(),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_may_be_either_is_asked(name: str) -> None:
+    model = extend(nn.Linear(4, 3).double())
+    with pytest.raises(RuntimeError, match="forwards='same'.*'further'"), backpack(E.Variance()):
+        AMBIGUOUS[name](model, inputs("")).backward()
+    assert not hasattr(model.weight, "variance")
+    for forwards, size in (("same", {6, 3, 1}), ("further", {6})):
+        with backpack(E.BatchGrad(), forwards=forwards):
+            AMBIGUOUS[name](model, inputs("")).backward()
+        assert len(model.weight.grad_batch) in size
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_plain_is_not_asked(name: str) -> None:
+    model = extend(nn.Linear(4, 3).double())
+    model.zero_grad()
+    with backpack(E.BatchGrad()):
+        PLAIN[name](model, inputs("")).backward()
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+
+
+def test_errors() -> None:
+    model, X = extend(nn.Linear(4, 3).double()), inputs("")
+    with pytest.raises(ValueError, match="forwards must be one of"):
+        backpack(E.BatchGrad(), forwards="other")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="forwards='further'"), backpack(E.BatchGrad()):
+        (model(X[:4]).mean() + model(X[4:]).mean()).backward()
+    further = backpack(E.BatchGrad(), forwards="further")
+    with pytest.raises(RuntimeError, match=r"loss.backward\(\)"), further:
+        torch.autograd.backward(model(X).mean())
