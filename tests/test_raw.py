@@ -232,3 +232,32 @@ def test_factors_of_an_unbatched_layer(ext: type) -> None:
         found.append([factor for p in model.parameters() for factor in getattr(p, ext.savefield)])
     for here, there in zip(*found, strict=True):
         torch.testing.assert_close(here, there)
+
+
+class Codes(nn.Module):
+    """Features of all samples together choose the words of each."""
+
+    def __init__(self, mixes: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mixes = mixes
+        self.features, self.table = nn.Linear(2, 3), nn.Embedding(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(self.mixes(self.features(x)).argmax(1)))
+
+
+@pytest.mark.parametrize(
+    "mixes",
+    [lambda h: h.softmax(0), lambda h: h.T @ h, lambda h: h.flatten().roll(1).reshape(3, 3)],
+    ids=["softmax", "gram", "roll"],
+)
+def test_whole_numbers_of_features_that_were_mixed(mixes: Callable[[Tensor], Tensor]) -> None:
+    """As many rows as there are samples do not make them theirs."""
+    model, X, y = extend(Codes(mixes).double()), torch.randn(N, 2).double(), torch.arange(N)
+    with pytest.raises(RuntimeError, match="mixes samples|holds the samples"), backpack(BatchGrad()):
+        F.cross_entropy(model(X), y).backward()
+    model.mixes = lambda h: h.softmax(1)
+    with backpack(BatchGrad()):
+        F.cross_entropy(model(X), y).backward()
+    torch.testing.assert_close(model.table.weight.grad_batch.sum(0), model.table.weight.grad)

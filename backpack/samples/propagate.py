@@ -238,7 +238,8 @@ def settled(
     """What the axis of a result is after all, where an operation has lost it.
 
     What belongs to one sample cannot be mixed with others. Where no gradient flows nothing is mixed
-    either: a row counts as the sample of its number if there is one row for each.
+    either: a row counts as the sample of its number if there is one row for each, unless it is made
+    from features that were mixed where gradients flow: that is a constant.
 
     Args:
         func: the operation.
@@ -264,7 +265,11 @@ def settled(
     only = 0 if axis.size == 1 else _single(func, marked)
     if only is not None:
         return solo_axis(only, axis.size, new.shape, new.device, axis.tentative), True
-    return axis if new.requires_grad else _counted(func, new, axis, dim, marked), False
+    if new.requires_grad:
+        return axis, False
+    if any(each.lost and not each.tentative and old.requires_grad for old, each in marked):
+        return replace(axis, tentative=True), False  # features that were mixed have no rows to count
+    return _counted(func, new, axis, dim, marked), False
 
 
 def _counted(

@@ -274,6 +274,16 @@ def _value(built: Built, place: int) -> Tensor:
         return built.program.pool(built.inputs)[place]
 
 
+def settle_order(built: Built, found: list[Tensor] | None = None) -> None:
+    """Find out whether data without a gradient is in order, for the parameters that are trained."""
+    program = built.program
+    found = found or owners(program, built.inputs, built.samples, built.batch_dim)
+    pool = program.pool(built.inputs)
+    built.reordered = any(
+        not value.requires_grad and not _in_order(own) for own, value in zip(found, pool, strict=False)
+    )
+
+
 def _settle(built: Built, place: int) -> None:
     """Drop what is not used, and find the owners of the output's entries."""
     program = built.program
@@ -289,9 +299,7 @@ def _settle(built: Built, place: int) -> None:
         raise NoSuchProgram
     if output.shape[built.axis] == built.samples:
         built.by_row = rows
-    pool = program.pool(built.inputs)
-    raw = [o for o, v in zip(found, pool, strict=False) if not v.requires_grad]
-    built.reordered = not all(map(_in_order, raw))
+    settle_order(built, found)
     built.apart = int(own.sum(0).max()) <= 1
     if built.apart:
         flat = own.flatten(1)
