@@ -21,7 +21,7 @@ ROOMS = {
     "rules": """base recursions elementwise linear convolution lookup normalization recurrent fallback
         decompositions""",
     "losses": "base elementwise piecewise softmax twice",
-    "graph": "taps tangents tracing carry recognised above forwards survey",
+    "graph": "nodes taps tangents tracing carry recognised above forwards survey",
     "capture": "switch functions inputs loss_records tracker in_place recorder hooks extend",
     "sources": "columns hessian kfra table",
     "kronecker": "objects lists",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack.graph.nodes import walk
 from backpack.graph.taps import TAPS, notes
 from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
 from backpack.samples.separability import axis_by_backward
@@ -111,13 +112,4 @@ def _key(node: Any) -> Any:
 
 def _holds_data(node: Node, entries: set[Node]) -> bool:
     """Whether taps, or inputs, lie at a node or below it."""
-    stack, seen = [node], set[Node]()
-    while stack:
-        here = stack.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        if here in entries or TAPS in notes(here):
-            return True
-        stack += [child for child, _ in here.next_functions if child is not None]
-    return False
+    return any(here in entries or TAPS in notes(here) for here in walk([node]))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph.nodes import kind_of, walk
 from backpack.own import Pass, SampleAxis, axis_at
 
 _LINEAR = frozenset(
@@ -22,10 +23,6 @@ _LINEAR = frozenset(
     ToCopy Alias Select Slice""".split()
 )
 _SUMS = frozenset({"Add", "Sub", "Rsub"})
-
-
-def _kind(node: Node) -> str:
-    return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
 def _nll(n: Any) -> Tensor:
@@ -119,7 +116,7 @@ def _parts(root: Node, given: Pass) -> tuple[list[Node], bool]:
         if node in seen:
             continue
         seen.add(node)
-        kind = _kind(node)
+        kind = kind_of(node)
         children = [child for child, _ in node.next_functions if child is not None]
         if kind in _LOSSES or (kind in _VALUES and _has_data(node, given)):
             found.append(node)
@@ -148,19 +145,11 @@ def _linear(kind: str, node: Node, given: Pass) -> bool:
 def _has_data(node: Node, given: Pass) -> bool:
     """Whether the model's results lie below a node."""
     stops = {edge.node for edge, _ in given.model_outputs} | {edge.node for edge in given.taps}
-    seen, stack = set(), [node]
-    while stack:
-        node = stack.pop()
-        if node in stops or node in given.graph.losses:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack += [child for child, _ in node.next_functions if child is not None]
-    return False
+    return any(here in stops or here in given.graph.losses for here in walk([node]))
 
 
 def _shares(node: Node, edge: GradientEdge, gradient: Tensor, given: Pass, samples: int) -> Tensor:
-    kind = _kind(node)
+    kind = kind_of(node)
     with torch.no_grad():
         try:
             values = (_LOSSES.get(kind) or _VALUES[kind])(node).detach()

@@ -33,6 +33,7 @@ from backpack.cockpit.report import show_in_notebook, show_window, write
 from backpack.cockpit.sharpness import critical_sharpness
 from backpack.cockpit.sinks import Sink, sink_of
 from backpack.cockpit.utils.schedules import linear
+from backpack.graph.nodes import walk
 from backpack.own import BackpropExtension
 
 # Entries that are looked at for a histogram, for each parameter.
@@ -331,17 +332,9 @@ class Monitor:
 
     def _reached(self, call: passes.Call) -> bool:
         """Whether the graph of a loss comes to the parameters that are looked at."""
-        seen, stack = set(), [call.root.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = leaf_of(node)
-            if variable is not None and variable in self._among:
-                return True
-            stack += [child for child, _ in node.next_functions]
-        return False
+        root = call.root.grad_fn
+        leaves = map(leaf_of, walk([root] if root is not None else []))
+        return any(leaf is not None and leaf in self._among for leaf in leaves)
 
     def _was_zeroed(self) -> bool:
         """Whether gradients were set to zero since the last pass: another step has begun.

@@ -17,6 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack.dataset.totals import GRADIENT, Batches, Entry, Individual, SampleCount, Totals, rule_of
 from backpack.engine.block import backpack
+from backpack.graph.nodes import walk
 from backpack.graph.survey import leaves_below
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Added, Joined, Never, Rule
@@ -430,21 +431,18 @@ def _reduction(root: Node) -> tuple[str | None, list[float]]:
     kind = "mean" if _divides_by(root) is not None else None
     if getattr(root, "_saved_reduction", None) == 2:
         kind = "sum"
-    found, stack, seen = [], [root], set[Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        divisor = _divides_by(node)
-        if divisor is not None:
-            found.append(divisor)
-            continue
-        for child, place in node.next_functions:
-            about = getattr(child, "_input_metadata", ())
-            if child is not None and len(about) > place and not len(about[place].shape):
-                stack.append(child)
-    return kind, found
+    divisors = (_divides_by(node) for node in walk([root], _numbers_below))
+    return kind, [divisor for divisor in divisors if divisor is not None]
+
+
+def _numbers_below(node: Node) -> list[Node]:
+    """The children that compute a number, below one that is no mean."""
+    found: list[Node] = []
+    for child, place in node.next_functions if _divides_by(node) is None else ():
+        about = getattr(child, "_input_metadata", ())
+        if child is not None and len(about) > place and not len(about[place].shape):
+            found.append(child)
+    return found
 
 
 def _divides_by(node: Node) -> float | None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph.nodes import children_of, upwards
 from backpack.graph.recognised import outputs_at
 from backpack.graph.survey import Graph
 from backpack.graph.taps import ENDS, Tap, notes
@@ -220,19 +221,11 @@ def _first_mixed(graph: Graph, starts: Starts, place: Place) -> Node | None:
 
 def _between(starts: Starts, target: Node) -> list[Node]:
     """Nodes on ways from the starts to a node, those nearer to the starts first."""
-    done: dict[Node, bool] = {}
-    stack = [(edge.node, False) for edge, _ in starts]
-    current_inputs: set[Node] = set()
-    while stack:
-        node, leaving = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if leaving:
-            done[node] = node is target or any(done.get(child, False) for child in children)
-        elif node not in current_inputs:
-            current_inputs.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child in children] if node is not target else []
-    return [node for node, leads in reversed(done.items()) if leads]
+    order = upwards((edge.node for edge, _ in starts), lambda n: [] if n is target else children_of(n))
+    leads: dict[Node, bool] = {}
+    for node in order:
+        leads[node] = node is target or any(leads[child] for child in children_of(node))
+    return [node for node in reversed(order) if leads[node]]
 
 
 def _owned(before: Tensor, after: Tensor, size: int) -> bool:

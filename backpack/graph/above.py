@@ -18,10 +18,11 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
-from backpack.graph.recognised import LINEAR, PRODUCTS, outputs_at
+from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.recognised import outputs_at
 from backpack.graph.tangents import vector_jacobian
 from backpack.graph.taps import TAPS, ModelOutput, Source, Tap, notes, source_at
-from backpack.graph.tracing import axis_at, cut, kind_of
+from backpack.graph.tracing import axis_at, cut
 from backpack.rules.base import RULES
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, entering, regular_axis
@@ -52,31 +53,28 @@ class _Walk:
         self.outputs: dict[Node, list[ModelOutput]] = {}
         self.order: list[Node] = []  # those below first
         self.inner: set[Node] = set()  # which depend on the model's inside other than by its outputs
-        stack = [(root, False) for root in roots]
-        while stack:
-            node, leaving = stack.pop()
-            if leaving:
+        for node in upwards(roots, self._enter):
+            if node not in self.leaves:
                 self._leave(node)
-                continue
-            if node in self.leaves:
-                continue
-            leaf = leaf_of(node)
+
+    def _enter(self, node: Node) -> list[Node]:
+        """Note what ends the way down; the nodes to go on to elsewhere."""
+        leaf, found = leaf_of(node), outputs_at(node)
+        self.model[node] = bool(found) or TAPS in notes(node)
+        if found:
+            self.outputs[node] = found
+        elif self.model[node]:
+            self.inner.add(node)
+        if self.model[node] or leaf is not None:
             self.leaves[node] = set() if leaf is None else {leaf}
-            found = outputs_at(node)
-            self.model[node] = bool(found) or TAPS in notes(node)
-            if found:
-                self.outputs[node] = found
-            elif self.model[node]:
-                self.inner.add(node)
-            elif leaf is None:
-                stack.append((node, True))
-                for child, number in node.next_functions:
-                    if child is not None:
-                        self.numbers.setdefault(child, set()).add(number)
-                        stack.append((child, False))
+            return []
+        for child, number in node.next_functions:
+            if child is not None:
+                self.numbers.setdefault(child, set()).add(number)
+        return children_of(node)
 
     def _leave(self, node: Node) -> None:
-        children = [child for child, _ in node.next_functions if child is not None]
+        children = children_of(node)
         self.leaves[node] = set().union(*(self.leaves[child] for child in children))
         self.model[node] = any(self.model[child] for child in children)
         if any(child in self.inner for child in children):
@@ -113,17 +111,11 @@ class _Walk:
 
     def below(self, node: Node) -> list[tuple[Node, ModelOutput]]:
         """The model outputs that a node depends on."""
-        stack, seen, found = [node], {node}, []
-        while stack:
-            here = stack.pop()
-            found += [(here, border) for border in self.outputs.get(here, ())]
-            if here in self.outputs or not self.model.get(here):
-                continue
-            for child, _ in here.next_functions:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(child)
-        return found
+
+        def further(here: Node) -> list[Node]:
+            return [] if here in self.outputs or not self.model.get(here) else children_of(here)
+
+        return [(here, b) for here in walk([node], further) for b in self.outputs.get(here, ())]
 
 
 def taps_above(roots: Sequence[Node]) -> Above:

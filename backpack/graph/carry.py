@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from backpack.graph.nodes import children_of, walk
 from backpack.samples.separability import generic
 
 # Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
@@ -171,16 +172,8 @@ def _way(starts: Sequence[GradientEdge], targets: Sequence[GradientEdge]) -> int
     for edge in (*starts, *targets):
         about = edge.node._input_metadata[edge.output_nr]
         parts += [type(edge.node), edge.output_nr, about.dtype, *about.shape]
-    stack, seen = [edge.node for edge in starts], set[Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        parts.append(type(node))
-        if node not in stops:
-            stack += [child for child, _ in node.next_functions if child is not None]
-    return hash(tuple(parts))
+    nodes = walk((edge.node for edge in starts), lambda n: [] if n in stops else children_of(n))
+    return hash((*parts, *map(type, nodes)))
 
 
 @contextmanager

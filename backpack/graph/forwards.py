@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from torch.autograd.graph import Node
 
+from backpack.graph.nodes import children_of, kind_of, upwards, walk
 from backpack.graph.taps import MODEL_OUTPUT, TAPS, Place, Recording, notes
-from backpack.graph.tracing import kind_of
 
 Forwards = Literal["same", "further"]
 FORWARDS: tuple[Forwards, ...] = get_args(Forwards)
@@ -24,17 +24,7 @@ _JOINS = frozenset({"Cat", "Stack"})
 
 def passes_below(roots: Sequence[Node]) -> list[Recording]:
     """The forward passes that a backward pass goes through, in the order in which they ran."""
-    found: dict[int, Recording] = {}
-    seen, stack = set(roots), list(roots)
-    while stack:
-        node = stack.pop()
-        data = notes(node)
-        for recording in _passes_at(data):
-            found[recording.number] = recording
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
+    found = {each.number: each for node in walk(roots) for each in _passes_at(notes(node))}
     return [found[number] for number in sorted(found)]
 
 
@@ -86,25 +76,24 @@ class _Walk:
         self.passes: dict[int, Recording] = {}
         self.meetings: list[Node] = []
         self.met = self.chained = False
-        below: dict[Node, frozenset[int]] = {}
-        stack = [(root, False) for root in roots]
-        while stack:
-            node, leaving = stack.pop()
-            if leaving:
-                below[node] = self._leave(node, below)
-            elif node not in below:
-                here = {each.number: each for each in _passes_at(notes(node))}
-                self.passes |= here
-                if here:
-                    below[node] = frozenset(here)
-                    self.chained |= self._goes_on(node, set(here))
-                else:
-                    below[node] = frozenset()
-                    stack.append((node, True))
-                    stack += [(child, False) for child, _ in node.next_functions if child is not None]
+        self.below: dict[Node, frozenset[int]] = {}
+        for node in upwards(roots, self._enter):
+            if node not in self.below:
+                self.below[node] = self._leave(node)
 
-    def _leave(self, node: Node, below: dict[Node, frozenset[int]]) -> frozenset[int]:
-        children = [below[child] for child, _ in node.next_functions if child is not None]
+    def _enter(self, node: Node) -> list[Node]:
+        here = {each.number: each for each in _passes_at(notes(node))}
+        if not here:
+            return children_of(node)
+        self.passes |= here
+        self.below[node] = frozenset(here)
+        self.chained |= any(
+            each.number not in here for n in walk([node]) for each in _passes_at(notes(n))
+        )
+        return []
+
+    def _leave(self, node: Node) -> frozenset[int]:
+        children = [self.below[child] for child in children_of(node)]
         found = frozenset[int]().union(*children)
         apart = [numbers for numbers in children if numbers]
         if len(found) > 1 and len(set(apart)) > 1:
@@ -112,16 +101,3 @@ class _Walk:
             number = any(not shape.shape for shape in node._input_metadata)
             self.met |= not number and kind_of(node) not in _JOINS
         return found
-
-    def _goes_on(self, start: Node, numbers: set[int]) -> bool:
-        """Whether there is another forward pass below this one."""
-        seen, stack = {start}, [start]
-        while stack:
-            node = stack.pop()
-            if any(each.number not in numbers for each in _passes_at(notes(node))):
-                return True
-            for child, _ in node.next_functions:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(child)
-        return False

@@ -23,25 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, walk
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, TAPS, LossRecord, ModelOutput, notes
-from backpack.graph.tracing import axis_at, kind_of
+from backpack.graph.tracing import axis_at
 from backpack.losses.base import LOSSES, LossHessian
 from backpack.losses.elementwise import elementwise
 from backpack.losses.softmax import softmax
 from backpack.samples.axis import SampleAxis
-
-# What a loss module may do to the model output before it calls a loss with a known Hessian without
-# adding curvature: linear and piecewise linear operations, by the names of their nodes, and products
-# with constants.
-LINEAR = frozenset(
-    """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
-    Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
-    Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Relu LeakyRelu Threshold Hardtanh
-    Clamp ClampMin ClampMax Abs Where MaskedFill Diagonal Tril Triu Cumsum Movedim NllLoss
-    NllLoss2D ConstantPadNd MaskedSelect Take PreluKernel""".split()
-)
-PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
-
 
 _REDUCTIONS = ("none", "mean", "sum")
 # Torch's losses of single entries: the function, and what nodes keep of its further arguments.
@@ -205,18 +193,10 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], b
 
 def _taps_below(node: Node) -> list[tuple[GradientEdge, SampleAxis]]:
     """The nearest operations with parameters that a node depends on, with their sample axes."""
-    found: list[tuple[GradientEdge, SampleAxis]] = []
-    stack, seen = [node], {node}
-    while stack:
-        here = stack.pop()
-        taps = notes(here).get(TAPS, ())
-        found += [(GradientEdge(here, tap.place), tap.axis) for tap in taps]
-        if not taps:
-            for child, _ in here.next_functions:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(child)
-    return found
+    nodes = walk([node], lambda n: [] if TAPS in notes(n) else children_of(n))
+    return [
+        (GradientEdge(here, tap.place), tap.axis) for here in nodes for tap in notes(here).get(TAPS, ())
+    ]
 
 
 class KnownLoss(NamedTuple):
@@ -289,14 +269,4 @@ def _multiplies_once(node: Node) -> bool:
 
 def _reaches_model(node: Node) -> bool:
     """Whether data lies at a node or below it; what is made from parameters only is small."""
-    stack, seen = [node], {node}
-    while stack:
-        here = stack.pop()
-        data = notes(here)
-        if TAPS in data or MODEL_OUTPUT in data or LOSS in data:
-            return True
-        for child, _ in here.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return False
+    return any(not notes(here).keys().isdisjoint((TAPS, MODEL_OUTPUT, LOSS)) for here in walk([node]))

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import AccumulateGrad, leaf_of
 from backpack.graph.above import taps_above
+from backpack.graph.nodes import children_of, walk
 from backpack.graph.recognised import is_nonlinear, known_loss, outputs_at
 from backpack.graph.taps import (
     MIXES,
@@ -195,31 +196,18 @@ def _is_a_loss(node: Node, outputs: Sequence[ModelOutput]) -> bool:
     """Whether the output of a model is its loss: of one sample, a number is no sign of that."""
     if any(border.shape for border in outputs):
         return False
-    stack, seen = [node], {node}
-    while stack:
-        here = stack.pop()
-        if known_loss(here, False, True) is not None:
-            return True
-        if TAPS not in notes(here):
-            for child, _ in here.next_functions:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(child)
-    return False
+    nodes = walk([node], lambda n: [] if TAPS in notes(n) else children_of(n))
+    return any(known_loss(here, False, True) is not None for here in nodes)
 
 
 def _open(roots: Sequence[Node], graph: Graph) -> set[Node]:
     """Nodes above the model's outputs that reach the root other than through a loss with a rule."""
-    stack, seen = list(roots), set(roots)
-    while stack:
-        node = stack.pop()
-        if node in graph.losses or node in graph.upper or outputs_at(node):
-            continue
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return seen
+
+    def further(node: Node) -> list[Node]:
+        ends = node in graph.losses or node in graph.upper or outputs_at(node)
+        return [] if ends else children_of(node)
+
+    return set(walk(roots, further))
 
 
 def _inside_tap(node: Node, taps: Sequence[Tap]) -> Iterator[tuple[Tensor, str]]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack.graph.nodes import upwards
+
 # A node whose vector-Jacobian product cannot be differentiated is multiplied row by row, up to so many.
 ROWS = 4096
 Place = Tensor | GradientEdge
@@ -186,7 +188,7 @@ def _tangents(
 
     for each, vector in zip(inputs, vectors, strict=True):
         add(_key(each), vector)
-    order = _upwards([_edge(place).node for place in places])
+    order = upwards([_edge(place).node for place in places])
     used = {_key(place) for place in places}
     used |= {(child, nr) for node in order for child, nr in node.next_functions if child is not None}
     for node in order:
@@ -199,22 +201,6 @@ def _tangents(
                 add((node, place), tangent)
                 gains[node, place] = gain
     return tangents, gains
-
-
-def _upwards(roots: Sequence[Node]) -> list[Node]:
-    """All nodes, each after those below it."""
-    done: dict[Node, None] = {}
-    current_inputs: set[Node] = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, leaving = stack.pop()
-        if leaving:
-            done[node] = None
-        elif node not in current_inputs:
-            current_inputs.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child, _ in node.next_functions if child is not None]
-    return list(done)
 
 
 def _largest(places: Sequence[Place], weights: Sequence[Tensor], gains: dict[Key, float]) -> float:

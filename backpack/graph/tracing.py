@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph.nodes import kind_of
 from backpack.samples.axis import NOBODY, SampleAxis, axis_of, owners_of
 from backpack.samples.movers import reshaped
 from backpack.samples.separability import generic
 
 Placed = Sequence[tuple[GradientEdge, SampleAxis]]
-
-
-def kind_of(node: Node) -> str:
-    """The name of a node's operation."""
-    return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from backpack.engine.block import backpack
 from backpack.extensions import BatchL2Grad
+from backpack.graph.nodes import children_of, walk
 from backpack.graph.survey import Graph, survey
 from backpack.graph.taps import MODEL_OUTPUT, TAPS, notes
 from backpack.optim.base import BackpackOptimizer, Params, State
@@ -364,20 +365,20 @@ def _check_losses(losses: Tensor) -> None:
 
 def _met(root: Node) -> Iterator[tuple[GradientEdge, SampleAxis]]:
     """Where losses meet the model: at its outputs, and at operations within that they use directly."""
-    stack, seen = [root], set[Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        borders = [
-            b for b in notes(node).get(MODEL_OUTPUT, ()) if b.recording.taps and b.batch is not None
-        ]
-        taps = [] if borders else notes(node).get(TAPS, ())
-        for each in (*borders, *taps):
+    met: dict[Node, Sequence[Any]] = {}
+
+    def further(node: Node) -> list[Node]:
+        return [] if met[node] else children_of(node)
+
+    def ends(node: Node) -> Sequence[Any]:
+        borders = notes(node).get(MODEL_OUTPUT, ())
+        known = [b for b in borders if b.recording.taps and b.batch is not None]
+        return known or notes(node).get(TAPS, ())
+
+    for node in walk([root], further):
+        met[node] = ends(node)
+        for each in met[node]:
             yield GradientEdge(node, each.place), each.batch
-        if not borders and not taps:
-            stack += [child for child, _ in node.next_functions if child is not None]
 
 
 @lru_cache(64)

@@ -27,28 +27,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
+from backpack.graph.nodes import BATCH_NORMS, LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
 from backpack.graph.recognised import second_derivative
 from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
-from backpack.graph.tracing import cut, kind_of
+from backpack.graph.tracing import cut
 from backpack.samples.axis import SampleAxis
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
-
-_LINEAR = frozenset(
-    """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
-    Unsqueeze Sum Mean Cat Stack Split SplitWithSizes Unbind Select Slice Narrow Index IndexSelect
-    Gather Clone Copy ToCopy AsStrided Alias Flip Roll Repeat Unfold Im2Col Col2Im PixelShuffle
-    PixelUnshuffle Relu LeakyRelu Threshold Hardtanh Hardsigmoid Clamp
-    ClampMin ClampMax Abs MaxPool2DWithIndices MaxPool3DWithIndices MaxPool1D MaxPool2D MaxPool3D
-    AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D
-    MkldnnAdaptiveAvgPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
-    UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ConstantPadNd ReflectionPad1D
-    ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
-    PreluKernel Where MaskedFill Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu Cumsum
-    IndexAdd IndexPut Scatter Swapaxes
-    Movedim""".split()
-)
-_BATCH_NORMS = frozenset({"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"})
-_PRODUCTS = frozenset("Mul Mm Bmm Addmm Addbmm Baddbmm Addmv Mv Dot Convolution Div".split())
 
 
 def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
@@ -135,12 +119,12 @@ class CurvatureMap:
                         recording, axis = notes(node)[NONLINEAR]
                         self.nonlinear.append((node, recording.among_all(axis)))
                         bent = True
-                    elif kind in _PRODUCTS:
+                    elif kind in PRODUCTS:
                         divides = kind == "Div" and node.next_functions[0][0] not in inputs
                         curved = len(inputs) > 1 or divides
-                    elif kind in _BATCH_NORMS:
+                    elif kind in BATCH_NORMS:
                         curved = bool(getattr(node, "_saved_training", True))
-                    elif kind not in _LINEAR:
+                    elif kind not in LINEAR:
                         curved = True
             for child in self._children(node):
                 if curved:
@@ -160,21 +144,12 @@ class CurvatureMap:
 
     def _order(self, starts: list[Node]) -> list[Node]:
         """Nodes, each before those below it."""
-        done: dict[Node, None] = {}
-        current_inputs: set[Node] = set()
-        stack = [(node, False) for node in starts]
-        while stack:
-            node, leaving = stack.pop()
-            if leaving:
-                done[node] = None
-            elif node not in current_inputs:
-                current_inputs.add(node)
-                record = self._loss(node)
-                if record is not None:
-                    self.losses.append((node, record))
-                stack.append((node, True))
-                stack += [(child, False) for child in self._children(node)]
-        return list(reversed(done))
+        order = upwards(starts, self._children)[::-1]
+        for node in order:
+            record = self._loss(node)
+            if record is not None:
+                self.losses.append((node, record))
+        return order
 
     def linear_in(self, leaf: Leaf) -> bool:
         """Whether a parameter enters linearly, and not on top of another use of it."""
@@ -183,17 +158,7 @@ class CurvatureMap:
 
     def nested(self, nodes: set[Node]) -> bool:
         """Whether one of the nodes lies below another."""
-        for node in nodes:
-            seen: set[Node] = set()
-            stack = [child for child, _ in node.next_functions if child is not None]
-            while stack:
-                below = stack.pop()
-                if below in nodes:
-                    return True
-                if below not in seen:
-                    seen.add(below)
-                    stack += [child for child, _ in below.next_functions if child is not None]
-        return False
+        return any(not nodes.isdisjoint(walk(children_of(node))) for node in nodes)
 
     def entries(self) -> int:
         """Curved entries per sample."""

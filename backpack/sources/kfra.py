@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.forms.products import spectrum
 from backpack.graph.carry import carry
+from backpack.graph.nodes import children_of, upwards
 from backpack.graph.taps import TAPS, Tap, notes
 
 LARGEST_MATRIX = 2**13
@@ -79,17 +80,10 @@ def _rows(columns: Tensor, samples: int) -> Tensor:
 def _with_taps(start: Node, wanted: Collection[Tap]) -> set[Node]:
     """Nodes from which a tap is reached."""
     active: set[Node] = set()
-    current_inputs: set[Node] = set()
-    stack = [(start, False)]
-    while stack:
-        node, leaving = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if leaving:
-            if not active.isdisjoint(children) or any(t in wanted for t in notes(node).get(TAPS, ())):
-                active.add(node)
-        elif node not in current_inputs:
-            current_inputs.add(node)
-            stack += [(node, True), *((child, False) for child in children)]
+    for node in upwards([start]):
+        here = any(tap in wanted for tap in notes(node).get(TAPS, ()))
+        if here or not active.isdisjoint(children_of(node)):
+            active.add(node)
     return active
 
 
