@@ -201,6 +201,9 @@ class Recording:
         sizes: numbers of samples according to others than the one that counts.
         doubted: whether that one may be a mask or positions.
         doubt: the shape of an output that speaks for another one.
+        stated: whether the user has said which rows belong to which sample.
+        rivals: ids of inputs that speak of another number of samples, while the pass runs.
+        contest: how two inputs may both carry the batch, if they do.
     """
 
     module: weakref.ref[nn.Module]
@@ -217,6 +220,9 @@ class Recording:
     sizes: frozenset[int] = frozenset()
     doubted: bool = False
     doubt: torch.Size | None = None
+    stated: bool = False
+    rivals: set[int] = field(default_factory=set)
+    contest: str | None = None
 
     def release(self) -> None:
         """Release all taps that are still there."""
