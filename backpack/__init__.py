@@ -13,6 +13,7 @@ from typing import Any
 
 from backpack import context, extensions
 from backpack.capture.extend import extend, unextend
+from backpack.capture.marks import mark
 from backpack.capture.switch import disable
 from backpack.compat import convert_module_to_backpack, memory_cleanup
 from backpack.context import CTX
@@ -41,6 +42,7 @@ __all__ = [
     "extend",
     "extensions",
     "loss_rule",
+    "mark",
     "hessianfree",
     "memory_cleanup",
     "op_rule",

@@ -22,7 +22,8 @@ ROOMS = {
         decompositions""",
     "losses": "base elementwise piecewise softmax twice",
     "graph": "nodes taps tangents tracing carry recognised above forwards survey",
-    "capture": "switch functions inputs loss_records tracker in_place recorder hooks extend",
+    "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks
+        marks extend""",
     "sources": "columns hessian kfra table",
     "kronecker": "objects lists",
     "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
 
+from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
 from backpack.capture.recorder import Recorder
+from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
 from backpack.capture.tracker import flatten
 from backpack.graph.taps import (
@@ -24,6 +27,7 @@ from backpack.graph.taps import (
     notes,
 )
 from backpack.samples.axis import (
+    MADE,
     SampleAxis,
     current_inputs,
     mark,
@@ -70,8 +74,8 @@ def _axes_of_inputs(
     recording: Recording, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> dict[int, SampleAxis]:
     """The sample axes of a model's inputs, by ids: certain for the one that carries the batch."""
-    dim = recording.batch_dim
-    if len(args) == 1 and type(args[0]) is Tensor and not kwargs:
+    dim, samples = recording.batch_dim, module.__dict__.get("_backpack_samples")
+    if len(args) == 1 and type(args[0]) is Tensor and not kwargs and samples is None:
         # Nearly all calls: one tensor, which carries the batch.
         (only,) = args
         recording.arguments.append(only)
@@ -93,6 +97,12 @@ def _axes_of_inputs(
         recording.arguments.append(tensor)
         if tensor.requires_grad:
             recording.entries.add(get_gradient_edge(tensor).node)
+    if samples is not None:
+        said = said_axes(samples, module, args, kwargs, dim)
+    else:
+        said = [(x.data, packed_axis(x)) for x in (*args, *kwargs.values()) if _is_packed(x)]
+    if said:
+        return _beside(said, recording, tensors)
     marked = [axis for t in tensors if (axis := sample_axis_of(t)) is not None]
     free = [
         (name, t)
@@ -111,14 +121,47 @@ def _axes_of_inputs(
         recording.doubted = len(left) > 1
     # With one sample its place is no sign that the right input was taken.
     others = sizes[1:] if recording.size != 1 else [t.shape[dim] for t in given]
-    if recording.doubted or set(others) - {recording.size}:
+    if len(left) > 1 or set(others) - {recording.size}:
         recording.inputs = [(name, t.shape) for name, t in free]
+    if recording.doubted or set(others) - {recording.size}:
         recording.sizes = frozenset(others)
+    recording.rivals = {id(given[j]) for j in left if given[j].shape[dim] != recording.size}
+    # What a larger input explains is no more than a guess, as positions made by the model are.
+    guesses = {j: MADE if j not in left else 1 for j in range(len(given)) if j not in certain}
     return {
-        id(t): regular_axis(t.shape[dim], dim, tentative=j not in certain)
+        id(t): regular_axis(t.shape[dim], dim, tentative=guesses.get(j, 0))
         for j, t in enumerate(given)
         if t.shape[dim] == recording.size
     }
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedSequence) and sample_axis_of(x.data) is None
+
+
+def _beside(said: Said, recording: Recording, tensors: list[Tensor]) -> dict[int, SampleAxis]:
+    """The axes that the user has stated; other inputs of as many rows as samples are guesses."""
+    dim, size = recording.batch_dim, said[0][1].size
+    recording.size, recording.stated = size, True
+    own = [t for t in tensors if isinstance(t, nn.Parameter) and type(t) is not Tensor]
+    axes = {
+        id(t): regular_axis(size, dim, tentative=True)
+        for t in tensors
+        if t.dim() > dim and t.shape[dim] == size and not any(t is p for p in own)
+    }
+    for tensor, axis in said:
+        if not any(tensor is t for t in recording.arguments):
+            recording.arguments.append(tensor)
+            if tensor.requires_grad:
+                recording.entries.add(get_gradient_edge(tensor).node)
+        axes[id(tensor)] = axis
+    return axes
+
+
+def current_recorder() -> Recorder | None:
+    """What sees the forward pass of an extended module that runs in this thread."""
+    recorder = _state.recorder
+    return recorder if recorder is not None and recorder.live else None
 
 
 def _recordable() -> bool:
@@ -153,6 +196,7 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
         recorder.__exit__(None, None, None)
         outputs = [output] if type(output) is Tensor else list(flatten(output))
         axes = [_last_axis(recorder, tensor) for tensor in outputs]
+        recording.contest = recording.contest or contested(recorder.met, recording, outputs, axes)
         recorder.forget_adopted()
     finally:
         _forget()

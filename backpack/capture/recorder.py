@@ -101,6 +101,8 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
 
     def _see(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call that is over."""
+        if self.recording.rivals:
+            self.met.look(args, kwargs, out)
         if not torch.is_grad_enabled():
             self.touch(args, kwargs)
         if type(out) is not Tensor:
@@ -132,7 +134,10 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             mover = MOVERS.get(func)
             found = axis if mover is None else moved(mover, axis, first, out, args, kwargs)
             unsure = found.lost or not found.fits(out.shape) or out is first
-            unsure = unsure or (found.picked is not None and not out.requires_grad)
+            picked = found.picked
+            unsure = unsure or (
+                picked is not None and (not out.requires_grad or picked.only is not None)
+            )
             if mover is None:
                 grew = func in ELEMENTWISE and out.dim() != first.dim()
                 unsure = unsure or grew or not known(func, axis, first, args)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from backpack._torch import SPACES
+from backpack.capture.contest import Met, makes_pairs
 from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
 from backpack.forms.base import Dense
@@ -82,6 +83,7 @@ class Tracker:
         super().__init__()
         self.recording = recording
         self.functions = Functions()
+        self.met = Met(recording.rivals)
         # Tensors that got an axis by an operation in place.
         self.adopted: list[weakref.ref[Tensor]] = []
 
@@ -150,6 +152,8 @@ class Tracker:
                 mark(out, regular_axis(size, tentative=MADE))
             return
         batch, demoted = traced(func, args, kwargs, out, marked, place)
+        if demoted and not batch.tentative and makes_pairs(func, out, batch, marked, demoted):
+            recording.contest = f"{name_of(func)} pairs each row of one with each of another"
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
         fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:

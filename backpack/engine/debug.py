@@ -1,4 +1,4 @@
-"""What ``backpack(..., debug=True)`` prints: the rule of every tap, and where time goes."""
+"""What ``backpack(..., debug=True)`` prints: samples, the rule of every tap, and where time goes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor
 
 from backpack.engine.refusals import Names, parameters_of
-from backpack.graph.taps import Tap
+from backpack.graph.survey import Graph
+from backpack.graph.taps import MODEL_OUTPUT, Tap, notes
+from backpack.samples.axis import SampleAxis
 
+# So many rows are written out.
+SHOWN = 12
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -39,9 +43,32 @@ class Stopwatch:
             print(f"[DEBUG] {name}: {1e3 * seconds:.2f} ms")
 
 
+def print_outputs(graph: Graph) -> None:
+    """Print which samples the rows of the models' outputs belong to: fields follow the samples."""
+    found = {}
+    for node in graph.nodes:
+        for border in notes(node).get(MODEL_OUTPUT, ()):
+            found[id(border.recording), border.place, border.shape] = border
+    for border in found.values():
+        if border.batch is not None and border.recording.taps:
+            module = type(border.recording.module()).__name__
+            print(f"[DEBUG] output {tuple(border.shape)} of {module}: {_place(border.batch)}")
+
+
+def _place(axis: SampleAxis) -> str:
+    """Where samples are."""
+    if axis.lost:
+        return f"samples are not apart ({axis.lost})"
+    where = f"samples {axis.size}, axis {axis.dim}"
+    if axis.picked is None:
+        return where
+    rows = axis.picked.samples.tolist()
+    shown = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+    return f"{where}, rows of samples {shown}"
+
+
 def print_taps(taps: Iterable[Tap], names: Names) -> None:
     """Print operations in which parameters meet data, with their rules."""
     for tap in taps:
         who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
-        place = f"samples {tap.batch.size}, axis {tap.batch.dim}"
-        print(f"[DEBUG] tap {tap.op}: {who} ({place}), {tap.rule}")
+        print(f"[DEBUG] tap {tap.op}: {who} ({_place(tap.batch)}), {tap.rule}")

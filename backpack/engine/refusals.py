@@ -129,8 +129,15 @@ def check(
             raise RuntimeError(
                 f"cannot tell which input carries the batch: of {names.inputs(recording)} one was "
                 f"taken for {recording.size} samples on axis {recording.batch_dim}, but an output of "
-                f"the model has shape {tuple(recording.doubt)}. Pass the batch first, or keep masks "
-                "and tables as attributes or buffers of the module"
+                f"the model has shape {tuple(recording.doubt)}. Say which, extend(model, "
+                "samples='its name'), or which row belongs to which sample (backpack.mark); or keep "
+                "masks and tables as attributes or buffers of the module"
+            )
+        if recording.contest is not None and not recording.stated:
+            raise RuntimeError(
+                f"cannot tell which input carries the batch: of {names.inputs(recording)} two may, and "
+                f"{recording.contest}. Say which, extend(model, samples='its name'), or which row "
+                "belongs to which sample (backpack.mark)"
             )
     for unseen in graph.unseen:
         refuse(RuntimeError(names.unseen([unseen])), [unseen[0]])
@@ -153,8 +160,8 @@ def check(
         if tap.batch.lost:
             text = (
                 f"cannot tell which axis of the output of {tap.op} (parameters {names.of(tap)}) holds "
-                f"the samples: {tap.batch.lost}. Keep samples on one axis, or pass the right "
-                "batch_dim to extend"
+                f"the samples: {tap.batch.lost}. Keep samples on one axis, pass the right "
+                "batch_dim to extend, or say which row belongs to which sample (backpack.mark)"
             )
             refuse(RuntimeError(text), [p for s in tap.sources for p in parameters_of(s)])
         for ext in second_order if tap.above else ():

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import current_node, current_task, executes
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
-from backpack.engine.debug import Stopwatch, print_taps
+from backpack.engine.debug import Stopwatch, print_outputs, print_taps
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.loop import carry_sources
@@ -203,6 +203,7 @@ class Run:
         if self.block.owner.extension_hook is not None:
             self._own_modules(fresh)
         if self.block.owner.debug:
+            print_outputs(graph)
             print_taps((tap for _, tap in fresh), names)
 
     def _expect(self, graph: Graph) -> None:

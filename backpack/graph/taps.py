@@ -227,6 +227,9 @@ class Recording:
         sizes: numbers of samples according to others than the one that counts.
         doubted: whether that one may be a mask or positions.
         doubt: the shape of an output that speaks for another one.
+        stated: whether the user has said which rows belong to which sample.
+        rivals: ids of inputs that speak of another number of samples, while the pass runs.
+        contest: how two inputs may both carry the batch, if they do.
         number: a count of forward passes.
         place: of its samples, in a backward pass through several forward passes with samples of their
             own.
@@ -246,6 +249,9 @@ class Recording:
     sizes: frozenset[int] = frozenset()
     doubted: bool = False
     doubt: torch.Size | None = None
+    stated: bool = False
+    rivals: set[int] = field(default_factory=set)
+    contest: str | None = None
     number: int = field(default_factory=_numbers.__next__)
     place: Place | None = None
 

@@ -254,7 +254,11 @@ def settled(
     """
     if axis.lost is None:
         # A sample that all may look at is no sample of its own as long as no parameter depends on it.
-        common = axis.size > 1 and axis.solo is not None and not new.requires_grad
+        solo = axis.solo
+        if axis.size > 1 and solo is not None and axis.dim and not axis.bare:
+            # All of it is that sample's: layers expect samples in front.
+            axis = solo_axis(solo, axis.size, new.shape, new.device, axis.tentative)
+        common = axis.size > 1 and solo is not None and not new.requires_grad
         axis = replace(axis, tentative=True) if common else axis
         certain = [each for _, each in marked if not each.tentative and not each.lost]
         if axis.tentative and certain and not common and func not in LIKE:

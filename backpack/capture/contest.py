@@ -1,0 +1,113 @@
+"""Whether two inputs of a model may both carry the batch: then the user is asked.
+
+Shapes do not tell users from items, or a state that all share from a batch of one. Where inputs have
+different lengths, both meet parameters, and the model's output does not speak for one of them, or
+where the model pairs each row of one with each row of another, either could hold the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from backpack._torch import without_torch_function
+from backpack.graph.taps import Recording
+from backpack.samples.axis import SampleAxis, sample_axis_of
+from backpack.samples.movers import spellings
+from backpack.samples.propagate import ELEMENTWISE
+
+_RIVAL = "_backpack_rival"
+_PRODUCTS = frozenset(
+    spellings(*"matmul mm bmm einsum tensordot inner outer ger cdist __matmul__ __rmatmul__".split())
+)
+
+
+class Met:
+    """Where inputs that speak of another number of samples meet parameters.
+
+    Args:
+        rivals: ids of these inputs.
+    """
+
+    def __init__(self, rivals: set[int]) -> None:
+        self.rivals = rivals
+        # Results of the first meetings, with their lengths.
+        self.places: list[tuple[GradientEdge, torch.Size]] = []
+
+    def look(self, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Look at a call: what is computed from a rival is one too, until a parameter meets it."""
+        if not isinstance(out, Tensor):
+            return
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if not any(id(a) in self.rivals or hasattr(a, _RIVAL) for a in given):
+            return
+        if not out.requires_grad:
+            setattr(out, _RIVAL, True)
+        elif not any(sample_axis_of(a) is not None for a in given):
+            self.places.append((get_gradient_edge(out), out.shape))
+
+
+def contested(
+    met: Met, recording: Recording, outputs: Sequence[Tensor], axes: Sequence[SampleAxis | None]
+) -> str | None:
+    """How two inputs of different lengths may both carry the batch, if they may."""
+    if not met.places:
+        return None
+    speaks = False
+    dim = recording.batch_dim
+    for output, axis in zip(outputs, axes, strict=True):
+        if not output.requires_grad or output.dim() <= dim or axis is None or axis.lost:
+            continue
+        if not axis.fits(output.shape) or axis.dim != dim:
+            continue
+        if recording.size == 1 and output.shape[dim] != 1:
+            continue
+        if any(_is_row(output, axis, place) for place in met.places):
+            return "an output has the rows of both"
+        speaks = True
+    return None if speaks else "no output speaks for one of them, while parameters meet both"
+
+
+def _is_row(output: Tensor, axis: SampleAxis, place: tuple[GradientEdge, torch.Size]) -> bool:
+    """Whether places of another axis of an output belong to rows of a rival."""
+    edge, shape = place
+    length = shape[axis.dim] if len(shape) > axis.dim else 1
+    for dim in range(output.dim()):
+        if dim == axis.dim or output.shape[dim] != length or length < 2:
+            continue
+        column = torch.zeros_like(output)
+        column.select(dim, 0).fill_(1)
+        with without_torch_function():
+            (found,) = torch.autograd.grad(
+                [output], [edge], [column], retain_graph=True, allow_unused=True
+            )
+        if found is not None and not bool(found.narrow(axis.dim, 1, length - 1).any()):
+            return True
+    return False
+
+
+def makes_pairs(
+    func: Any,
+    new: Tensor,
+    batch: SampleAxis,
+    marked: Sequence[tuple[Tensor, SampleAxis]],
+    demoted: Sequence[Tensor],
+) -> bool:
+    """Whether rows of a second input, as many as samples, are paired with each of the samples."""
+    if batch.lost or batch.size == 1 or not (func in _PRODUCTS or func in ELEMENTWISE):
+        return False
+    data = [t for t, axis in marked if not any(t is d for d in demoted) and not axis.lost]
+    for old, axis in marked:
+        guess = axis.tentative == 1 and not axis.lost and axis.picked is None
+        if not guess or not old.requires_grad or not any(old is d for d in demoted):
+            continue
+        if func in _PRODUCTS:
+            return True
+        place = axis.dim - old.dim()
+        if all(-place > t.dim() or t.shape[place] == 1 for t in data):
+            return True
+    return False

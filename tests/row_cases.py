@@ -1,0 +1,211 @@
+"""Programs whose rows are not samples: graphs, bags, lists of images, tokens, users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import backpack as bp
+
+
+class RowCase(NamedTuple):
+    """A program whose rows are not samples.
+
+    Attributes:
+        model: makes the model; each of its weights has a bias beside it.
+        run: the model's output, all rows of all forward passes.
+        owner: the sample of each row of the output.
+        samples: how many samples there are.
+        say: how the user says which row belongs to which sample.
+        options: of ``backpack(...)``.
+    """
+
+    model: Callable[[], nn.Module]
+    run: Callable[[nn.Module], Tensor]
+    owner: list[int]
+    samples: int
+    say: Callable[[nn.Module], Any] = lambda model: bp.extend(model)
+    options: dict[str, Any] = {}
+
+
+def data(*shape: int, seed: int = 3) -> Tensor:
+    """The same numbers each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def scatter(x: Tensor, index: Tensor, size: int, reduce: str = "sum") -> Tensor:
+    """Rows put together by ``scatter_reduce``, as graph libraries do."""
+    places = index[:, None].expand_as(x)
+    return x.new_zeros(size, x.shape[1]).scatter_reduce(0, places, x, reduce, include_self=False)
+
+
+# --------------------------------------------------------------------------------------
+# Graphs: nodes of three graphs, one after the other
+
+GRAPH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+EDGES = torch.tensor([[0, 1, 2, 1, 3, 4, 5, 6, 7, 8, 8], [1, 0, 1, 2, 4, 3, 6, 7, 8, 5, 6]])
+NODES = data(9, 3)
+
+
+class GCN(nn.Module):
+    """Two graph convolutions, the mean of a graph's nodes, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def convolve(self, layer: nn.Module, x: Tensor, edges: Tensor) -> Tensor:
+        loops = torch.arange(len(x))
+        source, target = torch.cat([edges[0], loops]), torch.cat([edges[1], loops])
+        degree = torch.zeros(len(x)).to(x).scatter_add(0, target, torch.ones(len(target)).to(x))
+        norm = (degree[source] * degree[target]).rsqrt()
+        messages = layer(x).index_select(0, source) * norm[:, None]
+        return torch.zeros(len(x), messages.shape[1]).to(x).index_add(0, target, messages)
+
+    def forward(self, x: Tensor, edges: Tensor, batch: Tensor) -> Tensor:
+        h = self.convolve(self.first, x, edges).tanh()
+        h = self.convolve(self.second, h, edges).sigmoid()
+        size = int(batch.max()) + 1
+        counts = torch.bincount(batch, minlength=size).clamp(min=1)
+        return self.head(scatter(h, batch, size) / counts[:, None])
+
+
+class GIN(nn.Module):
+    """Sums over neighbours, an MLP, normalisation within each graph, the largest of a graph's nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = nn.Parameter(torch.tensor([0.3]))
+        self.mlp = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, edges: Tensor, batch: Tensor) -> Tensor:
+        size = int(batch.max()) + 1
+        around = torch.zeros_like(x).index_add_(0, edges[1], x[edges[0]])
+        h = self.mlp((1 + self.eps) * x + around)
+        mean = scatter(h, batch, size, "mean")
+        h = h - mean[batch]
+        h = h / (scatter(h * h, batch, size, "mean") + 0.1).sqrt().index_select(0, batch)
+        return self.head(scatter(h, batch, size, "amax") + scatter(h.exp(), batch, size))
+
+
+def by_graph(model: nn.Module) -> None:
+    bp.extend(model, samples=lambda x, edges, batch: (x, batch))
+
+
+def marked_nodes(model: nn.Module) -> Tensor:
+    return model(bp.mark(NODES.clone(), GRAPH), EDGES, GRAPH)
+
+
+# --------------------------------------------------------------------------------------
+# Bags: instances of three bags
+
+BAG = torch.tensor([0, 1, 1, 1, 2, 2])
+INSTANCES = data(6, 3, seed=4)
+
+
+class Pooling(nn.Module):
+    """Attention over the instances of a bag, by a softmax over segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.score, self.head = nn.Linear(3, 3), nn.Linear(3, 1), nn.Linear(3, 2)
+
+    def weights(self, h: Tensor, bag: Tensor) -> Tensor:
+        score = self.score(h)[:, 0]
+        highest = score.new_zeros(3).scatter_reduce(0, bag, score, "amax", include_self=False)
+        exp = (score - highest[bag]).exp()
+        return exp / torch.zeros(3).to(h).index_add(0, bag, exp)[bag]
+
+    def forward(self, x: Tensor, bag: Tensor) -> Tensor:
+        h = self.embed(x).tanh()
+        return self.head(torch.zeros(3, 3).to(h).index_add(0, bag, h * self.weights(h, bag)[:, None]))
+
+
+class EachBag(Pooling):
+    """The same in a loop over a list of bags."""
+
+    def forward(self, bags: list[Tensor]) -> Tensor:  # type: ignore[override]
+        pooled = []
+        for bag in bags:
+            h = self.embed(bag).tanh()
+            pooled.append((self.score(h).softmax(0) * h).sum(0))
+        return self.head(torch.stack(pooled))
+
+
+def bags() -> list[Tensor]:
+    return list(INSTANCES.split([1, 3, 2]))
+
+
+# --------------------------------------------------------------------------------------
+# Images of different sizes
+
+IMAGES = [data(2, 3, 4, seed=5), data(2, 5, 3, seed=6), data(2, 3, 3, seed=7)]
+
+
+class EachImage(nn.Module):
+    """One image at a time; the outputs are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 2, 2), nn.Linear(2, 2)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        pooled = [self.conv(image.unsqueeze(0)).tanh().mean((2, 3)) for image in images]
+        return self.head(torch.cat(pooled))
+
+
+# --------------------------------------------------------------------------------------
+# Tokens, sentences one after the other, users
+
+LENGTHS = [2, 1, 3]
+SENTENCE = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
+TOKENS = data(6, 3, seed=8)
+SEQUENCES = data(2, 3, 3, seed=9)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+class Attention(nn.Module):
+    """Attention within each of several sentences that lie one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        q, k, v = (layer(x).split(lengths) for layer in (self.q, self.k, self.v))
+        mixed = [(a @ b.T).softmax(-1) @ c for a, b, c in zip(q, k, v, strict=True)]
+        return self.head(torch.cat(mixed))
+
+
+USERS = torch.tensor([1, 0, 1, 2, 0, 1])
+
+CASES: dict[str, RowCase] = {
+    "GCN": RowCase(GCN, lambda m: m(NODES, EDGES, GRAPH), [0, 1, 2], 3, by_graph),
+    "GCN, marked": RowCase(GCN, marked_nodes, [0, 1, 2], 3),
+    "GIN": RowCase(GIN, lambda m: m(NODES, EDGES, GRAPH), [0, 1, 2], 3, by_graph),
+    "bags": RowCase(
+        *(Pooling, lambda m: m(INSTANCES, BAG), [0, 1, 2], 3),
+        lambda m: bp.extend(m, samples=lambda x, bag: (x, bag)),
+    ),
+    "list of bags": RowCase(
+        EachBag, lambda m: m(bags()), [0, 1, 2], 3, lambda m: bp.extend(m, samples="bags")
+    ),
+    "list of images": RowCase(
+        EachImage, lambda m: m(IMAGES), [0, 1, 2], 3, lambda m: bp.extend(m, samples=0)
+    ),
+    "tokens": RowCase(mlp, lambda m: m(SEQUENCES.flatten(0, 1)), list(range(6)), 6),
+    "sentences": RowCase(mlp, lambda m: m(bp.mark(TOKENS.clone(), SENTENCE)), SENTENCE.tolist(), 3),
+    "packed tokens": RowCase(
+        *(Attention, lambda m: m(TOKENS, LENGTHS), SENTENCE.tolist(), 3),
+        lambda m: bp.extend(m, samples=lambda x, lengths: (x, SENTENCE)),
+    ),
+    "users": RowCase(mlp, lambda m: m(bp.mark(TOKENS.clone(), USERS)), USERS.tolist(), 3),
+}

@@ -1,0 +1,128 @@
+"""Which row belongs to which sample, where the user says it, against brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack import backpack, extend, extensions
+from tests.idioms.compare import Comparison
+from tests.idioms.reference import Expanded, Truth
+from tests.row_cases import CASES, EDGES, GCN, GRAPH, NODES, RowCase, data
+
+
+def _of(*names: str) -> tuple:
+    return tuple(getattr(extensions, name)() for name in names)
+
+
+GROUPS = {
+    "first": _of("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"),
+    "ggn": _of("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNMP"),
+    "hessian": _of("DiagHessian", "BatchDiagHessian", "HMP"),
+}
+
+
+def targets(rows: int) -> Tensor:
+    return torch.arange(rows) % 2
+
+
+def truth_of(case: RowCase, model: nn.Module) -> Truth:
+    """By plain autograd: the model is not extended yet."""
+    output = case.run(model)
+    owner = torch.tensor(case.owner).repeat_interleave(output.shape[1])
+    at = Expanded(dict(model.named_parameters()), [output], owner, case.samples)
+    return Truth(at, lambda outputs: F.cross_entropy(outputs[0], targets(len(outputs[0]))))
+
+
+def moments(case: RowCase, model: nn.Module) -> dict[str, Tensor]:
+    """Second moments of what layers take: sums over all rows and uses, divided by the samples."""
+    found: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].detach()
+            if isinstance(module, nn.Conv2d):
+                rows = F.unfold(rows, module.kernel_size).mT
+            rows = rows.flatten(0, -2)
+            found[name] = found.get(name, 0) + rows.T @ rows / case.samples
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(listen(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    case.run(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_an_edge_between_graphs() -> None:
+    model = CASES["GCN"].model().double()
+    CASES["GCN"].say(model)
+    loss = model(NODES, torch.cat([EDGES, torch.tensor([[0], [4]])], 1), GRAPH).sum()
+    with pytest.raises(RuntimeError, match="samples"), backpack(extensions.BatchGrad()):
+        loss.backward()
+
+
+def test_rows_that_are_not_marked_are_constants() -> None:
+    """Features of edges with a layer of their own."""
+
+    class Edged(GCN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edge = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, edges: Tensor, batch: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
+            h = self.second(self.first(x).tanh())
+            messages = h[edges[0]] * self.edge(features).tanh()
+            h = torch.zeros_like(h).index_add(0, edges[1], messages)
+            return self.head(torch.zeros(3, 2).to(h).index_add(0, batch, h))
+
+    features = data(EDGES.shape[1], 2, seed=11)
+    torch.manual_seed(1)
+    model = Edged().double()
+    case = RowCase(Edged, lambda m: m(NODES, EDGES, GRAPH, features), [0, 1, 2], 3)
+    truth = truth_of(case, model)
+    whose = GRAPH[EDGES[0]]
+    for samples in (
+        lambda x, edges, batch, features: (x, batch),
+        lambda x, edges, batch, features: [(x, batch), (features, whose)],
+    ):
+        extend(model, samples=samples)
+        outcome = Comparison(
+            truth, model, lambda: F.cross_entropy(case.run(model), targets(3)).backward()
+        ).outcome(GROUPS)
+        assert not any(outcome.values()), outcome
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantities(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(1)
+    model = case.model().double()
+    truth, inputs = truth_of(case, model), moments(case, model)
+    case.say(model)
+    lossfunc = extend(nn.CrossEntropyLoss())
+
+    def backward() -> None:
+        output = case.run(model)
+        lossfunc(output, targets(len(output))).backward()
+
+    outcome = Comparison(truth, model, backward).outcome(GROUPS)
+    assert not any(outcome.values()), outcome
+    with backpack(extensions.KFLR(), extensions.KFAC(mc_samples=2)):
+        backward()
+    for layer, A in inputs.items():
+        weight, bias = (model.get_parameter(f"{layer}.{kind}") for kind in ("weight", "bias"))
+        B = truth.ggn[f"{layer}.bias"]
+        torch.testing.assert_close(weight.kflr[0], B)
+        torch.testing.assert_close(weight.kflr[1], A)
+        torch.testing.assert_close(weight.kfac[1], A)
+        torch.testing.assert_close(bias.kflr[0], B)
