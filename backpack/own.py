@@ -11,6 +11,7 @@ Everything that code outside the library builds on is imported from here; the fi
   :class:`Sum`, :class:`Pullback` (which needs the graph), and :class:`Patches` in an :class:`Outer`.
 """
 
+from backpack.forms.at_output import AtOutput
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
@@ -54,6 +55,7 @@ __all__ = [
     "Counted",
     "Blocks",
     "Added",
+    "AtOutput",
     "AveragedRoot",
     "BackpropExtension",
     "SampleAxis",
