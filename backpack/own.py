@@ -11,11 +11,13 @@ Everything that code outside the library builds on is imported from here; the fi
   :class:`Sum`, :class:`Pullback` (which needs the graph), and :class:`Patches` in an :class:`Outer`.
 """
 
+from backpack.forms.at_output import AtOutput
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.several import Pullback, Sum, Together
+from backpack.graph.nodes import kind_of, walk
 from backpack.graph.tracing import axis_at
 from backpack.losses.base import LossHessian, loss_rule
 from backpack.losses.elementwise import elementwise
@@ -54,6 +56,7 @@ __all__ = [
     "Counted",
     "Blocks",
     "Added",
+    "AtOutput",
     "AveragedRoot",
     "BackpropExtension",
     "SampleAxis",
@@ -82,6 +85,8 @@ __all__ = [
     "Together",
     "Wanted",
     "axis_at",
+    "kind_of",
+    "walk",
     "sample_axis_of",
     "elementwise",
     "loss_rule",

@@ -124,6 +124,30 @@ def test_a_loss_of_one_sample_inside_the_model() -> None:
         torch.testing.assert_close(p.diag_ggn_exact, p.diag_h)
 
 
+def test_two_models() -> None:
+    """Each with samples of its own; all parameters are used once."""
+    torch.manual_seed(0)
+    models = [extend(MODELS["smooth"]().double()) for _ in range(2)]
+    data, y = [torch.randn(n, 4).double() for n in (2, 3)], torch.randint(3, (5,))
+    quantities = E.BatchGrad(), E.BatchDiagGGNExact(), E.KFLR(), E.BatchDiagHessian()
+    outputs = [model(x) for model, x in zip(models, data, strict=True)]
+    with backpack(*quantities, forwards="further"):
+        F.cross_entropy(torch.cat(outputs), y, reduction="sum").backward()
+    for model, x, t, own in zip(models, data, y.split([2, 3]), (slice(2), slice(2, 5)), strict=True):
+        found = values(model)
+        with backpack(*quantities):
+            F.cross_entropy(model(x), t, reduction="sum").backward()
+        wanted = values(model)
+        for key in found:
+            if "batch" in key:
+                assert len(found[key][0]) == 5
+                found[key] = [found[key][0][own]]
+        same(
+            {k: v for k, v in found.items() if "kflr" not in k},
+            {k: v for k, v in wanted.items() if "kflr" not in k},
+        )
+
+
 def test_one_pass_for_each_sample() -> None:
     """Sequences of different lengths; each is one sample."""
     torch.manual_seed(0)

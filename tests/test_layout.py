@@ -17,14 +17,14 @@ ROOT = Path(backpack.__file__).parent
 ROOMS = {
     "samples": """axis aliases separability movers contractions indexing reductions entries writes
         propagate""",
-    "forms": "memory triton products base layout lookup outer several",
+    "forms": "memory triton products base layout lookup outer several at_output",
     "rules": """base recursions elementwise linear convolution lookup normalization recurrent fallback
         decompositions""",
-    "losses": "base elementwise piecewise softmax twice",
+    "losses": "blocks base elementwise piecewise softmax twice",
     "graph": "nodes taps tangents tracing carry recognised above forwards survey",
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks
         marks extend""",
-    "sources": "columns hessian kfra table",
+    "sources": "columns at_output hessian kfra table",
     "kronecker": "objects lists",
     "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",
     "engine": "left_out state layer_io refusals debug certificate collect loop run direct block",

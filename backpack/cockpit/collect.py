@@ -274,7 +274,7 @@ class Curvature(BackpropExtension):
     """
 
     needs_gradient = False
-    signed = True
+    signed = summed = True
 
     def __init__(
         self,

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.nodes import kind_of, walk
-from backpack.own import Pass, SampleAxis, axis_at
+from backpack.own import Pass, SampleAxis, axis_at, kind_of, walk
 
 _LINEAR = frozenset(
     """Add Sub Rsub Neg Mul Div Sum Mean View UnsafeView ReshapeAlias Expand Squeeze Unsqueeze Clone

@@ -33,8 +33,7 @@ from backpack.cockpit.report import show_in_notebook, show_window, write
 from backpack.cockpit.sharpness import critical_sharpness
 from backpack.cockpit.sinks import Sink, sink_of
 from backpack.cockpit.utils.schedules import linear
-from backpack.graph.nodes import walk
-from backpack.own import BackpropExtension
+from backpack.own import BackpropExtension, walk
 
 # Entries that are looked at for a histogram, for each parameter.
 ENTRIES = 2**18

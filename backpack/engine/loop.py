@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
+
 from backpack.engine.collect import (
     Arrived,
     Leaf,
@@ -15,7 +17,7 @@ from backpack.engine.debug import Stopwatch
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.refusals import Refuse
 from backpack.engine.state import Block, Nested
-from backpack.forms.base import Dense
+from backpack.forms.base import Dense, Form
 from backpack.forms.products import products_kept
 from backpack.graph.carry import carry
 from backpack.quantities.base import BackpropExtension
@@ -54,6 +56,7 @@ def _carry_source(
         any(ext.per_sample for ext in exts),
         all(ext.signed for ext in exts),
         any(ext.every_column for ext in exts),
+        all(ext.summed for ext in exts),
     )
     chunks = source.chunks(given, wanted)
     kept = list(chunks) if refined and source.random else None
@@ -82,6 +85,9 @@ def _take_all(
     refining: bool,
 ) -> None:
     for columns in chunks:
+        if columns.forms is not None:
+            _take_forms(leaves, columns.forms, exts, refining)
+            continue
         with watch("columns carried to all taps"):
             at = _carry(columns, given)
         about = leaves
@@ -125,8 +131,32 @@ def _take(
         shape = (count, leaf.samples, *leaf.parameter.shape)
         zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
         reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
-    elif refining:
+    else:
+        _reduce(leaf, exts, form, refining, columns.sign)
+
+
+def _take_forms(
+    leaves: Sequence[Leaf],
+    forms: Mapping[Tensor, Form],
+    exts: list[BackpropExtension],
+    refining: bool,
+) -> None:
+    """Reduce forms of all columns at once."""
+    with products_kept():
+        for leaf in leaves:
+            if leaf.parameter in forms:
+                _reduce(leaf, exts, forms[leaf.parameter], refining)
+
+
+def _reduce(
+    leaf: Leaf,
+    exts: list[BackpropExtension],
+    form: Form,
+    refining: bool,
+    sign: Tensor | None = None,
+) -> None:
+    if refining:
         for ext in [ext for ext in exts if ext.savefield not in leaf.without]:
             leaf.states[ext.savefield] = ext.refine(leaf.states[ext.savefield], form)
     else:
-        reduce(leaf, exts, form, columns.sign)
+        reduce(leaf, exts, form, sign)

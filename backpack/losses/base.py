@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack._torch import reduction_name
+from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 
 LossRule = Callable[..., "LossHessian | None"]
@@ -95,6 +96,16 @@ class LossHessian(ABC):
     def with_minimal_root(self) -> LossHessian:
         """The same Hessian with a root of as few columns as there are."""
         return self
+
+    def blocks(self, grad: Tensor, signed: bool = False) -> HessianBlocks | None:
+        """The blocks for the incoming gradient ``grad``, if they are known without columns.
+
+        Args:
+            grad: the gradient at the loss.
+            signed: whether that may be negative; ``None`` is the answer otherwise, and where the loss
+                is not convex for other reasons.
+        """
+        return None
 
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         """``count`` random columns with expected outer product the blocks, ``[count, *f.shape]``."""

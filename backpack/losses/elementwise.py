@@ -18,6 +18,7 @@ from backpack.losses.base import (
     reduction_scale,
     root_of_curvature,
 )
+from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 
 
@@ -46,6 +47,12 @@ class _Elementwise(LossHessian):
 
     def root(self) -> Tensor:
         return (root_of_curvature(self.second(self.f)) * self._scale_root()).unsqueeze(0)
+
+    def blocks(self, grad: Tensor, signed: bool = False) -> HessianBlocks | None:
+        curvature, grad = self.second(self.f) * self.scale, self.incoming(grad)
+        if bool((curvature < 0).any()) or not (signed or bool((grad >= 0).all())):
+            return None
+        return HessianBlocks((curvature * grad).expand(self.f.shape))
 
     def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         if self.noise is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack.losses.base import LossHessian, NoCurvature, any_negative, loss_rule, root_of_curvature
+from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 
 
@@ -42,6 +43,14 @@ class _Softmax(LossHessian):
         eye = eye.reshape(-1, *shape)
         root = (log_p / 2).exp().movedim(dim, 0).unsqueeze(dim + 1) * (eye - p)
         return root * root_of_curvature(self.weight)
+
+    def blocks(self, grad: Tensor, signed: bool = False) -> HessianBlocks | None:
+        grad = self.incoming(grad)
+        if bool((self.weight < 0).any()) or not (signed or bool((grad >= 0).all())):
+            return None
+        dim = self.block[0]
+        weight = (self.weight * grad).expand(self.f.select(dim, 0).unsqueeze(dim).shape)
+        return HessianBlocks.of_softmax(self.f, weight, dim)
 
     def _triangular(self, p: Tensor, dim: int) -> Tensor:
         """``diag(p) - p p^T`` has rank ``C - 1`` and the Cholesky factor (Tanabe, Sagae, 1992).

@@ -60,6 +60,10 @@ class BackpropExtension:
         every_use: whether a form is that of all uses of a parameter, also where its columns reach some
             of them only (the others have columns of zeros).
         signed: whether exact columns may come with signs, where the Hessian of the loss is indefinite.
+        summed: whether only sums over all columns of a form are asked for: ``square_sum``,
+            ``square_sum_per_sample``, ``squared_norms``, ``kronecker``, ``rotated_square_sum``. With
+            ``True``, of exact columns at the layer that makes the loss's input it may be
+            :class:`~backpack.own.AtOutput`, for which none of them is made.
         refines: whether the columns are looked at again, by :meth:`refine`.
         large: whether the value of an earlier pass is let go before this one's is computed.
         mixed: whether the value has a meaning where samples are mixed (batch norm in training mode), as
@@ -90,6 +94,7 @@ class BackpropExtension:
     every_column: bool = False
     every_use: bool = False
     signed: bool = False
+    summed: bool = False
     refines: bool = False
     large: bool = False
     mixed: bool = False

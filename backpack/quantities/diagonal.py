@@ -13,7 +13,7 @@ from backpack.sources.table import ExactRoot, HessianRoot, RandomSigns
 
 class _Diagonal(BackpropExtension):
     per_sample = needs_gradient = False
-    signed = True
+    signed = summed = True
     combine = Added(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
@@ -25,7 +25,7 @@ class _Diagonal(BackpropExtension):
 
 class _BatchDiagonal(BackpropExtension):
     needs_gradient = False
-    large = signed = True
+    large = signed = summed = True
     combine = Joined(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack.forms.at_output import AtOutput
 from backpack.forms.base import Form, Positioned, Sharing
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
@@ -22,7 +23,7 @@ from backpack.sources.table import AveragedRoot, ExactRoot
 
 class _Kronecker(BackpropExtension):
     needs_gradient = False
-    every_use = True
+    every_use = summed = True
     combine: Rule | None = Blocks(1)
     kfac_approx: Sharing = None
 
@@ -47,7 +48,7 @@ class _Kronecker(BackpropExtension):
 
 def _layout(form: Form) -> str:
     """Where in a parameter the matrix is that its Kronecker factors fit."""
-    form = form.form if isinstance(form, Part) else form
+    form = form.form if isinstance(form, (Part, AtOutput)) else form
     if isinstance(form, Lookup):
         return "in_out"
     return form.layout.kind if isinstance(form, Outer) and len(form.shape) > 1 else "out_in"
@@ -56,6 +57,7 @@ def _layout(form: Form) -> str:
 def _averaged_over(form: Form, sharing: Sharing) -> int:
     """The number of rows that the factor of the inputs is an average over."""
     form = form.together() if isinstance(form, Part) else form
+    form = form.form if isinstance(form, AtOutput) else form
     groups = form.inputs.shape[1] if isinstance(form, Outer) else 1
     if sharing == "expand" and isinstance(form, Positioned):
         return max(form.all_positions * groups, 1)

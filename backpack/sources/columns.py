@@ -10,7 +10,7 @@ class with :meth:`ColumnSource.chunks`, and a value (a frozen dataclass), so tha
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.forms.base import Form
 from backpack.graph.carry import columns_at_once, differentiable_twice
 from backpack.graph.survey import Graph
 from backpack.graph.taps import Source, Tap
@@ -43,6 +44,8 @@ class Columns(NamedTuple):
         about: the parameters that they are for; ``None``: for all that they reach.
         carried: whether they are where they belong: at taps, or at a parameter itself (``[v, *p]`` of
             all samples together, or ``[v, n, *p]``).
+        forms: in place of columns, forms of all of them at once, of parameters to which none needs to
+            be carried; only where :attr:`Wanted.summed`.
     """
 
     starts: Sequence[GradientEdge]
@@ -50,6 +53,7 @@ class Columns(NamedTuple):
     sign: Tensor | None = None
     about: Collection[Tensor] | None = None
     carried: bool = False
+    forms: Mapping[Tensor, Form] | None = None
 
 
 class Leaf(Protocol):
@@ -73,11 +77,13 @@ class Wanted(NamedTuple):
         per_sample: whether single samples are looked at.
         signed: whether columns may come with signs.
         every_column: whether as many columns are wanted as there are model outputs, not as few as do.
+        summed: whether only sums over columns are wanted, so that there may be forms of all of them.
     """
 
     per_sample: bool = True
     signed: bool = False
     every_column: bool = False
+    summed: bool = False
 
 
 class LossPiece(NamedTuple):

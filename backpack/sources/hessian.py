@@ -32,15 +32,17 @@ from backpack.graph.recognised import second_derivative
 from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
 from backpack.graph.tracing import cut
 from backpack.samples.axis import SampleAxis
+from backpack.sources.at_output import forms_at_output
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 
 
-def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
+def diagonal(given: Pass, per_sample: bool, summed: bool = False) -> Iterator[Columns]:
     """Signed columns whose squares sum to the Hessian diagonal of the function that is differentiated.
 
     Args:
         given: the backward pass.
         per_sample: whether the diagonals of single samples are needed.
+        summed: whether there may be forms of all columns at once.
     """
     path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs, given.graph.losses)
     clean: list[Leaf] = []
@@ -62,7 +64,7 @@ def diagonal(given: Pass, per_sample: bool) -> Iterator[Columns]:
         by_output += below
         path.nonlinear.clear()
     if clean:
-        yield from _columns(given, path, clean)
+        yield from _columns(given, path, clean, summed)
     for leaf in by_output:
         yield from _output_hessian(given, leaf)
     for leaf in by_entry:
@@ -171,7 +173,9 @@ class CurvatureMap:
 # By columns
 
 
-def _columns(given: Pass, path: CurvatureMap, leaves: Sequence[Leaf]) -> Iterator[Columns]:
+def _columns(
+    given: Pass, path: CurvatureMap, leaves: Sequence[Leaf], summed: bool
+) -> Iterator[Columns]:
     uses = {(node, tap.place): None for leaf in leaves for node, tap, _ in leaf.uses}
     targets = [GradientEdge(*place) for place in uses]
     about = {leaf.parameter for leaf in leaves}
@@ -179,13 +183,20 @@ def _columns(given: Pass, path: CurvatureMap, leaves: Sequence[Leaf]) -> Iterato
     places += [GradientEdge(node, 0) for node, _ in path.nonlinear]
     grads = gradients(given.roots, places, create_graph=torch.is_grad_enabled())
     for (_, record), arriving in zip(path.losses, grads, strict=False):
-        grad = None if arriving is None else record.weight(arriving)
+        grad, rest = None if arriving is None else record.weight(arriving), about
+        if summed and grad is not None:
+            forms = forms_at_output(record.edge, record.hessian.blocks(grad, True), leaves)
+            if forms:
+                yield Columns([], [], forms=forms)
+                rest = about - forms.keys()
+        if not rest:
+            continue
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
             if part is not None and bool((part > 0).any()):
                 count = given.at_once([record.edge, *targets], part.device.type)
                 for chunk in record.hessian.columns(part.clamp(min=0), count):
                     signs = part.new_full((len(chunk), record.hessian.batch.size), sign)
-                    yield Columns([record.edge], [chunk], None if sign > 0 else signs, about)
+                    yield Columns([record.edge], [chunk], None if sign > 0 else signs, rest)
     for (node, batch), grad in zip(path.nonlinear, grads[len(path.losses) :], strict=True):
         if grad is None:
             continue

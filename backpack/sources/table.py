@@ -5,7 +5,7 @@ Letters: ``v`` columns, ``n`` samples, ``C`` numbers of a sample's model output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backpack.graph.carry import carry
+from backpack.losses.blocks import HessianBlocks
 from backpack.losses.twice import signed_columns
 from backpack.samples.axis import SampleAxis
 from backpack.sources import hessian, kfra
+from backpack.sources.at_output import forms_at_output
 from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
 
 
@@ -37,10 +39,29 @@ class ExactRoot(ColumnSource):
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         for piece in given.losses:
+            about = piece.about
+            if wanted.summed and not piece.joint:
+                blocks = piece.hessian.blocks(piece.gradient, wanted.signed)  # type: ignore[union-attr]
+                about = yield from _at_output(given, piece, blocks)
+            if about is not None and not about:
+                continue
+            taps = given.taps if about is None else given.taps_of(about)
             loss = piece.hessian if wanted.every_column else piece.hessian.with_minimal_root()
-            count = given.at_once(given.taps, loss.f.device.type)
+            count = given.at_once(taps, loss.f.device.type)
             for values, sign in signed_columns(loss, piece.gradient, count, wanted.signed):
-                yield Columns(piece.places, values, sign, piece.about)
+                yield Columns(piece.places, values, sign, about)
+
+
+def _at_output(
+    given: Pass, piece: LossPiece, blocks: HessianBlocks | None
+) -> Generator[Columns, None, Collection[Tensor] | None]:
+    """Forms of parameters to which no column of a loss is carried; returns to which they are."""
+    leaves = [leaf for leaf in given.leaves if piece.about is None or leaf.parameter in piece.about]
+    forms = forms_at_output(piece.places[0], blocks, leaves)
+    if not forms:
+        return piece.about
+    yield Columns([], [], forms=forms)
+    return {leaf.parameter for leaf in leaves} - forms.keys()
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,7 @@ class HessianRoot(ColumnSource):
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         hessian.refuse_mixing(given)
-        return hessian.diagonal(given, wanted.per_sample)
+        return hessian.diagonal(given, wanted.per_sample, wanted.summed)
 
 
 @dataclass(frozen=True)
