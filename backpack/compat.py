@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from backpack.kronecker.objects import KroneckerBlock
+from backpack.kronecker.block import KroneckerBlock
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -22,7 +22,8 @@ from backpack import backpack as block_of
 from backpack import extend
 from backpack import extensions as E
 from backpack.forms.base import Form
-from backpack.kronecker.objects import KroneckerEigen, KroneckerFactored
+from backpack.kronecker.eigen import KroneckerEigen
+from backpack.kronecker.factored import KroneckerFactored
 from backpack.own import Added, ExactRoot, Joined, Moments
 from backpack.testing.oracle import Oracle, _exactly
 from tests.cases import Apply, P

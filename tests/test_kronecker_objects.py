@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.kronecker.objects import KroneckerBlock, KroneckerEigen, KroneckerFactored, pi_damping
+from backpack.kronecker.block import KroneckerBlock
+from backpack.kronecker.eigen import KroneckerEigen
+from backpack.kronecker.factored import KroneckerFactored
+from backpack.kronecker.matrices import pi_damping
 from tests.cases import Apply, P
 
 N = 6

@@ -25,7 +25,7 @@ ROOMS = {
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks
         marks extend""",
     "sources": "columns at_output hessian kfra table",
-    "kronecker": "objects lists",
+    "kronecker": "matrices block eigen factored lists",
     "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",
     "engine": "left_out state layer_io refusals debug certificate collect loop run direct block",
     "dataset": "totals micro_batches accumulating loop",

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from backpack.engine.block import backpack
 from backpack.engine.state import current_block
 from backpack.forms.base import Form
-from backpack.kronecker.objects import KroneckerBlock
+from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.combining import Added, Rule
 

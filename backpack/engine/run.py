@@ -37,7 +37,7 @@ from backpack.graph.forwards import (
 )
 from backpack.graph.survey import Graph, leaves_below, survey
 from backpack.graph.taps import LossRecord, Recording, Source, Tap
-from backpack.kronecker.objects import KroneckerBlock
+from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.matrix_products import Product

@@ -3,6 +3,9 @@
 In: factors. Out: products, inverses, roots, samples, determinants, without the matrix itself.
 """
 
+from backpack.kronecker.block import KroneckerBlock
+from backpack.kronecker.eigen import KroneckerEigen
+from backpack.kronecker.factored import KroneckerFactored
 from backpack.kronecker.lists import (
     apply_inv_kfac_mat_prod,
     apply_kfac_mat_prod,
@@ -14,13 +17,7 @@ from backpack.kronecker.lists import (
     kfacs_to_mat,
     two_kfacs_to_mat,
 )
-from backpack.kronecker.objects import (
-    KroneckerBlock,
-    KroneckerEigen,
-    KroneckerFactored,
-    multiply,
-    pi_damping,
-)
+from backpack.kronecker.matrices import multiply, pi_damping
 
 __all__ = [
     "KroneckerBlock",

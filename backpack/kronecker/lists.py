@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backpack.forms.products import spectrum
-from backpack.kronecker.objects import LARGEST_INVERSE, Shift
+from backpack.kronecker.matrices import LARGEST_INVERSE, Shift
 
 
 def is_vector(tensor: Tensor) -> bool:

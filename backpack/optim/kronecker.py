@@ -17,10 +17,10 @@ from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.products import spectrum
 from backpack.forms.several import Sum
-from backpack.kronecker.objects import (
-    KroneckerBlock,
-    KroneckerEigen,
-    KroneckerFactored,
+from backpack.kronecker.block import KroneckerBlock
+from backpack.kronecker.eigen import KroneckerEigen
+from backpack.kronecker.factored import KroneckerFactored
+from backpack.kronecker.matrices import (
     as_matrix,
     as_parameter,
     multiply,

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.kronecker.objects import KroneckerBlock, KroneckerEigen, KroneckerFactored
+from backpack.kronecker.block import KroneckerBlock
+from backpack.kronecker.eigen import KroneckerEigen
+from backpack.kronecker.factored import KroneckerFactored
 
 
 class Rule(ABC):

@@ -15,7 +15,8 @@ from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.products import spectrum
 from backpack.forms.several import Part
-from backpack.kronecker.objects import KroneckerEigen, KroneckerFactored
+from backpack.kronecker.eigen import KroneckerEigen
+from backpack.kronecker.factored import KroneckerFactored
 from backpack.quantities.base import BackpropExtension, Sampled
 from backpack.quantities.combining import Blocks, Never, Rule
 from backpack.sources.table import AveragedRoot, ExactRoot

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, disable, extend, optim
 from backpack import extensions as E
-from backpack.kronecker.objects import KroneckerEigen
+from backpack.kronecker.eigen import KroneckerEigen
 from backpack.testing.oracle import Oracle
 
 N = 5

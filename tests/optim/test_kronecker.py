@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.kronecker.objects import pi_damping
+from backpack.kronecker.matrices import pi_damping
 from backpack.optim.kronecker import _inverse
 from backpack.testing.oracle import Oracle
 from tests.cases import Apply, P
