@@ -5,15 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from backpack.kronecker.matrices import as_matrix, as_parameter
-
-if TYPE_CHECKING:
-    from backpack.kronecker.eigen import KroneckerEigen
 
 Self = TypeVar("Self", bound="KroneckerBlock")
 
@@ -72,8 +69,8 @@ class KroneckerBlock(ABC):
         """
 
     @abstractmethod
-    def eig(self) -> KroneckerEigen:
-        """The eigendecomposition ``F = Q diag(eigenvalues) Q^T``.
+    def eig(self) -> Any:
+        """The eigendecomposition ``F = Q diag(eigenvalues) Q^T``, a ``KroneckerEigen``.
 
         Compute it once where several functions of one block are wanted: all that need eigenvalues
         (solutions with several dampings, samples, determinants) are cheap on the result.
