@@ -200,11 +200,11 @@ class _Holding(extensions.BackpropExtension):
 
 
 class _HoldingEKFLR(_Holding, extensions.EKFLR):
-    refines = False
+    refines = summed = False
 
 
 class _HoldingEKFAC(_Holding, extensions.EKFAC):
-    refines = False
+    refines = summed = False
 
 
 def _held(form: Form) -> Form:

@@ -152,7 +152,9 @@ class _Layer:
         if not self._has_classes():
             return False
         size = self.shape[self.axis]
-        numbers = torch.arange(1, size + 1, device=self.loss.diagonal.device).float()
+        about = self.place.node._input_metadata[self.place.output_nr]
+        dtype = torch.promote_types(about.dtype, torch.float32)
+        numbers = torch.arange(1, size + 1, device=self.loss.diagonal.device).to(dtype)
         along = numbers.reshape(
             [-1 if d == self.axis % len(self.shape) else 1 for d in range(len(self.shape))]
         )
