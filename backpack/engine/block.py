@@ -22,8 +22,10 @@ from backpack.engine.direct import pass_down
 from backpack.engine.left_out import MODES, LeftOut, Mode
 from backpack.engine.run import Run
 from backpack.engine.state import (
+    FORWARDS,
     Block,
     ExtensionHook,
+    Forwards,
     Nested,
     current_block,
     mark_used,
@@ -79,6 +81,11 @@ class backpack:  # noqa: N801
 
             Parameters that belong to no extended model, but are used between a model's output and the
             loss, are left out with a warning by default.
+        forwards: what rows of several forward passes below one loss are: with ``"same"``, row ``n`` of
+            each is sample ``n`` (two views of it, the steps of a sequence); with ``"further"`` each
+            pass has samples of its own, counted in the order of the calls (one pass for an episode, or
+            an image). By default ``"same"``; an error where rows are put beside each other
+            (``torch.cat``), or each pass has one row and they never meet, for that can mean either.
 
     A field holds the value of the last block that it was asked in: what parameters of a model that took
     part have from earlier blocks, and are not given in this one, is deleted when it ends.
@@ -108,6 +115,7 @@ class backpack:  # noqa: N801
         parameters: Iterable[Tensor] | None = None,
         certify: certificate.Mode | None = None,
         unsupported: Mode = "raise",
+        forwards: Forwards | None = None,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -137,6 +145,9 @@ class backpack:  # noqa: N801
         if unsupported not in MODES:
             raise ValueError(f"unsupported must be one of {MODES}, got {unsupported!r}")
         self.unsupported: Mode = unsupported
+        if forwards not in (None, *FORWARDS):
+            raise ValueError(f"forwards must be one of {FORWARDS}, got {forwards!r}")
+        self.forwards: Forwards | None = forwards
         self.left_out = LeftOut()
         # Whether passes of several blocks belong together, which whoever opens them puts together.
         self.collects = False
@@ -165,6 +176,7 @@ class backpack:  # noqa: N801
             gradient=owner.gradient,
             certify=owner.certify,
             unsupported=owner.unsupported,
+            forwards=owner.forwards,
         )
 
     @property

@@ -60,15 +60,15 @@ def starts_of(graph: Graph) -> Starts:
                 found[node, border.place] = border.batch
         for edge, axis, recording in notes(node).get(ENDS, ()):
             if recording.taps:
-                found.setdefault((edge.node, edge.output_nr), axis)
+                found.setdefault((edge.node, edge.output_nr), recording.among_all(axis))
     return [(GradientEdge(*place), axis) for place, axis in found.items()]
 
 
 def due(graph: Graph, mode: Mode) -> bool:
     """Whether the graph of a backward pass is to be certified, which counts as one pass."""
-    if mode == "never" or all(tap.batch.size == 1 for _, tap in graph.taps):
+    if mode == "never" or all(tap.own.size == 1 for _, tap in graph.taps):
         return False
-    if mode == "always" or any(tap.batch.picked is not None for _, tap in graph.taps):
+    if mode == "always" or any(tap.own.picked is not None for _, tap in graph.taps):
         return True
     signature, again = graph.signature(), False
     for recording in {id(r): r for r in graph.recordings if r.taps}.values():

@@ -69,9 +69,9 @@ class Leaf:
         self.hooked = bool(getattr(parameter, "_backward_hooks", None))
 
 
-def form_of_source(block: Block, leaf: Leaf, source: Source, columns: Tensor) -> Form:
+def form_of_source(block: Block, leaf: Leaf, tap: Tap, source: Source, columns: Tensor) -> Form:
     """The form of columns at a tap, for one of its parameters or what is computed from one."""
-    form = source.form(columns)
+    form = tap.form(source, columns)
     if source.edge is None:
         return form
     vjp = partial(_pull_back, block, source.edge, leaf.parameter)
@@ -94,7 +94,7 @@ def form_of_uses(block: Block, leaf: Leaf, at: Arrived, absent: int) -> Form | N
             about = node._input_metadata[tap.place]
             g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
         if g is not None:
-            forms.append(form_of_source(block, leaf, source, g))
+            forms.append(form_of_source(block, leaf, tap, source, g))
     return merge(forms)
 
 
@@ -113,7 +113,7 @@ def form_of_zeros(block: Block, leaf: Leaf) -> Form:
         for node, tap, source in leaf.places:
             at = node._input_metadata[tap.place]
             if source.edge is None:
-                forms.append(source.form(zero.to(at.dtype).expand(1, *at.shape)))
+                forms.append(tap.form(source, zero.to(at.dtype).expand(1, *at.shape)))
             else:  # whose graph may be gone
                 forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
     return merge(forms)

@@ -29,6 +29,14 @@ from backpack.engine.refusals import Names, check, parameters_of
 from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
+from backpack.graph.forwards import (
+    Group,
+    groups_below,
+    number_alike,
+    number_further,
+    refuse_open,
+    several_forwards,
+)
 from backpack.graph.survey import Graph, leaves_below, survey
 from backpack.graph.taps import LossRecord, Source, Tap
 from backpack.kronecker.objects import KroneckerBlock
@@ -60,6 +68,7 @@ class Run:
         self.graph = Graph()
         self.leaves: dict[Tensor, Leaf] = {}
         self.uses: dict[Tap, list[tuple[Leaf, Source]]] = {}
+        self.groups: list[Group] = []
         # What was refused and left out: reasons by parameters and fields, and parameters as a whole.
         self.without: dict[Tensor | None, dict[str, str]] = {}
         self.dropped: set[Tensor] = set()
@@ -135,6 +144,11 @@ class Run:
 
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
+        if self.block.roots is None and self.block.owner.forwards == "further":
+            raise RuntimeError(
+                "with forwards='further' the call must be loss.backward(), not "
+                "torch.autograd.backward(loss): all forward passes have to be known before the first"
+            )
         if self.block.roots is None and node not in self.graph.nodes:
             graph = self._survey([node])
             self.listen(graph)
@@ -151,8 +165,18 @@ class Run:
             certificate.certify(graph, names.of)
 
     def _survey(self, roots: list[Node]) -> Graph:
+        exts = self.block.owner.extensions
+        curvature = any(ext.source.second_order for ext in exts)
         with Nested(self.block):
-            return survey(roots, any(ext.source.second_order for ext in self.block.owner.extensions))
+            graph = survey(roots, curvature)
+            if self.block.owner.forwards != "same" and several_forwards(graph):
+                self.groups = groups_below(roots)
+                if self.block.owner.forwards == "further":
+                    number_further(self.groups)
+                    return survey(roots, curvature)
+                if any(ext.per_sample for ext in exts):
+                    refuse_open(roots, self.groups)
+            return graph
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
@@ -266,7 +290,8 @@ class Run:
         if leaf.samples != tap.batch.size:
             text = (
                 f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
-                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched"
+                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched. "
+                "If each forward pass has samples of its own, say backpack(..., forwards='further')"
             )
             return self.refuse(RuntimeError(text), [parameter])
         if leaf.contracted:
@@ -354,9 +379,9 @@ class Run:
                 if column is not None:
                     if self.shares_patches:
                         with patches_kept():
-                            form = form_of_source(self.block, leaf, source, column)
+                            form = form_of_source(self.block, leaf, tap, source, column)
                     else:
-                        form = form_of_source(self.block, leaf, source, column)
+                        form = form_of_source(self.block, leaf, tap, source, column)
                     if source.edge is not None and len(leaf.uses) > 1:
                         # The graph of the derived tensor may be gone when the last use comes.
                         form = form.written()
@@ -485,6 +510,7 @@ class Run:
         self.modules.clear()
         self.inputs.clear()
         self.graph = Graph()
+        number_alike(self.groups)
 
 
 def _parameters(tap: Tap, executes: Callable[[Tensor], bool]) -> list[Tensor]:

@@ -13,6 +13,9 @@ from backpack.capture.switch import captures
 from backpack.engine.left_out import LeftOut, Mode
 from backpack.quantities.base import BackpropExtension
 
+# How the rows of several forward passes belong together.
+Forwards = Literal["same", "further"]
+FORWARDS: tuple[Forwards, ...] = ("same", "further")
 ExtensionHook = Callable[[nn.Module], None]
 
 
@@ -28,6 +31,7 @@ class Options(Protocol):
     parameters: frozenset[Tensor] | None
     certify: Literal["once", "always", "never"]
     unsupported: Mode
+    forwards: Forwards | None
     left_out: LeftOut
     collects: bool
 

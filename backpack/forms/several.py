@@ -103,11 +103,11 @@ class Pullback(Form):
 
 @dataclass(frozen=True, eq=False)
 class Single(Form):
-    """The form of an operation on one sample only; for all others it is zero.
+    """The form of an operation on one sample only, or some in a row; for all others it is zero.
 
     Attributes:
-        form: that sample's, ``[v, 1, *p]``.
-        sample: which it is.
+        form: that sample's, ``[v, 1, *p]``, or ``[v, k, *p]`` of ``k`` samples.
+        sample: which it is, or the first.
         samples: number of samples.
     """
 
@@ -137,14 +137,19 @@ class Single(Form):
         found = self.like.new_zeros(self.columns, self.samples, *self.shape)
         return found.index_copy(1, self._at(), self.form.dense())
 
+    @property
+    def _range(self) -> range:
+        return range(self.sample, self.sample + self.form.samples)
+
     def _at(self) -> Tensor:
-        return torch.tensor([self.sample], device=self.like.device)
+        return torch.tensor(list(self._range), device=self.like.device)
 
     def total(self) -> Tensor:
         return self.form.total()
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
-        return self.form.square_sum(None if sign is None else sign[:, self.sample : self.sample + 1])
+        own = slice(self._range.start, self._range.stop)
+        return self.form.square_sum(None if sign is None else sign[:, own])
 
     def squared_norms(self) -> Tensor:
         return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
@@ -167,43 +172,68 @@ def of_one(form: Form, function: Callable[[Form], Form]) -> Form:
     return function(form)
 
 
+def among(form: Form, start: int, size: int) -> Form:
+    """The form of samples that are counted from ``start``, of ``size`` altogether."""
+    if isinstance(form, Single):
+        return Single(form.form, start + form.sample, size)
+    return Single(form, start, size)
+
+
 def _together(singles: Sequence[Single]) -> Form:
-    """One form of all samples, from forms of one sample each; those of one sample are summed."""
+    """One form of all samples, from forms of one sample each; those of one sample are summed.
+
+    Forms of several samples in a row have ranges that are the same or apart.
+    """
     size, like = singles[0].samples, singles[0].like
-    of: dict[int, list[Form]] = {}
+    of: dict[range, list[Form]] = {}
     for single in singles:
-        of.setdefault(single.sample, []).append(single.form)
-    forms = {sample: merge(each) for sample, each in of.items()}
-    at = torch.tensor(list(forms), device=like.device)
+        of.setdefault(single._range, []).append(single.form)
+    alone = [single for single in singles if len(single._range) == 1]
+    if len(alone) < len(singles) and _overlap(list(of)):
+        several = [single for single in singles if len(single._range) != 1]
+        return merge([_together(alone), _together(several)])
+    forms = {place: merge(each) for place, each in of.items()}
+    at = torch.tensor([n for place in forms for n in place], device=like.device, dtype=torch.long)
     found = list(forms.values())
 
     def placed(parts: list[Tensor], dim: int) -> Tensor:
         """Put samples at their places, and fill up with zeros."""
         shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
-        shape[dim] = 1
-        parts = [_filled(part, shape) for part in parts]
+        parts = [_filled(part, [*shape[:dim], part.shape[dim], *shape[dim + 1 :]]) for part in parts]
         shape[dim] = size
         return parts[0].new_zeros(shape).index_copy(dim, at, torch.cat(parts, dim))
 
-    def counted(numbers: list[int]) -> Tensor:
-        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(
-            0, at, at.new_tensor(numbers)
-        )
+    def counted(forms: Sequence[Positioned]) -> Tensor:
+        """Positions of each sample."""
+        counts = torch.cat([_positions_of_each(form, at) for form in forms])
+        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(0, at, counts)
 
     if all(isinstance(form, Outer) for form in found):
         outers: list[Outer] = found  # type: ignore[assignment]
         if len({(form.layout, form.inputs.shape[1]) for form in outers}) == 1:
             a, g = placed([form.a for form in outers], 0), placed([form.g for form in outers], 1)
-            return Outer(a, g, outers[0].layout, counted([form.all_positions for form in outers]))
+            return Outer(a, g, outers[0].layout, counted(outers))
     if all(isinstance(form, Lookup) for form in found):
         lookups: list[Lookup] = found  # type: ignore[assignment]
         whole = [
             torch.ones_like(f.index, dtype=torch.bool) if f.reads is None else f.reads for f in lookups
         ]
         index, reads = placed([form.index for form in lookups], 0), placed(whole, 0)
-        g, counts = placed([form.g for form in lookups], 1), [form.all_positions for form in lookups]
-        return Lookup(index, g, lookups[0].shape, reads, counted(counts))
+        g = placed([form.g for form in lookups], 1)
+        return Lookup(index, g, lookups[0].shape, reads, counted(lookups))
     return Dense(placed([form.dense() for form in found], 1))
+
+
+def _overlap(places: Sequence[range]) -> bool:
+    return len({n for place in places for n in place}) < sum(map(len, places))
+
+
+def _positions_of_each(form: Positioned, like: Tensor) -> Tensor:
+    """The number of positions of each sample, ``[n]``."""
+    if form.counts is not None:
+        return form.counts.to(like)
+    each = form.all_positions // max(form.samples, 1)
+    return torch.full((form.samples,), each, dtype=like.dtype, device=like.device)
 
 
 def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -313,7 +343,7 @@ def _position_counts(forms: Sequence[Positioned]) -> Tensor | None:
         return None
     found = torch.zeros(forms[0].samples, dtype=torch.long, device=forms[0].like.device)
     for form in forms:
-        found = found + (form.all_positions // form.samples if form.counts is None else form.counts)
+        found = found + _positions_of_each(form, found)
     return found
 
 

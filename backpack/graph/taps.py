@@ -7,6 +7,7 @@ collected): taps hold inputs, which lie below, and recordings hold taps weakly.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
-from backpack.forms.several import Pullback, Single, of_one
+from backpack.forms.several import Pullback, Single, among, of_one
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
@@ -89,7 +90,7 @@ class Tap:
     Attributes:
         func: the operation.
         place: which of its node's outputs.
-        batch: sample axis of the output.
+        own: sample axis of the output, as seen in its forward pass.
         inputs: nodes of the data-dependent inputs, where the graph goes on downwards.
         recording: the forward pass it belongs to.
         released: whether autograd has passed and freed its buffers.
@@ -100,7 +101,7 @@ class Tap:
     """
 
     __slots__ = (
-        *("func", "place", "batch", "inputs", "recording", "released"),
+        *("func", "place", "own", "inputs", "recording", "released"),
         *("args", "input", "read", "above", "_version", "_sources", "__weakref__"),
     )
 
@@ -116,7 +117,7 @@ class Tap:
     ) -> None:
         self.func = func
         self.place = place
-        self.batch = batch
+        self.own = batch
         self.inputs = inputs
         self.recording = recording
         self.released = False
@@ -164,18 +165,29 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            with entering({id(self.args[at]): self.batch}):
-                pairs = RULES[self.func](self.batch, *self.args)
+            with entering({id(self.args[at]): self.own}):
+                pairs = RULES[self.func](self.own, *self.args)
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]
-                    pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
+                    pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs
                 if tensor is not None and tensor.requires_grad
             ]
         return self._sources
+
+    @property
+    def batch(self) -> SampleAxis:
+        """The sample axis of the output, among the samples of all forward passes."""
+        return self.own if self.above else self.recording.among_all(self.own)
+
+    def form(self, source: Source, g: Tensor) -> Form:
+        """The form of all samples for columns ``g``, for one of its sources."""
+        form = source.form(g)
+        place = None if self.above else self.recording.place
+        return form if place is None else among(form, *place)
 
     def release(self) -> None:
         """Let go of the inputs, as autograd does once it has passed."""
@@ -201,6 +213,9 @@ class Recording:
         sizes: numbers of samples according to others than the one that counts.
         doubted: whether that one may be a mask or positions.
         doubt: the shape of an output that speaks for another one.
+        number: how many were begun before.
+        place: its first sample among those of all forward passes, and their number, if these count as
+            further samples.
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
@@ -223,6 +238,26 @@ class Recording:
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None
+    number: int = field(default_factory=itertools.count().__next__)
+    place: tuple[int, int] | None = None
+    _among: dict[SampleAxis, SampleAxis] = field(default_factory=dict)
+
+    def put(self, place: tuple[int, int] | None) -> None:
+        """Say where its samples are among those of all forward passes."""
+        if place != self.place:
+            self.place = place
+            self._among.clear()
+
+    def among_all(self, axis: SampleAxis) -> SampleAxis:
+        """An axis of this forward pass as one of the samples of all."""
+        if self.place is None:
+            return axis
+        if axis not in self._among:
+            module = self.module()
+            parameter = None if module is None else next(module.parameters(), None)
+            device = torch.device("cpu") if parameter is None else parameter.device
+            self._among[axis] = axis.among(*self.place, device)
+        return self._among[axis]
 
     def release(self) -> None:
         """Release all taps that are still there."""
@@ -238,14 +273,19 @@ class ModelOutput:
 
     recording: Recording
     place: int
-    batch: SampleAxis | None
+    own: SampleAxis | None
     shape: torch.Size
+
+    @property
+    def batch(self) -> SampleAxis | None:
+        """Its sample axis, among the samples of all forward passes."""
+        return None if self.own is None else self.recording.among_all(self.own)
 
     @property
     def mixed(self) -> bool:
         """Whether it looks as if it had one row for each sample, but samples are not apart."""
         size, dim = self.recording.size or 1, self.recording.batch_dim
-        lost = self.batch is not None and self.batch.lost is not None
+        lost = self.own is not None and self.own.lost is not None
         return lost and size > 1 and dim < len(self.shape) and self.shape[dim] == size
 
 

@@ -132,7 +132,8 @@ class CurvatureMap:
                 if not curved and inputs:
                     kind = kind_of(node)
                     if NONLINEAR in notes(node) and len(inputs) == 1:
-                        self.nonlinear.append((node, notes(node)[NONLINEAR]))
+                        recording, axis = notes(node)[NONLINEAR]
+                        self.nonlinear.append((node, recording.among_all(axis)))
                         bent = True
                     elif kind in _PRODUCTS:
                         divides = kind == "Div" and node.next_functions[0][0] not in inputs
