@@ -185,6 +185,29 @@ class Attention(nn.Module):
         return self.head(torch.cat(mixed))
 
 
+def episodes(model: nn.Module) -> Tensor:
+    """One forward pass for each of three episodes, of one row each."""
+    return torch.cat([model(TOKENS[n : n + 1]) for n in range(3)])
+
+
+def batches(model: nn.Module) -> Tensor:
+    """Forward passes of one, three and two rows."""
+    return torch.cat([model(part) for part in TOKENS.split([1, 3, 2])])
+
+
+class Policy(nn.Module):
+    """A layer and a state; a loop inside over the rows of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.head(self.body(row).tanh()) for row in x])
+
+
+FURTHER = {"forwards": "further"}
+SAME = {"forwards": "same"}
 USERS = torch.tensor([1, 0, 1, 2, 0, 1])
 
 CASES: dict[str, RowCase] = {
@@ -206,6 +229,17 @@ CASES: dict[str, RowCase] = {
     "packed tokens": RowCase(
         *(Attention, lambda m: m(TOKENS, LENGTHS), SENTENCE.tolist(), 3),
         lambda m: bp.extend(m, samples=lambda x, lengths: (x, SENTENCE)),
+    ),
+    "episodes": RowCase(mlp, episodes, [0, 1, 2], 3, options=FURTHER),
+    "further batches": RowCase(mlp, batches, list(range(6)), 6, options=FURTHER),
+    "further loops": RowCase(Policy, batches, list(range(6)), 6, options=FURTHER),
+    "further images": RowCase(
+        *(EachImage, lambda m: torch.cat([m(IMAGES[:2]), m(IMAGES[2:])]), [0, 1, 2], 3),
+        *(lambda m: bp.extend(m, samples=0), FURTHER),
+    ),
+    "two views": RowCase(
+        *(mlp, lambda m: torch.cat([m(TOKENS[:3]), m(TOKENS[3:])]), [0, 1, 2, 0, 1, 2], 3),
+        options=SAME,
     ),
     "users": RowCase(mlp, lambda m: m(bp.mark(TOKENS.clone(), USERS)), USERS.tolist(), 3),
 }

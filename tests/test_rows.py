@@ -47,7 +47,7 @@ def moments(case: RowCase, model: nn.Module) -> dict[str, Tensor]:
             rows = args[0].detach()
             if isinstance(module, nn.Conv2d):
                 rows = F.unfold(rows, module.kernel_size).mT
-            rows = rows.flatten(0, -2)
+            rows = rows.reshape(-1, rows.shape[-1])
             found[name] = found.get(name, 0) + rows.T @ rows / case.samples
 
         return hook
@@ -115,9 +115,9 @@ def test_quantities(name: str) -> None:
         output = case.run(model)
         lossfunc(output, targets(len(output))).backward()
 
-    outcome = Comparison(truth, model, backward).outcome(GROUPS)
+    outcome = Comparison(truth, model, backward, options=case.options).outcome(GROUPS)
     assert not any(outcome.values()), outcome
-    with backpack(extensions.KFLR(), extensions.KFAC(mc_samples=2)):
+    with backpack(extensions.KFLR(), extensions.KFAC(mc_samples=2), **case.options):
         backward()
     for layer, A in inputs.items():
         weight, bias = (model.get_parameter(f"{layer}.{kind}") for kind in ("weight", "bias"))

@@ -184,7 +184,7 @@ class Tracker:
         elif func in BATCH_NORMS and _trains(args, kwargs):
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in ELEMENTWISE_NONLINEAR and len(marked) == 1 and not batch.lost:
-            notes(node)[NONLINEAR] = self.recording, batch
+            notes(node)[NONLINEAR] = recording, batch
         if sources:
             inputs = tuple(
                 t.grad_fn or get_gradient_edge(t).node

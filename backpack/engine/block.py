@@ -22,14 +22,15 @@ from backpack.engine.direct import pass_down
 from backpack.engine.left_out import MODES, LeftOut, Mode
 from backpack.engine.run import Run
 from backpack.engine.state import (
+    FORWARDS,
     Block,
     ExtensionHook,
+    Forwards,
     Nested,
     current_block,
     mark_used,
     open_blocks,
 )
-from backpack.graph.forwards import FORWARDS, Forwards
 from backpack.graph.taps import LossRecord, Recording
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.matrix_products import Product
@@ -80,12 +81,11 @@ class backpack:  # noqa: N801
 
             Parameters that belong to no extended model, but are used between a model's output and the
             loss, are left out with a warning by default.
-        forwards: what rows of several forward passes below one loss are. ``"same"``: row ``n`` of each
-            is sample ``n`` (two views that are compared, a real and a generated batch, steps of a
-            cell); ``"further"``: each pass has samples of its own, numbered in the order of the
-            passes (a batch in parts, one pass for each sample or episode). By default the same, and an
-            error where it may be either: outputs that are joined to a longer batch, and passes of one
-            sample each whose losses are added up.
+        forwards: what rows of several forward passes below one loss are: with ``"same"``, row ``n`` of
+            each is sample ``n`` (two views of it, the steps of a sequence); with ``"further"`` each
+            pass has samples of its own, counted in the order of the calls (one pass for an episode, or
+            an image). By default ``"same"``; an error where rows are put beside each other
+            (``torch.cat``), or each pass has one row and they never meet, for that can mean either.
 
     A field holds the value of the last block that it was asked in: what parameters of a model that took
     part have from earlier blocks, and are not given in this one, is deleted when it ends.
@@ -145,10 +145,10 @@ class backpack:  # noqa: N801
         if unsupported not in MODES:
             raise ValueError(f"unsupported must be one of {MODES}, got {unsupported!r}")
         self.unsupported: Mode = unsupported
-        self.left_out = LeftOut()
-        if forwards is not None and forwards not in FORWARDS:
+        if forwards not in (None, *FORWARDS):
             raise ValueError(f"forwards must be one of {FORWARDS}, got {forwards!r}")
         self.forwards: Forwards | None = forwards
+        self.left_out = LeftOut()
         # Whether passes of several blocks belong together, which whoever opens them puts together.
         self.collects = False
         self._blocks: list[_Block] = []

@@ -67,9 +67,9 @@ def starts_of(graph: Graph) -> Starts:
 
 def due(graph: Graph, mode: Mode) -> bool:
     """Whether the graph of a backward pass is to be certified, which counts as one pass."""
-    if mode == "never" or all(tap.batch.size == 1 for _, tap in graph.taps):
+    if mode == "never" or all(tap.own.size == 1 for _, tap in graph.taps):
         return False
-    if mode == "always" or any(tap.batch.picked is not None for _, tap in graph.taps):
+    if mode == "always" or any(tap.own.picked is not None for _, tap in graph.taps):
         return True
     signature, again = graph.signature(), False
     for recording in {id(r): r for r in graph.recordings if r.taps}.values():
@@ -162,7 +162,7 @@ def _disagreeing(
     for place, before, after in zip(places, plain, scaled, strict=True):
         if before is None or after is None:
             continue
-        factors = _along(place.tap.axis, before, scale)
+        factors = _along(place.tap.batch, before, scale)
         if not _agree(before, after, factors):
             found.append(place)
     return found
@@ -207,7 +207,7 @@ def _first_mixed(graph: Graph, starts: Starts, place: Place) -> Node | None:
     order = _between(starts, place.node)
     edges = [GradientEdge(node, 0) for node in order]
     plain, scaled = _pulled(starts, edges, None), _pulled(starts, edges, _powers)
-    (size,) = {axis.size for _, axis in starts if axis.size == place.tap.axis.size}
+    (size,) = {axis.size for _, axis in starts if axis.size == place.tap.batch.size}
     dirty: set[Node] = set()
     for node, before, after in zip(order, plain, scaled, strict=True):
         if before is not None and after is not None and not _owned(before, after, size):

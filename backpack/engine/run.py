@@ -30,13 +30,15 @@ from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
 from backpack.graph.forwards import (
-    ambiguous,
-    forget_places,
-    passes_below,
-    place_one_after_another,
+    Group,
+    groups_below,
+    number_alike,
+    number_further,
+    refuse_open,
+    several_forwards,
 )
 from backpack.graph.survey import Graph, leaves_below, survey
-from backpack.graph.taps import LossRecord, Recording, Source, Tap
+from backpack.graph.taps import LossRecord, Source, Tap
 from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
@@ -66,6 +68,7 @@ class Run:
         self.graph = Graph()
         self.leaves: dict[Tensor, Leaf] = {}
         self.uses: dict[Tap, list[tuple[Leaf, Source]]] = {}
+        self.groups: list[Group] = []
         # What was refused and left out: reasons by parameters and fields, and parameters as a whole.
         self.without: dict[Tensor | None, dict[str, str]] = {}
         self.dropped: set[Tensor] = set()
@@ -77,8 +80,6 @@ class Run:
         self.inputs: dict[Tensor, Tensor] = {}
         self.at_current_node: list[Tap] = []
         self.done = False
-        # Forward passes with samples of their own.
-        self.apart: list[Recording] = []
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if isinstance(ext.source, LossGradient)]
         self.products = [ext for ext in exts if isinstance(ext, Product)]
@@ -104,12 +105,7 @@ class Run:
         roots = self.block.roots
         if roots is None:
             return
-        nodes = [edge.node for edge, _ in roots]
-        if self.block.owner.forwards == "further":
-            self.apart = passes_below(nodes)
-            place_one_after_another(self.apart)
-        graph = self._survey(nodes)
-        self._refuse_ambiguous(nodes, graph)
+        graph = self._survey([edge.node for edge, _ in roots])
         self.listen(graph)
         self._certify(graph)
         if not graph.taps:
@@ -146,24 +142,14 @@ class Run:
                 else:
                     leaf.states[ext.savefield] = _quietly(function)
 
-    def _refuse_ambiguous(self, roots: list[Node], graph: Graph) -> None:
-        """Raise an error where rows of several forward passes may be the same samples or others."""
-        owner, numbers = self.block.owner, {tap.recording.number for _, tap in graph.taps}
-        if owner.forwards is not None or len(numbers) < 2 or not (self.first_order or self.by_source):
-            return
-        why = ambiguous(roots)
-        if why is not None:
-            raise RuntimeError(
-                f"{len(numbers)} forward passes are below the loss: {why}. Say what their rows are: "
-                "backpack(..., forwards='same') if row n of each is sample n, forwards='further' if "
-                "each has samples of its own"
-            )
-
     def reach(self, node: Node) -> None:
         """A loss or model output of a backward call whose roots were not seen."""
+        if self.block.roots is None and self.block.owner.forwards == "further":
+            raise RuntimeError(
+                "with forwards='further' the call must be loss.backward(), not "
+                "torch.autograd.backward(loss): all forward passes have to be known before the first"
+            )
         if self.block.roots is None and node not in self.graph.nodes:
-            if self.block.owner.forwards == "further":
-                raise RuntimeError("forwards='further' asks for a call of loss.backward()")
             graph = self._survey([node])
             self.listen(graph)
             self._certify(graph)
@@ -179,8 +165,18 @@ class Run:
             certificate.certify(graph, names.of)
 
     def _survey(self, roots: list[Node]) -> Graph:
+        exts = self.block.owner.extensions
+        curvature = any(ext.source.second_order for ext in exts)
         with Nested(self.block):
-            return survey(roots, any(ext.source.second_order for ext in self.block.owner.extensions))
+            graph = survey(roots, curvature)
+            if self.block.owner.forwards != "same" and several_forwards(graph):
+                self.groups = groups_below(roots)
+                if self.block.owner.forwards == "further":
+                    number_further(self.groups)
+                    return survey(roots, curvature)
+                if any(ext.per_sample for ext in exts):
+                    refuse_open(roots, self.groups)
+            return graph
 
     def listen(self, graph: Graph) -> None:
         """Add taps of ``graph`` that are not yet known."""
@@ -283,7 +279,7 @@ class Run:
             )
             return self.refuse(NotImplementedError(text), [parameter])
         if leaf is None:
-            leaf = self.leaves[parameter] = Leaf(parameter, tap.axis.size, self._refuse_one)
+            leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
             self._leave_out(leaf)
             for field, reason in self.without.get(None, {}).items():
                 self.block.owner.left_out.note(parameter, names(parameter), [field], reason)
@@ -291,11 +287,11 @@ class Run:
                 self._save_on_gradient(leaf)
             for field in self.frees_previous:
                 parameter.__dict__.pop(field, None)
-        if leaf.samples != tap.axis.size:
+        if leaf.samples != tap.batch.size:
             text = (
                 f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
-                f"{tap.axis.size} samples in one backward pass; individual samples cannot be "
-                "matched. If each forward pass has its own: backpack(..., forwards='further')"
+                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched. "
+                "If each forward pass has samples of its own, say backpack(..., forwards='further')"
             )
             return self.refuse(RuntimeError(text), [parameter])
         if leaf.contracted:
@@ -513,9 +509,8 @@ class Run:
         self.uses.clear()
         self.modules.clear()
         self.inputs.clear()
-        forget_places(self.apart)
-        self.apart.clear()
         self.graph = Graph()
+        number_alike(self.groups)
 
 
 def _parameters(tap: Tap, executes: Callable[[Tensor], bool]) -> list[Tensor]:

@@ -11,9 +11,11 @@ from torch.autograd.graph import GradientEdge
 
 from backpack.capture.switch import captures
 from backpack.engine.left_out import LeftOut, Mode
-from backpack.graph.forwards import Forwards
 from backpack.quantities.base import BackpropExtension
 
+# How the rows of several forward passes belong together.
+Forwards = Literal["same", "further"]
+FORWARDS: tuple[Forwards, ...] = ("same", "further")
 ExtensionHook = Callable[[nn.Module], None]
 
 

@@ -1,4 +1,4 @@
-"""Forms made of other forms: sums, pullbacks, those of some samples; and :func:`merge` of all uses."""
+"""Forms made of other forms: sums, pullbacks, those of one sample; and :func:`merge` of all uses."""
 
 from __future__ import annotations
 
@@ -103,16 +103,16 @@ class Pullback(Form):
 
 @dataclass(frozen=True, eq=False)
 class Part(Form):
-    """The form of an operation on some of the samples only; for all others it is zero.
+    """The form of an operation on one sample only, or some in a row; for all others it is zero.
 
     Attributes:
-        form: that of samples ``first, first + 1, ...``, ``[v, m, *p]``.
-        first: the first of them.
-        samples: number of all samples.
+        form: that sample's, ``[v, 1, *p]``, or ``[v, k, *p]`` of ``k`` samples.
+        sample: which it is, or the first.
+        samples: number of samples.
     """
 
     form: Form
-    first: int
+    sample: int
     samples: int = field()  # type: ignore[assignment]
 
     @property
@@ -127,28 +127,29 @@ class Part(Form):
     def like(self) -> Tensor:
         return self.form.like
 
-    @property
-    def _own(self) -> slice:
-        return slice(self.first, self.first + self.form.samples)
-
     def written(self) -> Part:
-        return Part(Dense(self.form.dense()), self.first, self.samples)
+        return Part(Dense(self.form.dense()), self.sample, self.samples)
 
     def take(self, columns: slice, samples: slice | Tensor) -> Form:
-        return self.together().take(columns, samples)
+        return _together([self]).take(columns, samples)
 
     def dense(self) -> Tensor:
         found = self.like.new_zeros(self.columns, self.samples, *self.shape)
         return found.index_copy(1, self._at(), self.form.dense())
 
+    @property
+    def _range(self) -> range:
+        return range(self.sample, self.sample + self.form.samples)
+
     def _at(self) -> Tensor:
-        return torch.arange(self._own.start, self._own.stop, device=self.like.device)
+        return torch.tensor(list(self._range), device=self.like.device)
 
     def total(self) -> Tensor:
         return self.form.total()
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
-        return self.form.square_sum(None if sign is None else sign[:, self._own])
+        own = slice(self._range.start, self._range.stop)
+        return self.form.square_sum(None if sign is None else sign[:, own])
 
     def squared_norms(self) -> Tensor:
         return self.like.new_zeros(self.samples).index_copy(0, self._at(), self.form.squared_norms())
@@ -167,44 +168,49 @@ class Part(Form):
 def of_one(form: Form, function: Callable[[Form], Form]) -> Form:
     """``function(form)``; where the form is of some samples, of theirs."""
     if isinstance(form, Part):
-        return Part(function(form.form), form.first, form.samples)
+        return Part(function(form.form), form.sample, form.samples)
     return function(form)
 
 
-def part_of(form: Form, first: int, samples: int) -> Part:
-    """A form as that of some of ``samples`` samples."""
-    return Part(form.together() if isinstance(form, Part) else form, first, samples)
+def among(form: Form, start: int, size: int) -> Form:
+    """The form of samples that are counted from ``start``, of ``size`` altogether."""
+    if isinstance(form, Part):
+        return Part(form.form, start + form.sample, size)
+    return Part(form, start, size)
 
 
-def _together(parts: Sequence[Part]) -> Form:
-    """One form of all samples, from forms of some each; those of the same samples are summed."""
-    size, like = parts[0].samples, parts[0].like
-    of: dict[int, list[Form]] = {}
-    for part in parts:
-        of.setdefault(part.first, []).append(part.form)
-    forms = {first: merge(each) for first, each in sorted(of.items())}
-    found, whole_batch = list(forms.values()), sum(form.samples for form in forms.values()) == size
-    at = torch.cat(
-        [torch.arange(first, first + form.samples, device=like.device) for first, form in forms.items()]
-    )
+def _together(singles: Sequence[Part]) -> Form:
+    """One form of all samples, from forms of one sample each; those of one sample are summed.
+
+    Forms of several samples in a row have ranges that are the same or apart.
+    """
+    size, like = singles[0].samples, singles[0].like
+    of: dict[range, list[Form]] = {}
+    for single in singles:
+        of.setdefault(single._range, []).append(single.form)
+    alone = [single for single in singles if len(single._range) == 1]
+    if len(alone) < len(singles) and _overlap(list(of)):
+        several = [single for single in singles if len(single._range) != 1]
+        return merge([_together(alone), _together(several)])
+    forms = {place: merge(of[place]) for place in sorted(of, key=lambda place: place.start)}
+    at = torch.tensor([n for place in forms for n in place], device=like.device, dtype=torch.long)
+    found, everybody = list(forms.values()), len(at) == size
 
     def placed(parts: list[Tensor], dim: int) -> Tensor:
         """Put samples at their places, and fill up with zeros."""
         shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
         parts = [_filled(part, [*shape[:dim], part.shape[dim], *shape[dim + 1 :]]) for part in parts]
-        if whole_batch:
+        if everybody:
             return torch.cat(parts, dim)
         shape[dim] = size
         return parts[0].new_zeros(shape).index_copy(dim, at, torch.cat(parts, dim))
 
-    def counted(parts: Sequence[Positioned]) -> Tensor | None:
-        each = [
-            at.new_full((form.samples,), form.g.shape[-2]) if form.counts is None else form.counts
-            for form in parts
-        ]
-        if whole_batch and len({(p.counts is None, p.g.shape[-2]) for p in parts}) == 1:
-            return None if parts[0].counts is None else torch.cat(each)
-        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(0, at, torch.cat(each))
+    def counted(forms: Sequence[Positioned]) -> Tensor | None:
+        """Positions of each sample; ``None`` if all have as many."""
+        counts = torch.cat([_positions_of_each(form, at) for form in forms])
+        if everybody:
+            return None if bool((counts == counts[:1]).all()) else counts
+        return torch.zeros(size, dtype=at.dtype, device=at.device).index_copy(0, at, counts)
 
     if all(isinstance(form, Outer) for form in found):
         outers: list[Outer] = found  # type: ignore[assignment]
@@ -220,6 +226,18 @@ def _together(parts: Sequence[Part]) -> Form:
         g = placed([form.g for form in lookups], 1)
         return Lookup(index, g, lookups[0].shape, reads, counted(lookups))
     return Dense(placed([form.dense() for form in found], 1))
+
+
+def _overlap(places: Sequence[range]) -> bool:
+    return len({n for place in places for n in place}) < sum(map(len, places))
+
+
+def _positions_of_each(form: Positioned, like: Tensor) -> Tensor:
+    """The number of positions of each sample, ``[n]``."""
+    if form.counts is not None:
+        return form.counts.to(like)
+    each = form.all_positions // max(form.samples, 1)
+    return torch.full((form.samples,), each, dtype=like.dtype, device=like.device)
 
 
 def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -295,9 +313,9 @@ def merge(forms: Sequence[Form]) -> Form:
     """
     if len(forms) == 1:
         return forms[0]
-    parts = [form for form in forms if isinstance(form, Part)]
-    if parts:
-        forms = [_together(parts), *(form for form in forms if not isinstance(form, Part))]
+    singles = [form for form in forms if isinstance(form, Part)]
+    if singles:
+        forms = [_together(singles), *(form for form in forms if not isinstance(form, Part))]
         return merge(forms)
     merged: list[Form] = []
     outers: dict[tuple[Layout, int], list[Outer]] = {}
@@ -329,7 +347,7 @@ def _position_counts(forms: Sequence[Positioned]) -> Tensor | None:
         return None
     found = torch.zeros(forms[0].samples, dtype=torch.long, device=forms[0].like.device)
     for form in forms:
-        found = found + (form.all_positions // form.samples if form.counts is None else form.counts)
+        found = found + _positions_of_each(form, found)
     return found
 
 

@@ -1,103 +1,211 @@
-"""Several forward passes below one loss: is row ``n`` of each the same sample, or another one?
+"""Several forward passes below one backward pass: whether row n of each is sample n, or a new sample.
 
-Both are common. Two views of the same samples are compared (siamese networks), a loss has a term for
-each of two passes; or the batch comes in parts, one forward pass for each sample of another size or
-each step of an episode. What the graph shows is used: rows that meet are of one sample. Rows that are
-joined to a longer batch, and single rows whose losses are added up, may be either: the user says it.
+Forward passes whose rows are the same samples make a *group*: an extended model that takes the output
+of another, or the same model called step after step with a state. The rows of several groups are the
+same samples (two views of an image) or further ones (one pass for each episode), as the user says.
+Nothing needs to be said where single entries are computed from rows of both (``f(a) - f(b)``): these
+belong together. Where rows are only put beside each other (``torch.cat``), or losses of single samples
+added up, it may be meant either way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from collections.abc import Sequence
 
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph.nodes import children_of, kind_of, upwards, walk
-from backpack.graph.taps import MODEL_OUTPUT, TAPS, Place, Recording, notes
+from backpack.graph.survey import Graph
+from backpack.graph.taps import MODEL_OUTPUT, TAPS, ModelOutput, Recording, notes
+from backpack.graph.tracing import axis_at
 
-Forwards = Literal["same", "further"]
-FORWARDS: tuple[Forwards, ...] = get_args(Forwards)
-
-_JOINS = frozenset({"Cat", "Stack"})
-
-
-def passes_below(roots: Sequence[Node]) -> list[Recording]:
-    """The forward passes that a backward pass goes through, in the order in which they ran."""
-    found = {each.number: each for node in walk(roots) for each in _passes_at(notes(node))}
-    return [found[number] for number in sorted(found)]
+Group = list[Recording]
+# So many sizes are written out.
+SHOWN = 8
+# Operations that put entries beside each other.
+_JOINS = frozenset({"Cat", "Stack", "CopySlices", "IndexPut", "Scatter", "SliceScatter", "IndexCopy"})
 
 
-def _passes_at(data: dict) -> Iterable[Recording]:
-    """Forward passes with parameters that a node is an output or an operation of."""
-    yield from (b.recording for b in data.get(MODEL_OUTPUT, ()) if b.recording.taps)
-    yield from (tap.recording for tap in data.get(TAPS, ()))
+class _Groups:
+    """Forward passes, those with the same samples together."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Group] = {}
+
+    def add(self, recording: Recording) -> None:
+        self.of.setdefault(id(recording), [recording])
+
+    def unite(self, first: Recording, second: Recording) -> None:
+        left, right = self.of[id(first)], self.of[id(second)]
+        if left is not right:
+            left += right
+            for each in right:
+                self.of[id(each)] = left
+
+    def all(self) -> list[Group]:
+        """The groups, in the order of their first calls."""
+        groups = list({id(group): group for group in self.of.values()}.values())
+        return sorted(groups, key=lambda group: min(each.number for each in group))
 
 
-def place_one_after_another(passes: Sequence[Recording]) -> None:
-    """Samples of each forward pass are further ones."""
-    total = sum(each.size or 0 for each in passes)
-    first = 0
-    for each in passes:
-        each.place = Place(first, total)
-        first += each.size or 0
+def _kind(node: Node) -> str:
+    return kind_of(node).rpartition("::")[2]
 
 
-def forget_places(passes: Iterable[Recording]) -> None:
-    """Forward passes are about the same samples again."""
-    for each in passes:
-        each.place = None
+def _borders(node: Node) -> list[ModelOutput]:
+    return [each for each in notes(node).get(MODEL_OUTPUT, ()) if each.recording.taps]
 
 
-def ambiguous(roots: Sequence[Node]) -> str | None:
-    """Why samples of several forward passes may be the same or not, as far as the graph shows."""
-    walk = _Walk(roots)
-    if len(walk.passes) < 2 or walk.chained:
-        return None
-    for node in walk.meetings:
-        if kind_of(node) in _JOINS:
-            return f"their outputs are joined to a longer batch (at {node.name()})"
-    if not walk.met and all(each.size == 1 for each in walk.passes.values()):
-        return "each of one sample, whose losses are added up"
+def groups_below(roots: Sequence[Node]) -> list[Group]:
+    """Forward passes with parameters below the roots of a backward pass, by their samples."""
+    groups = _Groups()
+    stack: list[tuple[Node, Recording | None]] = [(root, None) for root in roots]
+    seen: set[tuple[Node, int]] = set()
+    while stack:
+        node, inside = stack.pop()
+        if (node, id(inside)) in seen:
+            continue
+        seen.add((node, id(inside)))
+        data = notes(node)
+        for border in _borders(node):
+            groups.add(border.recording)
+            if inside is not None:
+                groups.unite(inside, border.recording)
+            inside = border.recording
+        taps = data.get(TAPS, ())
+        if taps:
+            inside = taps[0].recording
+            groups.add(inside)
+        below = [child for tap in taps for child in tap.inputs]
+        below = below or [child for child, _ in node.next_functions if child]
+        stack += [(child, inside) for child in below]
+    return groups.all()
+
+
+def several_forwards(graph: Graph) -> bool:
+    """Whether several forward passes with parameters take part."""
+    return len({id(recording) for recording in graph.recordings if recording.taps}) > 1
+
+
+def number_further(groups: Sequence[Group]) -> None:
+    """Samples of all groups one after the other, in the order in which the models were called.
+
+    Raises:
+        RuntimeError: if passes of a group have other numbers of samples.
+    """
+    for group in groups:
+        if len({recording.size for recording in group}) > 1:
+            raise RuntimeError(
+                f"with forwards='further', models for {sorted({r.size or 0 for r in group})} samples "
+                "depend on each other, so that these cannot be numbered; let one extended module do "
+                "all of it"
+            )
+    sizes = [group[0].size or 0 for group in groups]
+    start = 0
+    for group, size in zip(groups, sizes, strict=True):
+        for recording in group:
+            recording.put((start, sum(sizes)))
+        start += size
+
+
+def number_alike(groups: Sequence[Group]) -> None:
+    """Each forward pass has its own samples, from the first on."""
+    for group in groups:
+        for recording in group:
+            recording.put(None)
+
+
+def refuse_open(roots: Sequence[Node], groups: Sequence[Group]) -> None:
+    """Ask for what the user has not said, where it can mean either."""
+    why = what_is_open(roots, groups) if len(groups) > 1 else None
+    if why is not None:
+        sizes = ", ".join(str(group[0].size) for group in groups[:SHOWN])
+        more = ", ..." if len(groups) > SHOWN else ""
+        raise RuntimeError(
+            f"the loss depends on {len(groups)} forward passes, of {sizes}{more} samples, and {why}: "
+            "row n of each may be the same sample, or each pass may have samples of its own. Say "
+            "which, backpack(..., forwards='same') or backpack(..., forwards='further')"
+        )
+
+
+def what_is_open(roots: Sequence[Node], groups: Sequence[Group]) -> str | None:
+    """How rows of several groups may be the same samples or further ones, if they may."""
+    rows = _Rows(roots, groups)
+    for node in rows.joins:
+        if _joins_rows(node, groups, rows):
+            return f"{_kind(node)} puts their rows beside each other"
+        rows.unite(node)
+    apart = [group for group in rows.united.all() if (group[0].size or 0) == 1]
+    modules = [{id(each.module()) for each in group} for group in apart]
+    if any(a & b for i, a in enumerate(modules) for b in modules[:i]):
+        return "each has one row"
     return None
 
 
-class _Walk:
-    """Where outputs of different forward passes come together.
+class _Rows:
+    """What lies above the outputs of the models: where rows of several groups come together."""
 
-    Attributes:
-        passes: the forward passes, by their numbers.
-        meetings: nodes with outputs of different passes below different children.
-        met: whether some of these compute more than a number, and do more than join them.
-        chained: whether an output of one is an input of another.
-    """
-
-    def __init__(self, roots: Sequence[Node]) -> None:
-        self.passes: dict[int, Recording] = {}
-        self.meetings: list[Node] = []
-        self.met = self.chained = False
+    def __init__(self, roots: Sequence[Node], groups: Sequence[Group]) -> None:
+        self.all = groups
+        self.groups = {id(each): j for j, group in enumerate(groups) for each in group}
+        self.united = _Groups()
+        for group in groups:
+            for each in group:
+                self.united.add(each)
+                self.united.unite(group[0], each)
+        self.outputs: dict[Node, list[ModelOutput]] = {}
+        # Which groups a node depends on, and the model outputs.
         self.below: dict[Node, frozenset[int]] = {}
+        self.joins: list[Node] = []
         for node in upwards(roots, self._enter):
             if node not in self.below:
-                self.below[node] = self._leave(node)
+                self._leave(node)
 
     def _enter(self, node: Node) -> list[Node]:
-        here = {each.number: each for each in _passes_at(notes(node))}
-        if not here:
+        borders = [each for each in _borders(node) if each.batch is not None]
+        if borders:
+            self.outputs[node] = borders
+        if not borders and TAPS not in notes(node):
             return children_of(node)
-        self.passes |= here
-        self.below[node] = frozenset(here)
-        self.chained |= any(
-            each.number not in here for n in walk([node]) for each in _passes_at(notes(n))
-        )
+        self.below[node] = frozenset(self.groups[id(each.recording)] for each in borders)
         return []
 
-    def _leave(self, node: Node) -> frozenset[int]:
-        children = [self.below[child] for child in children_of(node)]
-        found = frozenset[int]().union(*children)
-        apart = [numbers for numbers in children if numbers]
-        if len(found) > 1 and len(set(apart)) > 1:
-            self.meetings.append(node)
-            number = any(not shape.shape for shape in node._input_metadata)
-            self.met |= not number and kind_of(node) not in _JOINS
-        return found
+    def _leave(self, node: Node) -> None:
+        found = [self.below[child] for child, _ in node.next_functions if child is not None]
+        self.below[node] = frozenset().union(*found)
+        if len(set(found)) < 2 or len(self.below[node]) < 2:
+            return
+        if _kind(node) in _JOINS:
+            self.joins.append(node)
+        elif any(len(about.shape) for about in node._input_metadata):
+            self.unite(node)
+
+    def unite(self, node: Node) -> None:
+        """Entries are computed from rows of these groups: they are the same samples."""
+        first, *others = (self.all[j][0] for j in self.below[node])
+        for other in others:
+            self.united.unite(first, other)
+
+    def outputs_below(self, node: Node) -> list[tuple[Node, ModelOutput]]:
+
+        def further(here: Node) -> list[Node]:
+            ends = here in self.outputs
+            return [] if ends else [child for child in children_of(here) if self.below.get(child)]
+
+        return [(here, b) for here in walk([node], further) for b in self.outputs.get(here, ())]
+
+
+def _joins_rows(node: Node, groups: Sequence[Group], rows: _Rows) -> bool:
+    """Whether all rows of a result are rows of one sample each, if groups have samples of their own."""
+    if _kind(node) in ("Cat", "Stack") and all(group[0].size == 1 for group in groups):
+        # Of one sample all axes are as good as another.
+        dim, shape = node._saved_dim, node._input_metadata[0].shape  # type: ignore[attr-defined]
+        dim = dim - 2**64 if dim >= 2**63 else dim
+        return dim % len(shape) == groups[0][0].batch_dim
+    number_further(groups)
+    try:
+        placed = [(GradientEdge(n, b.place), b.batch) for n, b in rows.outputs_below(node)]
+        axis = axis_at(GradientEdge(node, 0), [(e, a) for e, a in placed if a is not None])
+    finally:
+        number_alike(groups)
+    return axis is not None and not axis.lost

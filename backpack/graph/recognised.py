@@ -162,7 +162,7 @@ def outputs_at(node: Node) -> list[ModelOutput]:
     found: dict[int, ModelOutput] = {}
     for border in notes(node).get(MODEL_OUTPUT, ()):
         if border.batch is not None and not border.batch.lost and border.recording.taps:
-            found[border.place] = border.among_all()
+            found[border.place] = border
     return list(found.values())
 
 
@@ -195,7 +195,9 @@ def _taps_below(node: Node) -> list[tuple[GradientEdge, SampleAxis]]:
     """The nearest operations with parameters that a node depends on, with their sample axes."""
     nodes = walk([node], lambda n: [] if TAPS in notes(n) else children_of(n))
     return [
-        (GradientEdge(here, tap.place), tap.axis) for here in nodes for tap in notes(here).get(TAPS, ())
+        (GradientEdge(here, tap.place), tap.batch)
+        for here in nodes
+        for tap in notes(here).get(TAPS, ())
     ]
 
 

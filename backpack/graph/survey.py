@@ -70,7 +70,7 @@ class Graph:
         """The same number for graphs of the same operations, with the same taps and shapes."""
         taps = []
         for node, tap in self.taps:
-            place, axis = tap.place, tap.batch
+            place, axis = tap.place, tap.own
             taps += [tap.func, place, axis.dim, axis.outer, axis.size, axis.inner]
             taps += node._input_metadata[place].shape
         return hash((*self.kinds, *taps))
@@ -158,7 +158,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             inside = border.recording
             graph.recordings.append(inside)
             if border.mixed:
-                graph.mixed = border.batch.lost
+                graph.mixed = border.own.lost
         # What is curved above a loss makes it part of one that no rule knows.
         if curvature and not covered and not bent and is_nonlinear(node):
             bent, graph.bent_by = True, graph.bent_by or node.name()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
-from backpack.forms.several import Part, Pullback, of_one, part_of
+from backpack.forms.several import Part, Pullback, among, of_one
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
-from backpack.samples.axis import SampleAxis, entering, mark, picked_axis, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, entering, mark, regular_axis, solo_axis
 from backpack.samples.movers import reshaped
 
 # Operations that are linear in each argument, though they have no rule.
@@ -90,7 +90,7 @@ class Tap:
     Attributes:
         func: the operation.
         place: which of its node's outputs.
-        batch: sample axis of the output.
+        own: sample axis of the output, as seen in its forward pass.
         inputs: nodes of the data-dependent inputs, where the graph goes on downwards.
         recording: the forward pass it belongs to.
         released: whether autograd has passed and freed its buffers.
@@ -101,7 +101,7 @@ class Tap:
     """
 
     __slots__ = (
-        *("func", "place", "batch", "inputs", "recording", "released"),
+        *("func", "place", "own", "inputs", "recording", "released"),
         *("args", "input", "read", "above", "_version", "_sources", "__weakref__"),
     )
 
@@ -117,7 +117,7 @@ class Tap:
     ) -> None:
         self.func = func
         self.place = place
-        self.batch = batch
+        self.own = batch
         self.inputs = inputs
         self.recording = recording
         self.released = False
@@ -128,16 +128,6 @@ class Tap:
         self.input: weakref.ref[Tensor] | None = None
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
         self.above = False
-
-    @property
-    def axis(self) -> SampleAxis:
-        """The sample axis of the output, among all samples of the backward pass."""
-        return self.batch if self.above else self.recording.among_all(self.batch)
-
-    def form(self, source: Source, g: Tensor) -> Form:
-        """The form of one of its sources for columns at its output, of all samples."""
-        form, place = source.form(g), self.recording.place
-        return form if place is None or self.above else part_of(form, place.first, place.samples)
 
     @property
     def op(self) -> str:
@@ -175,12 +165,12 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            with entering({id(self.args[at]): self.batch}):
-                pairs = RULES[self.func](self.batch, *self.args)
+            with entering({id(self.args[at]): self.own}):
+                pairs = RULES[self.func](self.own, *self.args)
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]
-                    pairs = fallback(self.batch, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
+                    pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs
@@ -188,24 +178,20 @@ class Tap:
             ]
         return self._sources
 
+    @property
+    def batch(self) -> SampleAxis:
+        """The sample axis of the output, among the samples of all forward passes."""
+        return self.own if self.above else self.recording.among_all(self.own)
+
+    def form(self, source: Source, g: Tensor) -> Form:
+        """The form of all samples for columns ``g``, for one of its sources."""
+        form = source.form(g)
+        place = None if self.above else self.recording.place
+        return form if place is None else among(form, *place)
+
     def release(self) -> None:
         """Let go of the inputs, as autograd does once it has passed."""
         self._sources, self.args, self.released = [], None, True
-
-
-class Place(NamedTuple):
-    """Where the samples of a forward pass are among those of several.
-
-    Attributes:
-        first: number of its first sample.
-        samples: number of all.
-    """
-
-    first: int
-    samples: int
-
-
-_numbers = itertools.count()
 
 
 @dataclass(slots=True, eq=False)
@@ -227,12 +213,12 @@ class Recording:
         sizes: numbers of samples according to others than the one that counts.
         doubted: whether that one may be a mask or positions.
         doubt: the shape of an output that speaks for another one.
+        number: how many were begun before.
+        place: its first sample among those of all forward passes, and their number, if these count as
+            further samples.
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
-        number: a count of forward passes.
-        place: of its samples, in a backward pass through several forward passes with samples of their
-            own.
     """
 
     module: weakref.ref[nn.Module]
@@ -252,18 +238,26 @@ class Recording:
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None
-    number: int = field(default_factory=_numbers.__next__)
-    place: Place | None = None
+    number: int = field(default_factory=itertools.count().__next__)
+    place: tuple[int, int] | None = None
+    _among: dict[SampleAxis, SampleAxis] = field(default_factory=dict)
+
+    def put(self, place: tuple[int, int] | None) -> None:
+        """Say where its samples are among those of all forward passes."""
+        if place != self.place:
+            self.place = place
+            self._among.clear()
 
     def among_all(self, axis: SampleAxis) -> SampleAxis:
-        """A sample axis of this forward pass, among all samples of the backward pass."""
-        if self.place is None or axis.lost:
+        """An axis of this forward pass as one of the samples of all."""
+        if self.place is None:
             return axis
-        device = axis.picked.samples.device if axis.picked is not None else torch.device("cpu")
-        ids = axis.sample_ids(device) + self.place.first
-        if axis.bare:
-            return solo_axis(int(ids[0]), self.place.samples, (), device)
-        return picked_axis(ids, self.place.samples, axis.dim)
+        if axis not in self._among:
+            module = self.module()
+            parameter = None if module is None else next(module.parameters(), None)
+            device = torch.device("cpu") if parameter is None else parameter.device
+            self._among[axis] = axis.among(*self.place, device)
+        return self._among[axis]
 
     def release(self) -> None:
         """Release all taps that are still there."""
@@ -279,20 +273,19 @@ class ModelOutput:
 
     recording: Recording
     place: int
-    batch: SampleAxis | None
+    own: SampleAxis | None
     shape: torch.Size
 
-    def among_all(self) -> ModelOutput:
-        """The same output, its axis among all samples of the backward pass."""
-        if self.batch is None or self.recording.place is None:
-            return self
-        return replace(self, batch=self.recording.among_all(self.batch))
+    @property
+    def batch(self) -> SampleAxis | None:
+        """Its sample axis, among the samples of all forward passes."""
+        return None if self.own is None else self.recording.among_all(self.own)
 
     @property
     def mixed(self) -> bool:
         """Whether it looks as if it had one row for each sample, but samples are not apart."""
         size, dim = self.recording.size or 1, self.recording.batch_dim
-        lost = self.batch is not None and self.batch.lost is not None
+        lost = self.own is not None and self.own.lost is not None
         return lost and size > 1 and dim < len(self.shape) and self.shape[dim] == size
 
 

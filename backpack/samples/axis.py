@@ -165,6 +165,13 @@ class SampleAxis:
         device = picked.samples.device
         return torch.equal(self.sample_ids(device), other.sample_ids(device))
 
+    def among(self, start: int, size: int, device: torch.device) -> SampleAxis:
+        """The same entries, where samples are counted from ``start``, of ``size`` altogether."""
+        if self.lost:
+            return SampleAxis(size, self.dim, self.outer, self.inner, self.tentative, self.lost)
+        rows = Rows(self.sample_ids(device) + start, size)
+        return SampleAxis(size, self.dim, tentative=self.tentative, picked=rows, bare=self.bare)
+
     def certain(self) -> SampleAxis:
         """The same axis, no longer a guess."""
         return replace(self, tentative=False) if self.tentative else self

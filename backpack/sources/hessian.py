@@ -270,7 +270,7 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
 
 def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
     ((node, tap, _),) = leaf.uses
-    edge, batch = GradientEdge(node, tap.place), tap.axis
+    edge, batch = GradientEdge(node, tap.place), tap.batch
     (gradient,) = gradients(given.roots, [edge], create_graph=True)
     if gradient is None or not gradient.requires_grad:
         return
@@ -360,7 +360,9 @@ def sampled(
         for leaf in by_output:
             uses = [(node, tap) for node, tap, _ in leaf.uses if id(tap) in at]
             if uses:
-                products = [(tap.axis, *(each.unsqueeze(0) for each in at[id(tap)])) for _, tap in uses]
+                products = [
+                    (tap.batch, *(each.unsqueeze(0) for each in at[id(tap)])) for _, tap in uses
+                ]
                 columns, sign = _polarised(products)  # type: ignore[arg-type]
                 places = [GradientEdge(node, tap.place) for node, tap in uses]
                 yield Columns(places, columns, sign / count, {leaf.parameter}, carried=True)

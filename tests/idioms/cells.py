@@ -53,7 +53,9 @@ class Cell(NamedTuple):
         # Every loss has columns of its own.
         taken = sum(f.numel() for f in idiom.apply(truth.at.outputs))
         columns = max(len(truth.at.owner), taken) // truth.at.samples
-        return Comparison(truth, model, backward, ends_linear, columns=columns)
+        # Rows of two passes beside each other may be either.
+        options = {"forwards": "same"} if idiom.name == "cat" else {}
+        return Comparison(truth, model, backward, ends_linear, columns=columns, options=options)
 
     def _call(self) -> Callable[[Tensor], Tensor]:
         loss, reduction = self.loss, self.reduction

@@ -49,6 +49,7 @@ class Comparison:
         tolerance: largest error that counts as agreement, relative to a parameter's largest entry.
         floor: errors that are rounding, in absolute terms.
         columns: how many columns a square root has at most; ``None``: any number.
+        options: of ``backpack(...)``.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Comparison:
         tolerance: float = TOLERANCE,
         floor: float = 0.0,
         columns: int | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.truth, self.model, self.backward = truth, model, backward
         self.ends_linear, self.columns = ends_linear, columns
         self.tolerance, self.floor = tolerance, floor
+        self.options = options or {}
 
     def outcome(
         self, groups: dict[str, tuple[BackpropExtension, ...]] = GROUPS, gradient: bool = True
@@ -86,7 +89,7 @@ class Comparison:
             p.grad = None
             for ext in extensions:
                 p.__dict__.pop(ext.savefield, None)
-        with backpack(*extensions, gradient=gradient, forwards="same"):
+        with backpack(*extensions, gradient=gradient, **self.options):
             self.backward()
         return {
             name: "; ".join(filter(None, map(self._wrong, group))) for name, group in groups.items()

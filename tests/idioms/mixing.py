@@ -91,7 +91,9 @@ class Mixing:
             assert abs(float(value.detach() - truth.loss)) < 1e-10
             value.backward()
 
-        return Comparison(truth, model, backward)
+        # Rows of two passes beside each other may be either.
+        options = {"forwards": "same"} if self.name == "all-views" else {}
+        return Comparison(truth, model, backward, options=options)
 
 
 def _first(function: Callable[[Tensor, Call], Tensor]) -> Callable[[list[Tensor], Call], Tensor]:
