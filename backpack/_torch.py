@@ -31,6 +31,7 @@ __all__ = [
     "keeps_graph",
     "leaf_of",
     "pack_padded_sequence",
+    "pad_packed_sequence",
     "reduction_name",
     "storage_users",
     "tree_flatten",
@@ -59,8 +60,9 @@ executes: Callable[[Node], bool] = torch._C._will_engine_execute_node
 # Within the block, operations are not reported to torch-function modes.
 without_torch_function: Callable[[], Any] = torch._C.DisableTorchFunction
 
-# What ``torch.nn.utils.rnn.pack_padded_sequence`` calls.
+# What the functions of these names in ``torch.nn.utils.rnn`` call.
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence
+pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 
 
 def call_at_end(function: Callable[[], None]) -> None:

@@ -7,6 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    unpack_sequence,
+)
 
 import backpack as bp
 
@@ -164,11 +171,61 @@ class EachImage(nn.Module):
 LENGTHS = [2, 1, 3]
 SENTENCE = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
 TOKENS = data(6, 3, seed=8)
+IDS = torch.tensor([0, 2, 1, 4, 0, 2])
 SEQUENCES = data(2, 3, 3, seed=9)
 
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+class Packed(nn.Module):
+    """A recurrent layer on packed sequences, and what is made of its results."""
+
+    def __init__(self, kind: type[nn.RNNBase], result: str, **options: Any) -> None:
+        super().__init__()
+        self.rnn, self.result = kind(3, 2, batch_first=True, **options), result
+        width = options.get("proj_size", 2) * (2 if options.get("bidirectional") else 1)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor | PackedSequence, lengths: list[int] | None = None) -> Tensor:
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        rows, last = self.rnn(x)
+        if self.result == "data":
+            return self.head(rows.data)
+        if self.result == "padded":
+            return self.head(pad_packed_sequence(rows, batch_first=True)[0].tanh().sum(1))
+        last = last[0] if self.result == "hidden" else last[1] if self.result == "cell" else last
+        width = self.head.in_features // last.shape[2]
+        return self.head(last[-width:].transpose(0, 1).flatten(1))
+
+
+def packed_case(kind: type[nn.RNNBase], result: str, **options: Any) -> RowCase:
+    owner = [0, 1, 2]
+    if result == "data":  # steps of the longest sequences come first
+        order = sorted(range(3), key=lambda n: -LENGTHS[n])
+        owner = [n for t in range(max(LENGTHS)) for n in order if LENGTHS[n] > t]
+    given = pack_sequence(list(TOKENS.split(LENGTHS)), enforce_sorted=False)
+    padded = torch.nn.utils.rnn.pad_sequence(list(TOKENS.split(LENGTHS)), batch_first=True)
+
+    def run(model: nn.Module) -> Tensor:
+        return model(given) if result in ("data", "cell") else model(padded, LENGTHS)
+
+    return RowCase(lambda: Packed(kind, result, **options), run, owner, 3)
+
+
+class Embedded(nn.Module):
+    """Ids of tokens that are packed; the sequence is made anew from its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(5, 3), nn.GRU(3, 2), nn.Linear(2, 2)
+
+    def forward(self, packed: PackedSequence) -> Tensor:
+        data = self.embed(packed.data)
+        rows = self.rnn(PackedSequence(data, *packed[1:]))[0]
+        return torch.stack([self.head(row).sum(0) for row in unpack_sequence(rows)])
 
 
 class Attention(nn.Module):
@@ -229,6 +286,20 @@ CASES: dict[str, RowCase] = {
     "packed tokens": RowCase(
         *(Attention, lambda m: m(TOKENS, LENGTHS), SENTENCE.tolist(), 3),
         lambda m: bp.extend(m, samples=lambda x, lengths: (x, SENTENCE)),
+    ),
+    "packed LSTM": packed_case(nn.LSTM, "hidden"),
+    "packed LSTM, rows": packed_case(nn.LSTM, "data"),
+    "packed LSTM, cells": packed_case(nn.LSTM, "cell"),
+    "packed LSTM, projected": packed_case(nn.LSTM, "padded", proj_size=1),
+    "packed LSTM, both ways": packed_case(nn.LSTM, "padded", num_layers=2, bidirectional=True),
+    "packed GRU": packed_case(nn.GRU, "last"),
+    "packed GRU, rows": packed_case(nn.GRU, "data"),
+    "packed GRU, both ways": packed_case(nn.GRU, "last", bidirectional=True),
+    "packed RNN": packed_case(nn.RNN, "padded"),
+    "packed RNN, relu": packed_case(nn.RNN, "data", nonlinearity="relu"),
+    "packed ids": RowCase(
+        *(Embedded, lambda m: m(pack_sequence(list(IDS.split(LENGTHS)), enforce_sorted=False))),
+        *([0, 1, 2], 3),
     ),
     "episodes": RowCase(mlp, episodes, [0, 1, 2], 3, options=FURTHER),
     "further batches": RowCase(mlp, batches, list(range(6)), 6, options=FURTHER),

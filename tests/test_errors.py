@@ -356,26 +356,6 @@ def test_attention_kernel_that_cannot_be_differentiated_twice() -> None:
         lossfunc(model(X), torch.zeros(2, 4)).backward()
 
 
-def test_packed_sequences() -> None:
-    """Refused by name; `extend` alone changes nothing, and a padded batch works."""
-
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
-
-        def forward(self, a: Tensor, lengths: Tensor) -> Tensor:
-            pack = nn.utils.rnn.pack_padded_sequence(a, lengths, batch_first=True, enforce_sorted=False)
-            return self.out(self.rnn(pack)[1][0][-1])
-
-    model, lossfunc = extend(Packed()), extend(nn.CrossEntropyLoss())
-    inputs, y = (torch.randn(3, 5, 3), torch.tensor([5, 3, 2])), torch.tensor([0, 1, 1])
-    lossfunc(model(*inputs), y).backward()
-    with backpack(BatchGrad()), pytest.raises(NotImplementedError, match="pack_padded_sequence"):
-        lossfunc(model(*inputs), y).backward()
-    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
-
-
 def test_complex_parameter() -> None:
     class Twiddle(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

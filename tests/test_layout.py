@@ -15,11 +15,11 @@ from backpack import extensions, optim, vivit
 ROOT = Path(backpack.__file__).parent
 # Rooms in the order in which data flows, and the files of each: a file imports from no later one.
 ROOMS = {
-    "samples": """axis aliases separability movers contractions indexing reductions entries writes
-        propagate""",
+    "samples": """axis aliases separability movers contractions indexing reductions entries packing
+        writes propagate""",
     "forms": "memory triton products base layout lookup outer several at_output",
-    "rules": """base recursions elementwise linear convolution lookup normalization recurrent fallback
-        decompositions""",
+    "rules": """base recursions elementwise linear convolution lookup normalization recurrent packed
+        fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": "nodes taps tangents tracing carry recognised above survey forwards",
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks

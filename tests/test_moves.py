@@ -505,6 +505,26 @@ def _flat(args: Any) -> Iterator[Any]:
             yield a
 
 
+def _packs(x: Tensor) -> Iterator[tuple]:
+    """Sequences of other lengths, in either order of axes."""
+    for first in (True, False) if x.dim() > 1 else ():
+        sequences, steps = x.shape[:2] if first else (x.shape[1], x.shape[0])
+        yield torch.full((sequences,), steps), first
+        yield torch.tensor([max(steps - n, 1) for n in range(sequences)]), first
+
+
+def _pads(x: Tensor) -> Iterator[tuple]:
+    """Rows as steps of some sequences."""
+    rows = len(x) if x.dim() else 0
+    for sizes in ([rows], [1] * rows, [rows - 1, 1], [rows // 2] * 2):
+        if rows > 1 and sum(sizes) == rows:
+            yield from ((torch.tensor(sizes), first, 0.0, -1) for first in (True, False))
+
+
+calls("_pack_padded_sequence", _packs)
+calls("_pad_packed_sequence", _pads)
+
+
 def _with(args: Any, x: Tensor, value: Tensor) -> Any:
     """The arguments with another tensor in place of ``x``."""
     if isinstance(args, (list, tuple)):

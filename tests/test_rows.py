@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import unpack_sequence
 
 from backpack import backpack, extend, extensions
 from tests.idioms.compare import Comparison
@@ -38,29 +41,51 @@ def truth_of(case: RowCase, model: nn.Module) -> Truth:
     return Truth(at, lambda outputs: F.cross_entropy(outputs[0], targets(len(outputs[0]))))
 
 
-def moments(case: RowCase, model: nn.Module) -> dict[str, Tensor]:
-    """Second moments of what layers take: sums over all rows and uses, divided by the samples."""
-    found: dict[str, Tensor] = {}
+Moments = dict[str, tuple[str, Tensor]]
+
+
+def moments(case: RowCase, model: nn.Module) -> Moments:
+    """Second moments of what meets each weight, with the bias that is added to the product.
+
+    Sums over all rows and uses, divided by the number of samples.
+    """
+    found: Moments = {}
+
+    def add(weight: str, bias: str, rows: Tensor) -> None:
+        rows = rows.reshape(-1, rows.shape[-1])
+        before = found[weight][1] if weight in found else 0
+        found[weight] = bias, before + rows.T @ rows / case.samples
 
     def listen(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(module, nn.RNNBase):
+                if module.num_layers == 1 and not module.bidirectional:
+                    for sequence in unpack_sequence(args[0]):
+                        add(f"{name}.weight_ih_l0", f"{name}.bias_ih_l0", sequence.detach())
+                        add(f"{name}.weight_hh_l0", f"{name}.bias_hh_l0", before(module, sequence))
+                return
             rows = args[0].detach()
             if isinstance(module, nn.Conv2d):
                 rows = F.unfold(rows, module.kernel_size).mT
-            rows = rows.reshape(-1, rows.shape[-1])
-            found[name] = found.get(name, 0) + rows.T @ rows / case.samples
+            add(f"{name}.weight", f"{name}.bias", rows)
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(listen(name))
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
+    kinds = (nn.Linear, nn.Conv2d, nn.RNNBase)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers]
     case.run(model)
     for handle in handles:
         handle.remove()
     return found
+
+
+def before(module: nn.RNNBase, sequence: Tensor) -> Tensor:
+    """Hidden states before each step of a sequence."""
+    hooks, module._forward_pre_hooks = module._forward_pre_hooks, OrderedDict()
+    hidden = module(sequence[None])[0][0] if module.batch_first else module(sequence)[0]
+    module._forward_pre_hooks = hooks
+    return torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]).detach()
 
 
 def test_an_edge_between_graphs() -> None:
@@ -119,9 +144,9 @@ def test_quantities(name: str) -> None:
     assert not any(outcome.values()), outcome
     with backpack(extensions.KFLR(), extensions.KFAC(mc_samples=2), **case.options):
         backward()
-    for layer, A in inputs.items():
-        weight, bias = (model.get_parameter(f"{layer}.{kind}") for kind in ("weight", "bias"))
-        B = truth.ggn[f"{layer}.bias"]
+    for name_of_weight, (name_of_bias, A) in inputs.items():
+        weight, bias = model.get_parameter(name_of_weight), model.get_parameter(name_of_bias)
+        B = truth.ggn[name_of_bias]
         torch.testing.assert_close(weight.kflr[0], B)
         torch.testing.assert_close(weight.kflr[1], A)
         torch.testing.assert_close(weight.kfac[1], A)

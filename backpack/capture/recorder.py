@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack._torch import pack_padded_sequence
+from backpack._torch import pack_padded_sequence, pad_packed_sequence
 from backpack.capture.functions import is_custom
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, tensors_in
@@ -35,6 +35,7 @@ from backpack.losses.base import LOSSES
 from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.decompositions import OPENED
 from backpack.rules.fallback import fallback
+from backpack.rules.packed import PACKED, packed_axes
 from backpack.rules.recurrent import recurrent_axis
 from backpack.samples.axis import MARK, SampleAxis, current_inputs, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, spellings
@@ -195,9 +196,14 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         return out
 
     def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """``pack_padded_sequence``: steps of all samples one after the other, samples nowhere."""
-        self.recording.packed = True
-        return func(*args, **kwargs)
+        """Packing and padding of sequences: of the results only the first is data."""
+        out = func(*args, **kwargs)
+        try:
+            marked, sources, faint = self.sort_arguments(args[:1], kwargs)
+            self.note_result(func, args, kwargs, out[0], 0, marked, sources, faint)
+        except Exception as error:
+            self.give_up(func, out[0], error)
+        return out
 
     def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Operations with parameters inside are done by operations that can be seen."""
@@ -212,7 +218,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
                 return out
         out = func(*args, **kwargs)
         try:
-            if func in SEVERAL_OUTPUTS and marked and isinstance(args[2], (list, tuple)):
+            if func in SEVERAL_OUTPUTS and marked:
                 self._recurrent(func, args, kwargs, out, marked, sources, faint)
             elif marked or faint:
                 for place, each in enumerate(out if isinstance(out, tuple) else (out,)):
@@ -233,13 +239,19 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         faint: list[SampleAxis],
     ) -> None:
         """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
-        states = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)
-        axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+        packed = isinstance(args[3], (list, tuple))
+        hx, rules = args[2 if packed else 1], PACKED if packed else SEVERAL_OUTPUTS
+        states = hx if isinstance(hx, (list, tuple)) else (hx,)
+        if packed:
+            axis, last, demoted = packed_axes(args[0], args[1], states, marked)
+        else:
+            axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
+            last = axis.moved(1)
         sources = sources + [t for t in demoted if t.requires_grad]
         data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
         for place, each in enumerate(out):
-            here = axis.moved(1) if place else axis
+            here = last if place else axis
             batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
             if batch.tentative and faint and not batch.lost and each.requires_grad:
                 batch = self.settle_doubt(func, batch, each, args, faint)
@@ -256,7 +268,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
                 elif batch.lost:
                     found = [(s, lost_form) for s in sources]
                 else:
-                    found = SEVERAL_OUTPUTS[func](axis.single(), place, out[0].detach(), *args)
+                    found = rules[func](axis.single(), place, out[0].detach(), *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
                 if own is not batch:
                     pairs = [(t, of_sample(f, batch)) for t, f in pairs]
@@ -270,5 +282,5 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONAL_TWINS, Recorder.write_in_place),
     **dict.fromkeys(OPENED, Recorder._open),
     _DATA: Recorder._data,
-    pack_padded_sequence: Recorder._pack,
+    **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Recorder._pack),
 }

@@ -19,6 +19,7 @@ from backpack.samples.axis import (
     sample_axis_of,
     solo_axis,
 )
+from backpack.samples.packing import axis_of_packed
 
 # An input by its name or position, or a function of the inputs.
 Samples = str | int | Callable[..., Any]
@@ -81,15 +82,9 @@ def packed_axis(packed: PackedSequence) -> SampleAxis:
     """The sample axis of a packed sequence's data: the first steps of all, the second steps, ..."""
     data, sizes, order, _ = packed
     with without_torch_function():
-        return axis_of_steps(sizes, order, data.device)
-
-
-def axis_of_steps(sizes: Tensor, order: Tensor | None, device: torch.device) -> SampleAxis:
-    """The same from the numbers of samples that are that long, and the samples by their lengths."""
-    counts = sizes.tolist()
-    places = torch.cat([torch.arange(count) for count in counts]) if counts else torch.arange(0)
-    places = places.to(device)
-    return picked_axis(places if order is None else order.to(device)[places], max(counts, default=0))
+        size = int(sizes[0]) if len(sizes) else 0
+        batch = regular_axis(size) if order is None else picked_axis(order.to(data.device), size)
+        return axis_of_packed(batch, sizes, data.device)
 
 
 def said_axes(

@@ -119,11 +119,6 @@ def check(
         refuse: what to do with a refusal of some quantities; others are errors in any case.
     """
     second_order = [ext for ext in extensions if ext.source.second_order]
-    if any(recording.packed for recording in graph.recordings):
-        raise NotImplementedError(
-            "the model packs sequences (pack_padded_sequence), which leaves no axis for samples; "
-            "give recurrent layers the padded batch, and pick each sample's last valid step"
-        )
     for recording in graph.recordings:
         if recording.doubt is not None:
             raise RuntimeError(

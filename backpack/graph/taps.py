@@ -206,7 +206,6 @@ class Recording:
         taps: the taps found.
         unseen: parameters that were read through ``.data``.
         entries: nodes of inputs that require grad: below them, the graph is not this module's.
-        packed: whether sequences were packed.
         depth: number of calls of the module inside itself.
         lost: the first place where the sample axis was lost on the way to a parameter, and why.
         inputs: places or names of the inputs, and shapes, if it is not plain which carries the batch.
@@ -228,7 +227,6 @@ class Recording:
     taps: list[weakref.ref[Tap]] = field(default_factory=list)
     unseen: list[weakref.ref[Tensor]] = field(default_factory=list)
     entries: set[Node] = field(default_factory=set)
-    packed: bool = False
     depth: int = 0
     lost: str | None = None
     inputs: list[tuple[int | str, torch.Size]] = field(default_factory=list)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.rules import recursions
+from backpack.rules import packed, recursions
 
 OPENED: dict[Any, Callable[..., Any]] = {
     torch.lstm_cell: recursions.lstm_cell,
@@ -45,8 +45,9 @@ def _layers(kind: Any) -> Callable[..., Any]:
         batch_first: bool,
     ) -> Any:
         """Layers and directions one at a time, each with its fused kernel."""
-        if not isinstance(params, (list, tuple)):
-            return NotImplemented  # a packed sequence
+        if isinstance(has_biases, (list, tuple)):  # arguments of packed sequences
+            rest = (num_layers, dropout, train, bidirectional, batch_first)
+            return packed.layer_by_layer(kind, input, hx, params, has_biases, *rest)  # type: ignore[arg-type]
         directions = 2 if bidirectional else 1
         if num_layers * directions == 1:
             return NotImplemented

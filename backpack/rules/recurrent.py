@@ -103,7 +103,7 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
                 return x, recursions.gru(weights, x, start, hidden, g, place)
             return x, recursions.rnn(weights, x, start, hidden, g, place, name == "rnn_relu")
 
-        shared = _Once(backward)
+        shared = Once(backward)
 
         def input_weight(g: Tensor) -> Form:
             x, back = shared(g)
@@ -146,7 +146,7 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
     return layer
 
 
-class _Once:
+class Once:
     """Remember the last result, for as long as it is in use (several parameters ask for it)."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:

@@ -73,7 +73,10 @@ def _incoming(g: Tensor, place: int, steps: int) -> Tensor | None:
 def lstm(
     layer: Layer, x: Tensor, h0: Tensor, c0: Tensor, hidden: Tensor, g: Tensor, place: int
 ) -> Backward:
-    """Columns ``g`` at the hidden states, the last hidden or the last cell state (place 0, 1, 2)."""
+    """Columns ``g`` at the hidden states, the last hidden or the last cell state (place 0, 1, 2).
+
+    For place 2 they may also be those of all cell states, ``[v, n, t, h]``.
+    """
     steps = x.shape[1]
     previous = _previous(h0, hidden)
     pre = F.linear(x, layer.w_ih, layer.b_ih) + F.linear(previous, layer.w_hh, layer.b_hh)
@@ -88,7 +91,8 @@ def lstm(
     factors = torch.cat([n * i * (1 - i), before * f * (1 - f), i * (1 - n * n)], -1)
     arriving = _incoming(g, place, steps)
     dh = g.new_zeros(*g.shape[:2], h0.shape[-1])
-    dc = g if place == 2 else g.new_zeros(*g.shape[:2], c0.shape[-1])
+    at_cells = g if place == 2 and g.dim() == 4 else None
+    dc = g if place == 2 and at_cells is None else g.new_zeros(*g.shape[:2], c0.shape[-1])
     found, projected = [], []
     for t in reversed(range(steps)):
         if arriving is not None:
@@ -96,6 +100,7 @@ def lstm(
         projected.append(dh)
         full = dh if layer.w_hr is None else dh @ layer.w_hr
         dc = dc + full * through_c[:, t]
+        dc = dc if at_cells is None else dc + at_cells[:, :, t]
         d = torch.cat([dc.repeat(1, 1, 3) * factors[:, t], full * through_o[:, t]], -1)
         found.append(d)
         dh, dc = d @ layer.w_hh, dc * f[:, t]
