@@ -21,7 +21,7 @@ ROOMS = {
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
-    "graph": "taps tangents tracing carry recognised above survey",
+    "graph": "taps tangents tracing carry derived recognised above survey",
     "capture": "switch functions inputs loss_records tracker in_place recorder hooks extend",
     "sources": "columns at_output hessian kfra table",
     "kronecker": "objects lists",
