@@ -18,10 +18,10 @@ ROOMS = {
     "samples": """axis aliases separability movers contractions indexing reductions entries packing
         writes propagate""",
     "forms": "memory triton products base layout lookup outer several at_output",
-    "rules": """base recursions elementwise linear convolution lookup normalization recurrent packed
-        fallback decompositions""",
+    "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
+        packed fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
-    "graph": "nodes taps tangents tracing carry recognised above survey forwards",
+    "graph": "nodes taps tangents tracing carry derived recognised above survey forwards",
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks
         marks extend""",
     "sources": "columns at_output hessian kfra table",

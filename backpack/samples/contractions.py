@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from backpack.samples.axis import SampleAxis
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of
 from backpack.samples.movers import argument, mover
 
 
@@ -27,6 +28,27 @@ def _embedding(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs:
     if old is not argument(args, kwargs, 0, "input"):
         return batch.losing("a table that depends on the data")
     return batch
+
+
+@mover("embedding_bag")
+def _bags(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+    """Bags are rows ``[bags, positions]``, or begin where ``offsets`` say."""
+    if old is argument(args, kwargs, 1, "weight"):
+        return batch.losing("a table that depends on the data")
+    offsets = argument(args, kwargs, 2, "offsets")
+    if offsets is old:
+        return batch
+    if offsets is None:
+        mixes = batch.dim != 0
+        return batch.losing("embedding_bag mixes samples: they are in its bags") if mixes else batch
+    count, places = new.shape[0], torch.arange(len(old), device=old.device)
+    bags = torch.searchsorted(offsets[:count].to(places), places, right=True) - 1
+    ids = batch.sample_ids(old.device)
+    last = torch.full((count,), NOBODY, device=old.device).index_copy(0, bags, ids)
+    axis = axis_of(last.unsqueeze(1).expand(new.shape), batch.size)
+    if axis is None or axis.dim != 0 or not bool((last[bags] == ids).all()):
+        return batch.losing("embedding_bag mixes samples: a bag has rows of several")
+    return axis
 
 
 @mover("linear")
@@ -78,14 +100,14 @@ def _factor(batch: SampleAxis, here: Tensor, other: Tensor, new: Tensor, first: 
 def _einsum(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     equation = args[0]
     operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-    terms, result = _labels(equation, [x.dim() for x in operands])
+    terms, result = einsum_labels(equation, [x.dim() for x in operands])
     mine = {term[batch.dim] for term, x in zip(terms, operands, strict=True) if x is old}
     if len(mine) == 1 and (label := mine.pop()) in result:
         return batch.moved(result.index(label))
     return batch.losing(f"einsum {equation!r} sums over the sample axis")
 
 
-def _labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[Any]]:
+def einsum_labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[Any]]:
     """A label for every axis of the operands and of the result: a letter, or a place in an ellipsis."""
     left, arrow, right = equation.replace(" ", "").partition("->")
 

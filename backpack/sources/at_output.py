@@ -152,9 +152,9 @@ class _Layer:
         if not self._has_classes():
             return False
         size = self.shape[self.axis]
-        about = self.place.node._input_metadata[self.place.output_nr]
-        dtype = torch.promote_types(about.dtype, torch.float32)
-        numbers = torch.arange(1, size + 1, device=self.loss.diagonal.device).to(dtype)
+        assert source.leaf is not None
+        dtype = torch.promote_types(source.leaf.dtype, torch.float32)
+        numbers = torch.arange(1, size + 1, device=source.leaf.device, dtype=dtype)
         along = numbers.reshape(
             [-1 if d == self.axis % len(self.shape) else 1 for d in range(len(self.shape))]
         )
@@ -165,7 +165,7 @@ class _Layer:
         if not isinstance(form, Dense) or form.shape != (size,):
             return False
         wanted = numbers * (self.shape.numel() // size)
-        return torch.allclose(form.values.sum((0, 1)), wanted, rtol=1e-3, atol=0)
+        return torch.allclose(form.values.sum((0, 1)).to(dtype), wanted, rtol=1e-3, atol=0)
 
     def _has_classes(self) -> bool:
         """Whether the layer's outputs at a position are the classes at one of the loss's."""
