@@ -36,6 +36,15 @@ def test_links(page: Path) -> None:
             assert place.is_file() or (place.is_dir() and page.parent != DOCS), link
 
 
+def test_first_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the README prints is what its example does."""
+    text = (DOCS.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
 def test_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
