@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -24,6 +24,17 @@ test: $(STAMPS)/test
 # The library in ten seconds.
 smoke: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_smoke.py
+
+# The same from the wheel that users install, without the checkout.
+wheel: $(STAMPS)/test
+	rm -rf build/wheel && mkdir -p build/wheel/tests
+	$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	$(PIP) install --no-deps --target build/wheel/site build/wheel/*.whl
+	cp tests/test_smoke.py build/wheel/tests
+	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -c \
+		"import backpack; assert 'build/wheel/site' in backpack.__file__, backpack.__file__"
+	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q \
+		-c /dev/null --rootdir . -p no:cacheprovider tests
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
