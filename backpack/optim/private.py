@@ -167,7 +167,9 @@ class DPSGD(BackpackOptimizer):
                 )
         _check_losses(losses)
         try:
-            with torch.enable_grad(), backpack(BatchL2Grad(), gradient=False, certify="always"):
+            # There is one loss for each sample, whichever forward passes it comes from.
+            options = {"gradient": False, "certify": "always", "forwards": "same"}
+            with torch.enable_grad(), backpack(BatchL2Grad(), **options):  # type: ignore[arg-type]
                 losses.sum().backward(retain_graph=True, inputs=parameters)
             used = [p for p in parameters if hasattr(p, "batch_l2")]
             if not used:
@@ -192,7 +194,7 @@ class DPSGD(BackpackOptimizer):
             if len(found) != len(losses):
                 raise ValueError(
                     f"there are {len(losses)} losses, but the model saw {len(found)} samples; give one "
-                    "loss for each sample"
+                    "loss for each sample, and all samples to one forward pass"
                 )
             squares = squares + found.to(squares)
         if not bool(torch.isfinite(squares).all()):
@@ -331,7 +333,7 @@ def _check_losses(losses: Tensor) -> None:
         if axis.size != count:
             raise ValueError(
                 f"there are {count} losses, but the model saw {axis.size} samples; give one loss for "
-                "each sample"
+                "each sample, and all samples to one forward pass"
             )
         if axis.lost is not None and count > 1:
             raise NotImplementedError(

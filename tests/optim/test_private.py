@@ -471,3 +471,18 @@ def test_hooks_of_tensors_are_clipped(layer: int) -> None:
     optimizer.step()
     moved = [(p - old).flatten() for p, old in zip(model.parameters(), before, strict=True)]
     torch.testing.assert_close(torch.cat(moved).norm(), torch.tensor(0.1).double())
+
+
+def test_two_views_of_each_sample() -> None:
+    """Forward passes that are joined are about the same samples: there is one loss for each."""
+    model = nn.Linear(3, 2).double()
+    optimizer = optim.DPSGD(model, 0.1, noise_multiplier=0, max_grad_norm=1e9, expected_batch_size=4)
+    X, y = torch.randn(4, 3).double(), torch.tensor([0, 1, 0, 1])
+    f = torch.cat([model(X), model(-X)])
+    losses = F.cross_entropy(f, y.repeat(2), reduction="none").reshape(2, 4).sum(0)
+    wanted = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    norms = torch.stack([sum(g.square().sum() for g in grads).sqrt() for grads in wanted])
+    torch.testing.assert_close(optimizer.backward(losses), norms)
+    parts = torch.cat([model(X[:2]), model(X[2:])])
+    with pytest.raises(ValueError, match="all samples to one forward pass"):
+        optimizer.backward(F.cross_entropy(parts, y, reduction="none"))
