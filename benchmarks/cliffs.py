@@ -72,11 +72,13 @@ def bag(offsets: bool) -> Callable[[], tuple[nn.Module, tuple[Tensor, ...], Tens
     """Bags of rows of a table."""
 
     def make() -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
-        parts = {"bag": nn.EmbeddingBag(2000, 32), "head": nn.Linear(32, 5)}
-        model = Apply(lambda m, *x: m.head(m.bag(*x)), **parts)
-        x = torch.randint(2000, (32, 16))
-        inputs = (x.flatten(), torch.arange(0, 512, 16)) if offsets else (x,)
-        return model, inputs, torch.randint(5, (32,))
+        def forward(m: Apply, x: Tensor) -> Tensor:
+            if offsets:
+                return m.head(m.bag(x.flatten(), torch.arange(0, x.numel(), x.shape[1])))
+            return m.head(m.bag(x))
+
+        model = Apply(forward, bag=nn.EmbeddingBag(2000, 32), head=nn.Linear(32, 5))
+        return model, (torch.randint(2000, (32, 16)),), torch.randint(5, (32,))
 
     return make
 

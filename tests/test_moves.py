@@ -412,8 +412,8 @@ _SELECT = (
 OTHERS = (
     _WHOLE_NUMBERS
     + """
-    cuda zero embedding nll_loss cross_entropy zeros_like ones_like full_like empty_like rand_like
-    randn_like randint_like new_zeros new_ones new_full new_empty
+    cuda zero embedding embedding_bag nll_loss cross_entropy zeros_like ones_like full_like empty_like
+    rand_like randn_like randint_like new_zeros new_ones new_full new_empty
 """
 )
 

@@ -141,6 +141,19 @@ class Lookup(Positioned):
         squares = g * g if sign is None else g * g * sign[:, samples].unsqueeze(-1)
         return g.new_zeros(self.shape).index_add(0, rows, squares.sum(0))
 
+    def centred_square_sum(self) -> tuple[Tensor | None, Tensor]:
+        """About the first sample's gradient, at the rows that are read; at others all are zero."""
+        if not self.samples:
+            return None, self.g.new_zeros(self.shape)
+        samples, rows, g = self._touched()
+        first = samples == 0
+        centre = g.new_zeros(self.shape).index_add(0, rows[first], g[0, first])
+        reads = g.new_zeros(self.shape[0]).index_add(0, rows, g.new_ones(rows.shape))
+        elsewhere = self.columns * (self.samples - reads[rows[first]])
+        squares = g.new_zeros(self.shape).index_add(0, rows, (g - centre[rows]).square().sum(0))
+        zeros = elsewhere.unsqueeze(1) * g[0, first].square()
+        return centre, squares.index_add(0, rows[first], zeros)
+
     def squared_norms(self) -> Tensor:
         samples, _, g = self._touched()
         return g.new_zeros(self.samples).index_add(0, samples, (g * g).sum((0, 2)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from backpack.samples.axis import SampleAxis
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of
 from backpack.samples.movers import argument, mover
 
 
@@ -27,6 +28,27 @@ def _embedding(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs:
     if old is not argument(args, kwargs, 0, "input"):
         return batch.losing("a table that depends on the data")
     return batch
+
+
+@mover("embedding_bag")
+def _bags(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+    """Bags are rows ``[bags, positions]``, or begin where ``offsets`` say."""
+    if old is argument(args, kwargs, 1, "weight"):
+        return batch.losing("a table that depends on the data")
+    offsets = argument(args, kwargs, 2, "offsets")
+    if offsets is old:
+        return batch
+    if offsets is None:
+        mixes = batch.dim != 0
+        return batch.losing("embedding_bag mixes samples: they are in its bags") if mixes else batch
+    count, places = new.shape[0], torch.arange(len(old), device=old.device)
+    bags = torch.searchsorted(offsets[:count].to(places), places, right=True) - 1
+    ids = batch.sample_ids(old.device)
+    last = torch.full((count,), NOBODY, device=old.device).index_copy(0, bags, ids)
+    axis = axis_of(last.unsqueeze(1).expand(new.shape), batch.size)
+    if axis is None or axis.dim != 0 or not bool((last[bags] == ids).all()):
+        return batch.losing("embedding_bag mixes samples: a bag has rows of several")
+    return axis
 
 
 @mover("linear")
