@@ -18,8 +18,8 @@ ROOMS = {
     "samples": """axis aliases separability movers contractions indexing reductions entries writes
         propagate""",
     "forms": "memory triton products base layout lookup outer several at_output",
-    "rules": """base recursions elementwise linear convolution lookup normalization recurrent fallback
-        decompositions""",
+    "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
+        fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": "nodes taps tangents tracing carry recognised above survey forwards",
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks

@@ -77,6 +77,8 @@ class KFLR(_Kronecker):
     frequencies of a table that is all of it, for the outputs of a language model's head it leaves out
     what couples two words, and of a parameter of another kind (a table that is the head, too) it is the
     diagonal of the block. All that can be done with the list takes vectors in place of matrices.
+    A weight of more axes in an einsum is the matrix that its outputs and inputs make where they follow
+    each other (``"ntd,dhk->nthk"`` has ``[A, B]``), and has one factor otherwise.
     For transposed convolutions the pair approximates the block of ``weight.transpose(0, 1)``.
 
     Of several batches: ``B`` is added, each with its weight in the loss, and ``A`` is averaged by

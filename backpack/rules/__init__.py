@@ -4,6 +4,6 @@ In: an operation's arguments. Out: pairs of a parameter and a function from colu
 """
 
 # Importing the package fills its table.
-from backpack.rules import convolution, elementwise, linear, lookup, normalization, recurrent
+from backpack.rules import convolution, einsum, elementwise, linear, lookup, normalization, recurrent
 
-__all__ = ["convolution", "elementwise", "linear", "lookup", "normalization", "recurrent"]
+__all__ = ["convolution", "einsum", "elementwise", "linear", "lookup", "normalization", "recurrent"]

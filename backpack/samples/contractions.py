@@ -100,14 +100,14 @@ def _factor(batch: SampleAxis, here: Tensor, other: Tensor, new: Tensor, first: 
 def _einsum(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
     equation = args[0]
     operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-    terms, result = _labels(equation, [x.dim() for x in operands])
+    terms, result = einsum_labels(equation, [x.dim() for x in operands])
     mine = {term[batch.dim] for term, x in zip(terms, operands, strict=True) if x is old}
     if len(mine) == 1 and (label := mine.pop()) in result:
         return batch.moved(result.index(label))
     return batch.losing(f"einsum {equation!r} sums over the sample axis")
 
 
-def _labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[Any]]:
+def einsum_labels(equation: str, ndims: Sequence[int]) -> tuple[list[list[Any]], list[Any]]:
     """A label for every axis of the operands and of the result: a letter, or a place in an ellipsis."""
     left, arrow, right = equation.replace(" ", "").partition("->")
 

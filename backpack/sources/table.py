@@ -5,7 +5,7 @@ Letters: ``v`` columns, ``n`` samples, ``C`` numbers of a sample's model output.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from backpack.forms.products import spectrum
 from backpack.graph.carry import carry
 from backpack.losses.blocks import HessianBlocks
 from backpack.losses.twice import signed_columns
@@ -21,6 +22,9 @@ from backpack.samples.axis import SampleAxis
 from backpack.sources import hessian, kfra
 from backpack.sources.at_output import forms_at_output
 from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
+
+# Draws of targets are replaced by fewer columns where a sample has no more outputs than this.
+LARGEST_REDUCED = 256
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,38 @@ class SampledRoot(ColumnSource):
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
         for piece in given.losses:
             drawn = piece.hessian.sampled(piece.gradient, self.draws, self.generator)
-            values = [drawn] if isinstance(drawn, Tensor) else drawn
+            values: Sequence[Tensor] = [drawn] if isinstance(drawn, Tensor) else drawn
+            if wanted.summed:
+                values = _fewer(values, piece.hessian.axes)
             yield Columns(piece.places, values, None, piece.about)
+
+
+def _fewer(columns: Sequence[Tensor], axes: Sequence[SampleAxis]) -> Sequence[Tensor]:
+    """Columns with the same sum of outer products for each sample: no more than its outputs have."""
+    size = sum(part[0].numel() // max(axis.size, 1) for part, axis in zip(columns, axes, strict=True))
+    if len(columns[0]) <= size or size > LARGEST_REDUCED or torch.is_grad_enabled():
+        return columns
+    flat = _flat(columns, axes)
+    values, vectors = spectrum(torch.einsum("vnc,vnd->ncd", flat, flat))
+    roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+    return _apart(roots.movedim(2, 0), columns, axes)
+
+
+def _flat(columns: Sequence[Tensor], axes: Sequence[SampleAxis]) -> Tensor:
+    """Columns at all outputs as one, ``[v, N, C]``."""
+    return torch.cat(
+        [axis.split(part, 1).flatten(2) for axis, part in zip(axes, columns, strict=True)], 2
+    )
+
+
+def _apart(flat: Tensor, like: Sequence[Tensor], axes: Sequence[SampleAxis]) -> list[Tensor]:
+    """The inverse of :func:`_flat`, for outputs of the shapes of ``like``."""
+    shapes = [axis.split(part[:1], 1).shape[1:] for axis, part in zip(axes, like, strict=True)]
+    pieces = flat.split([shape[1:].numel() for shape in shapes], 2)
+    return [
+        axis.join(piece.reshape(len(flat), *shape), 1)
+        for axis, piece, shape in zip(axes, pieces, shapes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -107,19 +141,11 @@ class LeadingRoot(ColumnSource):
             [part] if isinstance(part, Tensor) else part
             for part in piece.hessian.columns(piece.gradient, 2**30)
         ]
-        axes = piece.hessian.axes
-        parts = [
-            axis.split(torch.cat(part), 1)
-            for axis, part in zip(axes, zip(*whole, strict=True), strict=True)
-        ]
-        flat = torch.cat([part.flatten(2) for part in parts], 2).transpose(0, 1)
+        axes, parts = piece.hessian.axes, [torch.cat(part) for part in zip(*whole, strict=True)]
+        flat = _flat(parts, axes).transpose(0, 1)
         _, values, vectors = torch.linalg.svd(flat, full_matrices=False)
         top = (values.unsqueeze(2) * vectors)[:, : self.count].transpose(0, 1)
-        pieces = top.split([part.flatten(2).shape[2] for part in parts], 2)
-        return [
-            axis.join(found.reshape(len(top), *part.shape[1:]), 1)
-            for axis, found, part in zip(axes, pieces, parts, strict=True)
-        ]
+        return _apart(top, parts, axes)
 
 
 @dataclass(frozen=True)
