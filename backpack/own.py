@@ -8,7 +8,8 @@ Everything that code outside the library builds on is imported from here; the fi
   subclass of :class:`LossHessian`).
 * A source of columns: a subclass of :class:`ColumnSource`.
 * A quantity: a subclass of :class:`BackpropExtension`. One that keeps forms meets the others too:
-  :class:`Sum`, :class:`Pullback` (which needs the graph), and :class:`Patches` in an :class:`Outer`.
+  :class:`Sum`, :class:`Scaled`, :class:`Pullback` (which needs the graph), and :class:`Patches` in an
+  :class:`Outer`.
 """
 
 from backpack.forms.at_output import AtOutput
@@ -16,7 +17,7 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
-from backpack.forms.several import Pullback, Sum, Together
+from backpack.forms.several import Pullback, Scaled, Sum, Together
 from backpack.graph.nodes import kind_of, walk
 from backpack.graph.tracing import axis_at
 from backpack.losses.base import LossHessian, loss_rule
@@ -81,6 +82,7 @@ __all__ = [
     "Pullback",
     "RandomSigns",
     "SampledRoot",
+    "Scaled",
     "Sum",
     "Together",
     "Wanted",

@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense, Form
-from backpack.forms.several import Pullback, Together, merge, of_one
+from backpack.forms.several import Pullback, Scaled, Together, merge, of_one
 from backpack.graph.carry import pull_back
+from backpack.graph.derived import entry_derivatives
 from backpack.graph.taps import Source, Tap
 from backpack.quantities.base import BackpropExtension
 
@@ -74,6 +75,10 @@ def form_of_source(block: Block, leaf: Leaf, tap: Tap, source: Source, columns: 
     form = tap.form(source, columns)
     if source.edge is None:
         return form
+    with Nested(block):
+        scale = entry_derivatives(source.edge, leaf.parameter)
+    if scale is not None:
+        return of_one(form, lambda each: Scaled(each, scale))
     vjp = partial(_pull_back, block, source.edge, leaf.parameter)
     return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from backpack.forms.base import Dense, Factor, Form, Positioned, Sharing, room_for_pairs
+from backpack.forms.base import Dense, Factor, Form, Positioned, Sharing, room_for_pairs, sum_first
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.memory import fresh
@@ -99,6 +99,76 @@ class Pullback(Form):
 
     def combine(self, weights: Tensor) -> Tensor:
         return self.vjp(self.form.combine(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Form):
+    """A form multiplied entry by entry: that of a parameter of which single entries are functions.
+
+    Attributes:
+        form: the form of what is made from the parameter, of the parameter's shape.
+        scale: the derivatives of its entries, ``[*p]``.
+    """
+
+    form: Form
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.form.shape
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.form.columns
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        return self.form.samples
+
+    @property
+    def like(self) -> Tensor:
+        return self.form.like
+
+    @property
+    def projects(self) -> bool:  # type: ignore[override]
+        return self.form.projects
+
+    def take(self, columns: slice, samples: slice | Tensor) -> Scaled:
+        return Scaled(self.form.take(columns, samples), self.scale)
+
+    def dense(self) -> Tensor:
+        return self.form.dense() * self.scale
+
+    def written(self) -> Form:
+        """Itself, which needs no graph."""
+        return self
+
+    def total(self) -> Tensor:
+        return self.form.total() * self.scale
+
+    def square_sum(self, sign: Tensor | None = None) -> Tensor:
+        return self.form.square_sum(sign) * self.scale.square()
+
+    def square_sum_per_sample(self, sign: Tensor | None = None) -> Tensor:
+        return self.form.square_sum_per_sample(sign) * self.scale.square()
+
+    def centred_square_sum(self) -> tuple[Tensor | None, Tensor]:
+        centre, squares = self.form.centred_square_sum()
+        return None if centre is None else centre * self.scale, squares * self.scale.square()
+
+    def squared_norms(self) -> Tensor:
+        form = self.form
+        if not isinstance(form, Outer) or form.positions != 1:
+            return super().squared_norms()
+        (q, o), squares = (form.g.shape[2], form.g.shape[-1]), sum_first(form.g.square())[:, :, 0]
+        weights = form.layout.load(self.scale.square(), q, o)
+        return ((squares.unsqueeze(2) @ weights).squeeze(2) * form.a[:, :, 0].square()).sum((1, 2))
+
+    def project(self, vectors: Tensor) -> Tensor:
+        return self.form.project(vectors * self.scale)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.form.combine(weights) * self.scale
 
 
 @dataclass(frozen=True, eq=False)

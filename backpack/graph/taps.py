@@ -480,7 +480,7 @@ def store_tap(
     linear: bool,
     read: Sequence[Tensor] = (),
 ) -> Tap:
-    sources = [_source(tensor, form, linear) for tensor, form in pairs]
+    sources = [each for tensor, form in pairs for each in _sources(tensor, form, linear)]
     tap = Tap(func, output_nr, batch, inputs, recording, sources)
     tap.read = [(weakref.ref(t), t._version) for t in read]
     kept = notes(node)
@@ -492,11 +492,39 @@ def store_tap(
     return tap
 
 
-def _source(tensor: Tensor, form: ToForm, linear: bool) -> Source:
-    node = tensor.grad_fn
-    if node is None:
-        return Source(tensor, None, form, linear)
-    return source_at(get_gradient_edge(tensor), tensor.shape, form, linear)
+def _sources(tensor: Tensor, form: ToForm, linear: bool) -> list[Source]:
+    """The parameter that a tensor is, or what it is made from; of a sum its terms."""
+    if tensor.grad_fn is None:
+        return [Source(tensor, None, form, linear)]
+    edge, terms = get_gradient_edge(tensor), None
+    if not tensor._backward_hooks:  # which are part of the backward pass
+        terms = _terms(edge.node, tensor.shape)
+    if terms is None:
+        return [source_at(edge, tensor.shape, form, linear)]
+    return [source_at(term, tensor.shape, _times(factor, form), linear) for term, factor in terms]
+
+
+def _terms(node: Node, shape: torch.Size) -> list[tuple[GradientEdge, float]] | None:
+    """The terms of a sum, with their factors; ``None`` if it is none, or a term is broadcast."""
+    name = node.name().rstrip("0123456789")
+    if name not in ("AddBackward", "SubBackward"):
+        return None
+    alpha = node._saved_alpha  # type: ignore[attr-defined]
+    found = []
+    for (child, number), factor in zip(
+        node.next_functions, (1, alpha if name == "AddBackward" else -alpha), strict=True
+    ):
+        if child is not None:
+            leaf = leaf_of(child)
+            size = child._input_metadata[number].shape if leaf is None else leaf.shape
+            if torch.Size(size) != shape:
+                return None
+            found.append((GradientEdge(child, number), factor))
+    return found
+
+
+def _times(factor: float, form: ToForm) -> ToForm:
+    return form if factor == 1 else lambda g: form(factor * g)
 
 
 def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool) -> Source:
@@ -504,11 +532,22 @@ def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool)
     leaf = leaf_of(edge.node)
     if leaf is not None:
         return Source(leaf, None, form, linear)
-    if len(shape) == 2 and edge.node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
-        leaf = leaf_of(edge.node.next_functions[0][0])
-        if leaf is not None and leaf.shape == shape[::-1]:
-            return Source(leaf, None, lambda g: of_one(form(g), _transposed), linear)
+    if len(shape) == 2 and _transposes(edge.node):
+        (below, number), leaf = edge.node.next_functions[0], leaf_of(edge.node.next_functions[0][0])
+        place = GradientEdge(below, number) if leaf is None and below is not None else None
+        return Source(leaf, place, lambda g: of_one(form(g), _transposed), linear)
     return Source(None, edge, form, linear)
+
+
+def _transposes(node: Any) -> bool:
+    """Whether the axes of a matrix change places (and are not only named)."""
+    name = node.name()
+    # Axes may be counted from the end.
+    if name == "PermuteBackward0":
+        return bool(node._saved_dims[0] % 2)
+    if name == "TransposeBackward0":
+        return bool((node._saved_dim0 - node._saved_dim1) % 2)
+    return bool(name == "TBackward0")
 
 
 def _transposed(form: Form) -> Form:

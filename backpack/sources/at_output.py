@@ -165,7 +165,7 @@ class _Layer:
         if not isinstance(form, Dense) or form.shape != (size,):
             return False
         wanted = numbers * (self.shape.numel() // size)
-        return torch.allclose(form.values.sum((0, 1)), wanted, rtol=1e-3, atol=0)
+        return torch.allclose(form.values.sum((0, 1)).to(dtype), wanted, rtol=1e-3, atol=0)
 
     def _has_classes(self) -> bool:
         """Whether the layer's outputs at a position are the classes at one of the loss's."""

@@ -1,0 +1,64 @@
+"""Tensors made from parameters only: those whose entries are functions of single entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack._torch import leaf_of
+from backpack.graph.carry import pull_back
+from backpack.graph.tracing import kind_of
+from backpack.samples.separability import generic
+
+# Operations that act on single entries, where nothing is broadcast.
+_ENTRIES = frozenset(
+    """Add Sub Rsub Mul Div Neg Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Pow Reciprocal Softplus LogSigmoid
+    Sigmoid Tanh Sin Cos Abs Relu LeakyRelu Elu Silu Gelu Erf Clamp ClampMin ClampMax Clone Alias
+    ToCopy Where MaskedFill NativeDropout""".split()
+)
+
+
+def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
+    """Derivatives of a tensor whose entries are functions of the parameter's entries, one of each.
+
+    Args:
+        edge: the tensor's place in the graph.
+        parameter: a parameter that it is made from.
+
+    Returns:
+        Of the parameter's shape; ``None`` if it is no such tensor.
+    """
+    nodes = _way(edge.node, parameter)
+    shape = parameter.shape
+    if any(kind_of(node) not in _ENTRIES for node in nodes):
+        return None
+    if any(torch.Size(node._input_metadata[0].shape) != shape for node in nodes):
+        return None
+    weights = generic(shape, parameter.detach())
+    found, weighted = pull_back(edge, parameter, torch.stack([torch.ones_like(weights), weights]))
+    # A hook in between may do anything.
+    expected = (found * weights).detach()
+    eps = torch.finfo(parameter.dtype).eps ** 0.75
+    alike = (weighted.detach() - expected).abs() <= eps * expected.abs()
+    return found if bool(alike.all()) else None
+
+
+def _way(start: Node, parameter: Tensor) -> list[Node]:
+    """The nodes between a tensor and a parameter."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack = [(start, False)]
+    reaches: dict[Node, bool] = {}
+    while stack:
+        node, leaving = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if leaving:
+            leaf = leaf_of(node)
+            reaches[node] = leaf is parameter or any(reaches.get(child, False) for child in children)
+            if reaches[node] and leaf is None:
+                order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((child, False) for child in children)]
+    return order
