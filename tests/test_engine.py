@@ -674,7 +674,7 @@ def test_layer_that_its_rule_does_not_cover() -> None:
 
 
 def test_debug_names_the_fallback(capsys) -> None:
-    model = extend(Apply(lambda m, a: torch.einsum("ni,oi->no", a, m.w), w=P(3, 4)))
+    model = extend(Apply(lambda m, a: torch.einsum("ni,oi,ni->no", a, m.w, a), w=P(3, 4)))
     with backpack(DiagGGNExact(), debug=True):
         extend(nn.MSELoss())(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
     text = capsys.readouterr().out
