@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
 from backpack.graph.carry import pull_back
-from backpack.graph.tracing import kind_of
+from backpack.graph.nodes import children_of, kind_of, upwards
 from backpack.samples.separability import generic
 
 # Operations that act on single entries, where nothing is broadcast.
@@ -46,19 +46,7 @@ def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
 
 def _way(start: Node, parameter: Tensor) -> list[Node]:
     """The nodes between a tensor and a parameter."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack = [(start, False)]
     reaches: dict[Node, bool] = {}
-    while stack:
-        node, leaving = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if leaving:
-            leaf = leaf_of(node)
-            reaches[node] = leaf is parameter or any(reaches.get(child, False) for child in children)
-            if reaches[node] and leaf is None:
-                order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack += [(node, True), *((child, False) for child in children)]
-    return order
+    for node in upwards([start]):
+        reaches[node] = leaf_of(node) is parameter or any(reaches[c] for c in children_of(node))
+    return [node for node, found in reaches.items() if found and leaf_of(node) is None]
