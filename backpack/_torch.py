@@ -11,11 +11,13 @@ view in ``_base``.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 from torch.nn._reduction import legacy_get_string as reduction_name
@@ -25,6 +27,7 @@ __all__ = [
     "SPACES",
     "AccumulateGrad",
     "call_at_end",
+    "called_compiled",
     "current_node",
     "current_task",
     "executes",
@@ -32,10 +35,13 @@ __all__ = [
     "leaf_of",
     "pack_padded_sequence",
     "pad_packed_sequence",
+    "ran_compiled",
     "reduction_name",
     "storage_users",
     "tree_flatten",
     "tree_unflatten",
+    "uncompiled",
+    "uncompiled_calls",
     "without_torch_function",
 ]
 
@@ -68,6 +74,55 @@ pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 def call_at_end(function: Callable[[], None]) -> None:
     """Call a function when the backward pass under way is over, in whichever thread ends it."""
     Variable._execution_engine.queue_callback(function)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` was given; any other is itself."""
+    while "_orig_mod" in module._modules and type(module).__name__ == "OptimizedModule":
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return module
+
+
+_stance_lock = threading.Lock()
+# Who wants calls to be uncompiled, and what ends that. The stance is one for all threads.
+_wanted: set[object] = set()
+_stance: list[Any] = []
+
+
+def uncompiled_calls() -> Callable[[], None]:
+    """From now on, all that is compiled runs uncompiled, until the function returned is called."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return lambda: None  # nothing is compiled
+    me = object()
+    with _stance_lock:
+        if not _wanted:
+            _stance.append(torch.compiler.set_stance("force_eager"))
+        _wanted.add(me)
+
+    def end() -> None:
+        with _stance_lock:
+            _wanted.discard(me)
+            if not _wanted and _stance:
+                _stance.pop().__exit__(None, None, None)
+
+    return end
+
+
+def called_compiled() -> bool:
+    """Whether the hook that asks is one of a module that is called through ``torch.compile``."""
+    frame = sys._getframe(1)
+    for _ in range(8):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_code.co_name == "compile_wrapper" and "_dynamo" in frame.f_code.co_filename:
+            return True
+    return False
+
+
+def ran_compiled(node: Node) -> bool:
+    """Whether a node is that of a compiled forward pass."""
+    return "CompiledFunction" in node.name()
 
 
 def leaf_of(node: Node | None) -> Any:

@@ -674,11 +674,11 @@ def test_layer_that_its_rule_does_not_cover() -> None:
 
 
 def test_debug_names_the_fallback(capsys) -> None:
-    model = extend(Apply(lambda m, a: torch.einsum("ni,oi->no", a, m.w), w=P(3, 4)))
+    model = extend(Apply(lambda m, a: F.bilinear(a, a, m.w), w=P(3, 4, 4)))
     with backpack(DiagGGNExact(), debug=True):
         extend(nn.MSELoss())(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
     text = capsys.readouterr().out
-    assert "tap einsum: 'w' (samples 5, axis 0), sample by sample" in text
+    assert "tap bilinear: 'w' (samples 5, axis 0), sample by sample" in text
     assert "[DEBUG] columns carried to all taps: " in text
 
 

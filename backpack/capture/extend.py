@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from backpack._torch import uncompiled
 from backpack.capture.hooks import LOSS_MODULES, after_forward, after_loss, before_forward
 from backpack.capture.said import Samples
 
@@ -28,7 +29,9 @@ def extend(
 
     The module is changed in place (hooks on it and on each submodule with parameters) and returned.
     It computes what it did before; its ``state_dict`` is the same; copies and pickles of it are
-    extended too. Extending again is harmless.
+    extended too. Extending again is harmless. Of ``torch.compile(model)`` it extends the model; a
+    compiled model may be extended before or after. It runs uncompiled inside of a
+    :class:`backpack.backpack` block, where its forward pass must be, and compiled everywhere else.
 
     Args:
         module: any module.
@@ -55,6 +58,7 @@ def extend(
                 "samples is the name or the position of the input that carries the batch, or a "
                 f"function of the inputs, but got {samples!r}"
             )
+    given, module = module, uncompiled(module)  # type: ignore[assignment]
     for each in module.modules():
         if isinstance(each, torch.jit.ScriptModule):
             continue
@@ -68,7 +72,7 @@ def extend(
     if before_forward in module._forward_pre_hooks.values() and "_backpack_root" not in module.__dict__:
         module.register_forward_hook(after_forward, always_call=True)
         module.__dict__["_backpack_root"] = True
-    return module
+    return given
 
 
 def _arm(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
+from backpack._torch import called_compiled
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
@@ -46,6 +48,8 @@ _state = _State()
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of extended modules: the outermost call opens a recording."""
+    if torch.compiler.is_compiling():  # first of all, so that nothing else is traced
+        return
     recorder = _state.recorder
     if recorder is not None:
         recording = recorder.recording
@@ -62,6 +66,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         _forget()
     if not _recordable():
         return
+    _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
     current_inputs.axes, current_inputs.written = _axes_of_inputs(recording, module, args, kwargs), {}
@@ -165,8 +170,22 @@ def current_recorder() -> Recorder | None:
 
 
 def _recordable() -> bool:
-    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return disable.should_store_io() and torch.is_grad_enabled() and not compiling
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return disable.should_store_io() and torch.is_grad_enabled() and not tracing
+
+
+# Compiled models of which was said that they run uncompiled.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _say_that_it_is_uncompiled(module: nn.Module) -> None:
+    if module not in _told and called_compiled():
+        _told.add(module)
+        warnings.warn(
+            f"a compiled {type(module).__name__} runs uncompiled inside of backpack(...) blocks, where "
+            "every operation is looked at; outside of them it is compiled",
+            stacklevel=2,
+        )
 
 
 def _calls_running(module: nn.Module | None) -> int:
@@ -183,6 +202,8 @@ def _calls_running(module: nn.Module | None) -> int:
 
 def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of extended modules (called also if forward raised): close the recording."""
+    if torch.compiler.is_compiling():
+        return
     recorder = _state.recorder
     if recorder is None or recorder.recording.module() is not module:
         return
@@ -257,6 +278,8 @@ LOSS_MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
 
 def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
     """Forward hook of extended loss modules in :data:`LOSS_MODULES`."""
+    if torch.compiler.is_compiling():
+        return
     node = output.grad_fn
     if node is None or _state.recorder is not None or not _recordable():
         return

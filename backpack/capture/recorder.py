@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack._torch import pack_padded_sequence, pad_packed_sequence
+from backpack._torch import pack_padded_sequence, pad_packed_sequence, uncompiled_calls
 from backpack.capture.functions import is_custom
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, tensors_in
@@ -69,6 +69,8 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         super().__init__(recording)
         # Cleared when a forward pass ended without its hook: then everything is passed on.
         self.live = True
+        # Operations of compiled parts are seen as well.
+        self.compile_again = uncompiled_calls()
         module = recording.module()
         assert module is not None
         # Modules extended by name have this hook; of the others only the outermost needs it.
@@ -79,6 +81,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
     def close(self) -> None:
         """See no more."""
         self.live = False
+        self.compile_again()
         if self.hook is not None:
             self.hook.remove()
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack._torch import call_at_end, current_node, current_task, keeps_graph, leaf_of
+from backpack._torch import (
+    call_at_end,
+    current_node,
+    current_task,
+    keeps_graph,
+    leaf_of,
+    uncompiled_calls,
+)
 from backpack.capture import loss_records
 from backpack.capture.switch import captures
 from backpack.engine import certificate
@@ -99,6 +106,9 @@ class backpack:  # noqa: N801
     With ``loss.backward(create_graph=True)`` quantities are part of a graph, and can be differentiated.
     As ``p.grad`` in torch, they hold the graph that holds the parameters, so that neither is freed with
     the model; :func:`backpack.memory_cleanup` (``memory_cleanup(model)``) lets go of it.
+
+    What is compiled (``torch.compile``) runs uncompiled inside of a block, where every operation is
+    looked at; a compiled model's forward pass must be inside, then.
 
     Blocks may be nested (the inner one counts) and used again. A block belongs to the thread that
     entered it.
@@ -212,6 +222,7 @@ class _Block(Block):
         self.watch = _Watch(self)
 
     def open(self) -> None:
+        self.compile_again = uncompiled_calls()
         open_blocks.append(self)
         self.watch.__enter__()
 
@@ -219,6 +230,7 @@ class _Block(Block):
         try:
             self.watch.__exit__(None, None, None)
         finally:
+            self.compile_again()
             del self.watch  # which refers to the block
             open_blocks.remove(self)
             for run in list(self.runs.values()):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack._torch import current_node, current_task, executes
+from backpack._torch import current_node, current_task, executes, ran_compiled
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
 from backpack.engine.debug import Stopwatch, print_outputs, print_taps
@@ -108,10 +108,16 @@ class Run:
         graph = self._survey([edge.node for edge, _ in roots])
         self.listen(graph)
         self._certify(graph)
+        if not graph.taps and any(ran_compiled(node) for node in graph.nodes):
+            raise RuntimeError(
+                "the forward pass ran compiled, so that backpack saw none of its operations; call the "
+                "model inside of the backpack(...) block, where it runs uncompiled, and extend it"
+            )
         if not graph.taps:
             warnings.warn(
                 "no extended model takes part in this backward pass, so that there is nothing to "
-                "compute (extend(model) before its forward pass, which must not run in disable())",
+                "compute (extend(model) before its forward pass, which must not run in disable(), nor "
+                "compiled: a compiled model runs uncompiled inside of the block)",
                 stacklevel=2,
             )
         self.columns(roots, graph)
