@@ -18,12 +18,13 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from backpack._torch import pack_padded_sequence, pad_packed_sequence, uncompiled_calls
-from backpack.capture.functions import is_custom
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, tensors_in
 from backpack.graph.taps import (
     LAYERS,
+    NONLINEAR,
     TAPS,
+    UNBATCHED,
     Recording,
     Tap,
     lost_form,
@@ -51,8 +52,10 @@ from backpack.samples.propagate import (
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-# Functions whose results need a second look, and types of results that need none.
-_WATCHED = BATCH_NORMS | ELEMENTWISE_NONLINEAR | EXPANSIONS
+# Functions whose results need a second look.
+_WATCHED = BATCH_NORMS | EXPANSIONS
+_LAYER_NORM = torch.nn.functional.layer_norm
+_NORM_OPTIONS = {"weight", "bias", "eps"}
 
 
 # Each result is made from one of the arguments, the one at the same place.
@@ -109,68 +112,111 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             self.met.look(args, kwargs, out)
         if not torch.is_grad_enabled():
             self.touch(args, kwargs)
-        if type(out) is not Tensor:
-            if type(out) not in _PLAIN:
-                self._look(func, args, kwargs, out)
+        if type(out) is not Tensor and type(out) in _PLAIN:
             return
-        # Nearly all calls: one argument depends on the data, the others are parameters or none.
-        first, several, sources = None, False, False
+        usual = not (current_inputs.written or self.functions.touched)
+        if usual and func in LAYERS and self._layer(func, args, kwargs, out):
+            return
+        # Nearly all calls: data at one place of the graph or several alike, beside parameters or none.
+        data: list[tuple[Tensor, SampleAxis]] = []
+        sources = nested = False
         axes = current_inputs.axes
         for a in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(a, Tensor):
                 batch = getattr(a, MARK, None) or axes.get(id(a))
-                if batch is None:
-                    sources = sources or a.requires_grad
-                elif first is None:
-                    first, axis = a, batch
-                else:
-                    several = True
+                if batch is not None:
+                    data.append((a, batch))
+                elif a.requires_grad:
+                    sources = True
             elif type(a) is list or type(a) is tuple:
-                several = several or not all(type(each) is int for each in a)
-        if several or func in _WATCHED or func in LOSSES or current_inputs.written:
+                nested = nested or not all(type(each) is int for each in a)
+        if nested or not usual or func in _WATCHED or func in LOSSES:
             self._look(func, args, kwargs, out)
-        elif first is None:
+        elif not data:
             if sources or func in FACTORIES or any(t._base is not None for t in tensors_in(args)):
                 self._look(func, args, kwargs, out)
-        elif axis.lost is not None or (self.functions.touched and is_custom(first)):
+        elif sources or not self._follow(func, args, kwargs, out, data):
             self._look(func, args, kwargs, out)
-        else:
-            mover = MOVERS.get(func)
-            found = axis if mover is None else moved(mover, axis, first, out, args, kwargs)
-            unsure = found.lost or not found.fits(out.shape) or out is first
-            picked = found.picked
-            unsure = unsure or (
-                picked is not None and (not out.requires_grad or picked.only is not None)
-            )
-            if mover is None:
-                grew = func in ELEMENTWISE and out.dim() != first.dim()
-                unsure = unsure or grew or not known(func, axis, first, args)
-            # A plain layer is a tap without a closer look.
-            if unsure or (sources and (kwargs or not self._layer(func, args, out, found, first))):
-                self._look(func, args, kwargs, out)
-            else:
-                out._backpack_batch = found  # type: ignore[attr-defined]
 
-    def _layer(self, func: Any, args: tuple, out: Tensor, batch: SampleAxis, input: Tensor) -> bool:
-        """The usual tap, a layer with a weight of its own; ``False``: look closer."""
-        node, places = out.grad_fn, LAYERS.get(func)
-        if places is None or node is None or out._base is not None or batch.solo is not None:
+    def _follow(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        out: Any,
+        data: list[tuple[Tensor, SampleAxis]],
+    ) -> bool:
+        """Results that meet no parameter, in usual calls; ``False``: look closer."""
+        results = [out] if type(out) is Tensor else out
+        if type(results) not in (list, tuple) or (func in _EACH and results is out):
             return False
-        at, *own = places
-        if input is not args[at]:
+        mover, elementwise = MOVERS.get(func), func in ELEMENTWISE
+        if mover is None and (results is out or (len(data) > 1 and not elementwise)):
+            return False
+        found = []
+        for each in results:
+            if type(each) is not Tensor:
+                return False
+            here = None
+            for old, axis in data:
+                if axis.lost is not None or each is old:
+                    return False
+                if mover is not None:
+                    there = moved(mover, axis, old, each, args, kwargs)
+                elif (elementwise and each.dim() != old.dim()) or not known(func, axis, old, args):
+                    return False
+                else:
+                    there = axis
+                if len(data) > 1 and (axis.tentative or axis.picked is not None):
+                    return False
+                if here is not None and not here.agrees(there):
+                    return False
+                here = there
+            if here is None or here.lost or not here.fits(each.shape):
+                return False
+            if here.picked is not None and (here.solo is not None or not each.requires_grad):
+                return False
+            found.append(here)
+        if func in ELEMENTWISE_NONLINEAR and out.grad_fn is not None:
+            notes(out.grad_fn)[NONLINEAR] = self.recording, found[0]
+        for each, axis in zip(results, found, strict=True):
+            each._backpack_batch = axis
+        return True
+
+    def _layer(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor) -> bool:
+        """The usual tap, a layer with a weight of its own; ``False``: look closer."""
+        node = out.grad_fn
+        if node is None or out._base is not None:
+            return False
+        if kwargs:
+            if func is not _LAYER_NORM or len(args) != 2 or not kwargs.keys() <= _NORM_OPTIONS:
+                return False
+            args = (*args, kwargs.get("weight"), kwargs.get("bias"), kwargs.get("eps", 1e-5))
+        at, *own = LAYERS[func]
+        input, axes = args[at], current_inputs.axes
+        axis: SampleAxis | None = getattr(input, MARK, None) or axes.get(id(input))
+        if axis is None or axis.lost is not None or axis.picked is not None:
             return False
         weight, bias = (args[j] if j < len(args) else None for j in own)
-        if weight is None or not weight.requires_grad or weight.grad_fn is not None:
+        if weight is None or not weight.requires_grad:
             return False
-        if bias is not None and bias.grad_fn is not None:
+        for each in (weight, bias):
+            if each is not None and (
+                each.grad_fn is not None or hasattr(each, MARK) or id(each) in axes
+            ):
+                return False
+        # Layers mix their last axes, and no others.
+        features = len(args[1]) if func is _LAYER_NORM else UNBATCHED.get(func, 1)
+        if axis.dim >= input.dim() - features or not axis.fits(out.shape):
             return False
         inputs: tuple[Node, ...] = ()
         if input.requires_grad:
             inputs = (input.grad_fn or get_gradient_edge(input).node,)
         recording = self.recording
-        tap = Tap(func, 0, batch, inputs, recording, args=args)
+        tap = Tap(func, 0, axis, inputs, recording, args=args)
         notes(node)[TAPS] = [tap]
         recording.taps.append(weakref.ref(tap))
+        out._backpack_batch = axis  # type: ignore[attr-defined]
         return True
 
     def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:

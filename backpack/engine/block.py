@@ -138,7 +138,8 @@ class backpack:  # noqa: N801
             if not isinstance(ext.source, ColumnSource):
                 raise ValueError(f"{ext!r} names no source of columns, but {ext.source!r}")
         fields = [ext.savefield for ext in exts]
-        for name in sorted({name for name in fields if fields.count(name) > 1}):
+        repeated = {name for name in fields if fields.count(name) > 1} if len(fields) > 1 else ()
+        for name in sorted(repeated):
             warnings.warn(f"several extensions save to '{name}'; the last one counts", stacklevel=2)
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")

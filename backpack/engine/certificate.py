@@ -67,9 +67,10 @@ def starts_of(graph: Graph) -> Starts:
 
 def due(graph: Graph, mode: Mode) -> bool:
     """Whether the graph of a backward pass is to be certified, which counts as one pass."""
-    if mode == "never" or all(tap.own.size == 1 for _, tap in graph.taps):
+    axes = [tap.own for _, tap in graph.taps]
+    if mode == "never" or not [axis for axis in axes if axis.size != 1]:
         return False
-    if mode == "always" or any(tap.own.picked is not None for _, tap in graph.taps):
+    if mode == "always" or [axis for axis in axes if axis.picked is not None]:
         return True
     signature, again = graph.signature(), False
     for recording in {id(r): r for r in graph.recordings if r.taps}.values():

@@ -53,7 +53,7 @@ class Block:
         complete: whether it computes the gradients of all leaves.
         nested: how many times the library itself is differentiating.
         used: whether a backward pass was seen, in it or in a block inside.
-        expected: parameters that took part in its passes, whose values of earlier passes go at its end.
+        expected: parameters that took part in its passes, by ids; their earlier values go at its end.
         saved: fields that were saved in it, with ids of their parameters.
     """
 
@@ -67,15 +67,15 @@ class Block:
         self.complete = False
         self.nested = 0
         self.used = False
-        self.expected: dict[Tensor, None] = {}
+        self.expected: dict[int, Tensor] = {}
         self.saved: set[tuple[int, str]] = set()
 
     def forget_earlier(self) -> None:
         """Values of earlier passes are not left where this block's should be."""
-        for parameter in self.expected:
-            for ext in self.owner.extensions:
-                if (id(parameter), ext.savefield) not in self.saved:
-                    parameter.__dict__.pop(ext.savefield, None)
+        for field in [ext.savefield for ext in self.owner.extensions]:
+            for key, parameter in self.expected.items():
+                if (key, field) not in self.saved:
+                    parameter.__dict__.pop(field, None)
         self.expected.clear()
 
     @property

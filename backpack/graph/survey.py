@@ -112,7 +112,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     Without ``curvature`` losses are not asked for their Hessian.
     """
     graph = Graph()
-    tapped: set[Node] = set()
+    kinds, nodes, recordings, tapped = graph.kinds, graph.nodes, graph.recordings, set[Node]()
     # (node, whether a known loss was passed, whether a curved operation was, the forward pass it
     # belongs to)
     stack: list[tuple[Node, bool, bool, Recording | None]] = [(r, False, False, None) for r in roots]
@@ -125,9 +125,10 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if visit in seen:
             continue
         seen.add(visit)
+        nodes.add(node)
         # Kinds of nodes have types of their own, but for a few, all of one type.
         kind = type(node)
-        graph.kinds.append(kind)
+        kinds.append(kind)
         if kind is AccumulateGrad:
             if inside is None:
                 graph.outside.add(leaf_of(node))
@@ -140,12 +141,14 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=True) hides what happens inside "
                 "it; pass use_reentrant=False"
             )
-        if MIXES in data:
-            graph.mixing = data[MIXES]
-        outputs = outputs_at(node) if MODEL_OUTPUT in data else []
-        if outputs and curvature and not covered and not bent and _is_a_loss(node, outputs):
-            outputs = []
-        if not covered and not bent:
+        outputs: list[ModelOutput] = []
+        if data:  # what capture has noted; most nodes have nothing
+            if MIXES in data:
+                graph.mixing = data[MIXES]
+            outputs = outputs_at(node) if MODEL_OUTPUT in data else []
+            if outputs and curvature and not covered and not bent and _is_a_loss(node, outputs):
+                outputs = []
+        if not covered and not bent and (data or curvature):
             found = known_loss(node, bool(outputs), curvature)
             if found is not None and found.curved:
                 graph.upper[node] = found.record
@@ -154,33 +157,34 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         if outputs and not covered:
             (graph.outputs if bent or not curvature else graph.flat)[node] = outputs
             covered = True
-        for border in data.get(MODEL_OUTPUT, ()):
+        for border in data.get(MODEL_OUTPUT, ()) if data else ():
             inside = border.recording
-            graph.recordings.append(inside)
+            recordings.append(inside)
             if border.mixed:
                 graph.mixed = border.own.lost
         # What is curved above a loss makes it part of one that no rule knows.
         if curvature and not covered and not bent and is_nonlinear(node):
             bent, graph.bent_by = True, graph.bent_by or node.name()
         bent = bent and not covered
-        taps = data.get(TAPS)
+        taps = data.get(TAPS) if data else None
         if taps is None:
             stack += [(child, covered, bent, inside) for child, _ in node.next_functions if child]
             continue
         graph.bare |= not covered
         inside = taps[0].recording
-        graph.recordings.append(inside)
+        recordings.append(inside)
         if node not in tapped:
             tapped.add(node)
             graph.taps += [(node, tap) for tap in taps]
-            graph.unseen += _inside_tap(node, taps)
+            if len(taps) > 1 or taps[0].args is None:  # else a plain layer's sources are all there is
+                graph.unseen += _inside_tap(node, taps)
         stack += [(below, covered, bent, inside) for tap in taps for below in tap.inputs]
     for _, tap in graph.taps:
         for source in tap.sources:
             if source.edge is not None and not tapped.isdisjoint(_below([source.edge.node])):
                 graph.unseen += [(leaf, tap.op) for leaf in leaves_below(source.edge)]
-    graph.nodes = {node for node, *_ in seen}
-    graph.flat = {node: found for node, found in graph.flat.items() if node not in graph.outputs}
+    if graph.flat and graph.outputs:
+        graph.flat = {node: found for node, found in graph.flat.items() if node not in graph.outputs}
     if not graph.losses and not graph.outputs:
         graph.outputs, graph.flat = graph.flat, {}
     if graph.outside:
@@ -213,7 +217,7 @@ def _open(roots: Sequence[Node], graph: Graph) -> set[Node]:
 def _inside_tap(node: Node, taps: Sequence[Tap]) -> Iterator[tuple[Tensor, str]]:
     """Parameters that an operation reaches without being among its sources."""
     if any(tap.released for tap in taps) or all(tap.args is not None for tap in taps):
-        return  # a plain layer's sources are all there is
+        return
     stops = {below for tap in taps for below in tap.inputs}
     known: set[Tensor] = set()
     for tap in taps:

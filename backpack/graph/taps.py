@@ -24,7 +24,7 @@ from backpack.forms.several import Part, Pullback, among, of_one
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
-from backpack.samples.axis import SampleAxis, entering, mark, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, current_inputs, mark, regular_axis, solo_axis
 from backpack.samples.movers import reshaped
 
 # Operations that are linear in each argument, though they have no rule.
@@ -165,12 +165,15 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            with entering({id(self.args[at]): self.own}):
+            before, current_inputs.axes = current_inputs.axes, {id(self.args[at]): self.own}
+            try:
                 pairs = RULES[self.func](self.own, *self.args)
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]
                     pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
+            finally:
+                current_inputs.axes = before
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs

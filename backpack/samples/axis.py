@@ -227,11 +227,15 @@ class SampleAxis:
         return ids.repeat_interleave(self.inner).repeat(self.outer)
 
 
-@lru_cache(4096)
 def regular_axis(
     size: int, dim: int = 0, outer: int = 1, inner: int = 1, tentative: int = 0
 ) -> SampleAxis:
     """A sample axis in regular order; the same object for the same arguments."""
+    return _regular_axis(size, dim, outer, inner, tentative)
+
+
+@lru_cache(4096)
+def _regular_axis(size: int, dim: int, outer: int, inner: int, tentative: int) -> SampleAxis:
     return SampleAxis(size, dim, outer, inner, tentative)
 
 
