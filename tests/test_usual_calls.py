@@ -51,7 +51,8 @@ def seen(
             if isinstance(each, Tensor):
                 kept = notes(each.grad_fn) if each.grad_fn is not None else {}
                 taps = [(tap.func, tap.place, tap.batch) for tap in kept.get(TAPS, ())]
-                found.append((func, sample_axis_of(each), taps, kept.get(NONLINEAR)))
+                curved = kept.get(NONLINEAR)
+                found.append((func, sample_axis_of(each), taps, curved and curved[1]))
 
     with monkeypatch.context() as patched:
         patched.setattr(Recorder, "_see", watched)
