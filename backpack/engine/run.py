@@ -43,6 +43,7 @@ from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.matrix_products import Product
+from backpack.quantities.reading import note_found
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import ColumnSource, Pass, cotangent_places
 from backpack.sources.table import LossGradient
@@ -475,6 +476,7 @@ class Run:
                 self._refuse_one(leaf, ext, error)
                 continue
             setattr(parameter, field, _detached(value) if detaches else value)
+            note_found(parameter, field)
             self.saved.append((parameter, field))
             self.block.saved.add((key, field))
         if self.block.owner.extension_hook is not None:
