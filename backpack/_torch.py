@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "pad_packed_sequence",
     "ran_compiled",
     "reduction_name",
+    "static_graphs",
     "storage_users",
     "tree_flatten",
     "tree_unflatten",
@@ -133,3 +134,25 @@ def leaf_of(node: Node | None) -> Any:
 def storage_users(tensor: Tensor) -> int:
     """How many tensors and others hold a tensor's memory; the handle that asks is one of them."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def static_graphs(roots: Iterable[Node]) -> list[Any]:
+    """``DistributedDataParallel`` modules below the roots that may be learning their static graph.
+
+    The first backward pass through such a model's node asks for the exchange of gradients at its end,
+    and notes in ``_static_graph_delay_allreduce_enqueued`` that it has.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    found, stack, seen = [], list(roots), set(roots)
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ == "_DDPSinkBackward":
+            wrapper = node.ddp_weakref()  # type: ignore[attr-defined]
+            if wrapper is not None and wrapper.static_graph:
+                found.append(wrapper)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return found

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from backpack.dataset.totals import GRADIENT, Batches, Entry, Individual, SampleCount, Totals, rule_of
+from backpack.dataset.totals import GRADIENT, Batches, Individual, SampleCount, Totals
 from backpack.engine.block import backpack
 from backpack.graph.nodes import walk
 from backpack.graph.survey import leaves_below
 from backpack.quantities.base import BackpropExtension
-from backpack.quantities.combining import Added, Joined, Never, Rule
+from backpack.quantities.combining import Added, Joined, Rule
+from backpack.quantities.parts import Entry, checked_rule
 
 
 class accumulating(Batches):
@@ -403,20 +404,7 @@ _RULE_OF_GRADIENTS = Added(1)
 
 def _checked_rule(ext: BackpropExtension) -> Rule:
     """The rule of a quantity of a data set."""
-    rule = rule_of(ext)
-    if rule is None:
-        raise NotImplementedError(
-            f"{ext!r} does not say how its values of several batches make that of all of them; give "
-            "its class an attribute `combine`, such as backpack.own.Added(degree=1) for sums "
-            "over samples or Joined(degree=1) for values of single samples"
-        )
-    if isinstance(rule, Never):
-        raise NotImplementedError(f"{ext!r}: {rule.why}")
-    if ext.subsampling is not None:
-        raise ValueError(
-            f"{ext!r} has subsampling={list(ext.subsampling)}, which picks samples of one batch; leave "
-            "it out for a data set"
-        )
+    rule = checked_rule(ext, "a data set")
     if ext.before() is not None:
         raise NotImplementedError(
             f"{ext!r} has eigenvectors of its own in every batch; accumulate the factors first (KFLR "

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from backpack._torch import current_task
-from backpack.dataset.totals import Batches, Entry, Totals, rule_of
+from backpack.dataset.totals import Batches, Totals
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.combining import Never
+from backpack.quantities.parts import Entry, rule_of
 
 
 class MicroBatches(Batches):

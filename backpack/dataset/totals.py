@@ -6,7 +6,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,62 +17,15 @@ from torch.overrides import TorchFunctionMode
 from backpack.engine.block import backpack
 from backpack.engine.state import current_block
 from backpack.forms.base import Form
-from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.combining import Added, Rule
+from backpack.quantities.parts import Entry, dtype_of
 
 # Where values of single samples go: a function that is called after each batch, or a folder.
 Individual = Callable[[slice], object] | str | Path | None
 
 
 GRADIENT = "grad"
-
-
-# What a class that computes another value than its base class overrides.
-_COMPUTE = ("reduce", "begin", "add", "update", "refine", "finish", "zero")
-
-
-def rule_of(ext: BackpropExtension) -> Rule | None:
-    """The rule of a quantity, unless it is that of a base class that computes something else."""
-    if "combine" in vars(ext):
-        return ext.combine
-    for cls in type(ext).__mro__:
-        if "combine" in vars(cls):
-            return ext.combine
-        if any(name in vars(cls) for name in _COMPUTE):
-            return None
-    return None
-
-
-@dataclass
-class Entry:
-    """What batches have contributed to one quantity of one parameter.
-
-    Attributes:
-        rule: how they are put together.
-        part: what they make together.
-        samples: of how many samples.
-        dtype: that of the value to save.
-    """
-
-    rule: Rule
-    part: Any
-    samples: int
-    dtype: torch.dtype | None
-
-    def value(self) -> Any:
-        """The value to save."""
-        found = self.rule.value(self.part)
-        if self.dtype is not None and dtype_of(found) not in (None, self.dtype):
-            return found.to(self.dtype)
-        return found
-
-    def with_samples(self, samples: int) -> None:
-        """Samples that do not reach the parameter."""
-        part = self.rule.absent(self.part, self.samples, samples)
-        if part is not None:
-            self.part = self.rule.add(self.part, part)
-            self.samples += samples
 
 
 class Totals:
@@ -262,9 +214,3 @@ class NotingCalls(TorchFunctionMode):
         if block is None or block.owner is not self.batches.owner or block.nested or not block.listens:
             return call()
         return self.batches.backward(args[0], call)
-
-
-def dtype_of(value: Any) -> torch.dtype | None:
-    if isinstance(value, Tensor):
-        return value.dtype
-    return value._tensors()[-1].dtype if isinstance(value, KroneckerBlock) else None

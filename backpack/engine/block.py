@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,10 @@ from backpack.engine.state import (
 )
 from backpack.graph.taps import LossRecord, Recording
 from backpack.quantities.base import BackpropExtension
+from backpack.quantities.combining import Rule
 from backpack.quantities.matrix_products import Product
+from backpack.quantities.parts import checked_rule
+from backpack.quantities.processes import Processes
 from backpack.sources.columns import ColumnSource
 
 
@@ -93,12 +96,21 @@ class backpack:  # noqa: N801
             pass has samples of its own, counted in the order of the calls (one pass for an episode, or
             an image). By default ``"same"``; an error where rows are put beside each other
             (``torch.cat``), or each pass has one row and they never meet, for that can mean either.
+        process_group: processes that work on parts of one batch (``torch.distributed.group.WORLD``, or
+            ``process_group`` of a ``DistributedDataParallel`` model): fields are those of all of their
+            samples, in the order of ranks, and of the loss that is the mean of their losses, whose
+            gradient ``DistributedDataParallel`` leaves. All of them must call ``backward`` in such a
+            block. Without it, fields are of the process's own samples and loss. ``p.grad`` is not
+            touched. See the page on distributed training.
+        gather: whether values of single samples are gathered from all processes; with ``False`` each
+            process has those of its own samples, scaled as those of all.
 
     A field holds the value of the last block that it was asked in: what parameters of a model that took
     part have from earlier blocks, and are not given in this one, is deleted when it ends.
 
     Raises:
         ValueError: if ``exts`` holds anything but instances of extensions, or one of an unknown kind.
+        NotImplementedError: with ``process_group``, for a quantity whose values do not combine.
 
     Warns:
         UserWarning: at the end of a block in which no backward pass ran.
@@ -126,6 +138,8 @@ class backpack:  # noqa: N801
         certify: certificate.Mode | None = None,
         unsupported: Mode = "raise",
         forwards: Forwards | None = None,
+        process_group: Any = None,
+        gather: bool = True,
     ) -> None:
         for ext in exts:
             if isinstance(ext, type):
@@ -162,7 +176,22 @@ class backpack:  # noqa: N801
         self.left_out = LeftOut()
         # Whether passes of several blocks belong together, which whoever opens them puts together.
         self.collects = False
+        # Processes whose values are put together, by the rules of quantities.
+        self.processes: Processes | None = None
+        self.rules: Mapping[str, Rule] = {}
+        if process_group is not None:
+            self._share(Processes(process_group, gather))
         self._blocks: list[_Block] = []
+
+    def _share(self, processes: Processes) -> None:
+        """Put values of several processes together."""
+        if self.extension_hook is not None:
+            raise ValueError(
+                "an extension_hook is called while backward runs, but values of several processes are "
+                "there at its end only; leave out process_group or the hook"
+            )
+        self.rules = {ext.savefield: checked_rule(ext, "several processes") for ext in self.extensions}
+        self.processes = processes if processes.size > 1 else None
 
     @classmethod
     def beside(cls, *exts: BackpropExtension, parameters: Iterable[Tensor] | None = None) -> backpack:
@@ -178,7 +207,7 @@ class backpack:  # noqa: N801
         if outer is None:
             return cls(*exts, parameters=parameters)
         owner = outer.owner
-        return cls(
+        both = cls(
             *(*owner.extensions, *exts),
             extension_hook=owner.extension_hook,
             debug=owner.debug,
@@ -189,6 +218,8 @@ class backpack:  # noqa: N801
             unsupported=owner.unsupported,
             forwards=owner.forwards,
         )
+        both.processes, both.rules = owner.processes, dict(owner.rules)
+        return both
 
     @property
     def active(self) -> bool:

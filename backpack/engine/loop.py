@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from backpack.engine.collect import (
     Leaf,
     form_at_parameter,
     form_of_uses,
+    form_of_zeros,
     reduce,
 )
 from backpack.engine.debug import Stopwatch
@@ -24,6 +25,9 @@ from backpack.quantities.base import BackpropExtension
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import Columns, ColumnSource, Pass, Wanted
 
+# Puts the states of quantities together with those of other processes.
+Share = Callable[[Sequence[BackpropExtension]], None]
+
 
 def carry_sources(
     block: Block,
@@ -32,12 +36,16 @@ def carry_sources(
     given: Pass,
     by_source: Mapping[ColumnSource, list[BackpropExtension]],
     refuse: Refuse,
+    share: Share | None = None,
 ) -> None:
-    """Carry the columns of all sources to the taps, and reduce them there."""
+    """Carry the columns of all sources to the taps, and reduce them there.
+
+    Before quantities look at columns again, ``share`` is called, if it is given.
+    """
     with patches_kept(), Nested(block):
         for source, exts in by_source.items():
             try:
-                _carry_source(block, watch, leaves, given, source, exts)
+                _carry_source(block, watch, leaves, given, source, exts, share)
             except REFUSALS as error:
                 refuse(error, None, exts)
 
@@ -49,6 +57,7 @@ def _carry_source(
     given: Pass,
     source: ColumnSource,
     exts: list[BackpropExtension],
+    share: Share | None,
 ) -> None:
     refined = [ext for ext in exts if ext.refines]
     _refuse_second_loss(refined, leaves)
@@ -62,8 +71,15 @@ def _carry_source(
     kept = list(chunks) if refined and source.random else None
     _take_all(block, watch, leaves, kept or chunks, exts, given, False)
     if refined:
+        if share is not None:
+            share(refined)
+        first = {(leaf, e): leaf.states.get(e.savefield) for leaf in leaves for e in refined}
         again = kept or source.chunks(given, wanted)
         _take_all(block, watch, leaves, again, refined, given, True)
+        for (leaf, ext), state in first.items():
+            # Columns of other processes reach it, but none of this one.
+            if state is not None and leaf.states.get(ext.savefield) is state:
+                leaf.states[ext.savefield] = ext.refine(state, form_of_zeros(block, leaf))
 
 
 def _refuse_second_loss(refined: list[BackpropExtension], leaves: Sequence[Leaf]) -> None:

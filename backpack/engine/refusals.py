@@ -32,6 +32,11 @@ class Names:
                     return f"'{name}'"
         return f"of shape {tuple(parameter.shape)}"
 
+    def all(self) -> dict[Tensor, str]:
+        """Names of all parameters of the extended models."""
+        modules = [module for r in self.recordings if (module := r.module()) is not None]
+        return {p: f"'{name}'" for module in reversed(modules) for name, p in module.named_parameters()}
+
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter belongs to one of the extended models."""
         modules = [module for r in self.recordings if (module := r.module()) is not None]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack._torch import current_node, current_task, executes, ran_compiled
+from backpack._torch import current_node, current_task, executes, ran_compiled, static_graphs
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
 from backpack.engine.debug import Stopwatch, print_outputs, print_taps
+from backpack.engine.exchange import Exchange, samples_of
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.loop import carry_sources
@@ -83,6 +84,8 @@ class Run:
         self.inputs: dict[Tensor, Tensor] = {}
         self.at_current_node: list[Tap] = []
         self.done = False
+        processes, rules = block.owner.processes, block.owner.rules
+        self.exchange = Exchange(processes, rules) if processes is not None and rules else None
         exts = block.owner.extensions
         self.first_order = [ext for ext in exts if isinstance(ext.source, LossGradient)]
         self.products = [ext for ext in exts if isinstance(ext, Product)]
@@ -108,6 +111,11 @@ class Run:
         roots = self.block.roots
         if roots is None:
             return
+        if self.exchange is not None and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True: values that are exchanged between processes cannot be "
+                "differentiated; leave out process_group"
+            )
         graph = self._survey([edge.node for edge, _ in roots])
         self.listen(graph)
         self._certify(graph)
@@ -174,6 +182,7 @@ class Run:
             certificate.certify(graph, names.of)
 
     def _survey(self, roots: list[Node]) -> Graph:
+        self.block.wrappers = static_graphs(roots) or self.block.wrappers
         exts = self.block.owner.extensions
         curvature = any(ext.source.second_order for ext in exts)
         with Nested(self.block):
@@ -367,7 +376,8 @@ class Run:
         if leaves and self.by_source:
             block, names = self.block, Names(self.graph.recordings)
             given = Pass(roots, graph, leaves, names, block.owner.chunk_size, block.hooked)
-            carry_sources(block, self.watch, leaves, given, self.by_source, self.refuse)
+            share = None if self.exchange is None else self._share
+            carry_sources(block, self.watch, leaves, given, self.by_source, self.refuse, share)
 
     # ----------------------------------------------------------------------------------
     # First order
@@ -464,23 +474,30 @@ class Run:
 
         parameter, states = leaf.parameter, leaf.states
         context = Context(parameter, leaf.samples, total, partial(form_of_zeros, self.block, leaf))
-        key, detaches = id(parameter), not torch.is_grad_enabled()
+        detaches = not torch.is_grad_enabled()
         for ext in self.block.owner.extensions:
             field = ext.savefield
             if field in leaf.without:
                 continue
+            reached = field in states
             try:
-                known = field in states
-                value = ext.finish(states.pop(field), context) if known else ext.zero(context)
+                state = states.pop(field, None)
+                value = ext.finish(state, context) if reached else ext.zero(context)
             except REFUSALS as error:
                 self._refuse_one(leaf, ext, error)
                 continue
-            setattr(parameter, field, _detached(value) if detaches else value)
-            note_found(parameter, field)
-            self.saved.append((parameter, field))
-            self.block.saved.add((key, field))
+            if self.exchange is not None and field in self.exchange.rules:
+                self.exchange.take(ext, value, context, reached)
+            else:
+                self._set(parameter, field, _detached(value) if detaches else value)
         if self.block.owner.extension_hook is not None:
             self._call_hook(leaf, self.block.owner.extension_hook)
+
+    def _set(self, parameter: Tensor, field: str, value: Any) -> None:
+        setattr(parameter, field, value)
+        note_found(parameter, field)
+        self.saved.append((parameter, field))
+        self.block.saved.add((id(parameter), field))
 
     def _call_hook(self, leaf: Leaf, hook: ExtensionHook) -> None:
         """Call the extension hook with modules all of whose parameters have their quantities."""
@@ -497,8 +514,33 @@ class Run:
     # ----------------------------------------------------------------------------------
     # Ending
 
+    def _share(self, exts: Sequence[BackpropExtension]) -> None:
+        assert self.exchange is not None
+        self.exchange.share(exts, self.leaves.values(), self._known())
+
+    def _known(self) -> dict[Tensor, str]:
+        """Parameters that may have values here or in other processes, with names."""
+        names = Names(self.graph.recordings).all()
+        return {p: names.get(p, "") for p in (*self.block.expected.values(), *self.leaves)}
+
+    def _exchange(self, exchange: Exchange) -> None:
+        """Put values together with those of other processes."""
+        known, owner = self._known(), self.block.owner
+        samples = samples_of(self.leaves.values())
+        for p, field, value, why in exchange.run(known, samples, self.without):
+            if why is None:
+                self._set(p, field, value)
+                continue
+            reason = f"{why} (in another process)"
+            owner.left_out.note(p, known[p], [field], reason)
+            if owner.unsupported != "skip":
+                owner.left_out.warn([field], reason)
+
     def end(self) -> None:
         """The backward pass is over."""
+        if self.exchange is not None:
+            with torch.no_grad(), Nested(self.block):
+                self._exchange(self.exchange)
         self.done = True
         self.watch.print(Names(self.graph.recordings))
         self._clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.autograd.graph import GradientEdge
 from backpack.capture.switch import captures
 from backpack.engine.left_out import LeftOut, Mode
 from backpack.quantities.base import BackpropExtension
+from backpack.quantities.combining import Rule
+from backpack.quantities.processes import Processes
 
 # How the rows of several forward passes belong together.
 Forwards = Literal["same", "further"]
@@ -34,6 +36,8 @@ class Options(Protocol):
     left_out: LeftOut
     forwards: Forwards | None
     collects: bool
+    processes: Processes | None
+    rules: Mapping[str, Rule]
 
     @property
     def active(self) -> bool:
@@ -55,6 +59,7 @@ class Block:
         used: whether a backward pass was seen, in it or in a block inside.
         expected: parameters that took part in its passes, by ids; their earlier values go at its end.
         saved: fields that were saved in it, with ids of their parameters.
+        wrappers: ``DistributedDataParallel`` models whose first backward pass this may be.
     """
 
     def __init__(self, owner: Options) -> None:
@@ -69,6 +74,7 @@ class Block:
         self.used = False
         self.expected: dict[int, Tensor] = {}
         self.saved: set[tuple[int, str]] = set()
+        self.wrappers: list[Any] = []
 
     def forget_earlier(self) -> None:
         """Values of earlier passes are not left where this block's should be."""
@@ -114,13 +120,25 @@ def mark_used(thread: int) -> None:
 
 
 class Nested:
-    """Hooks that fire while backpack itself differentiates are not meant for it."""
+    """Hooks that fire while backpack itself differentiates are not meant for it.
+
+    Nor is its pass the one at whose end ``DistributedDataParallel`` exchanges gradients, where a static
+    graph is to be learned.
+    """
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.asleep: list[Any] = []
 
     def __enter__(self) -> None:
         self.block.nested += 1
+        for each in self.block.wrappers:
+            if not each._static_graph_delay_allreduce_enqueued:
+                each._static_graph_delay_allreduce_enqueued = True
+                self.asleep.append(each)
 
     def __exit__(self, *exc: object) -> None:
         self.block.nested -= 1
+        for each in self.asleep:
+            each._static_graph_delay_allreduce_enqueued = False
+        self.asleep.clear()

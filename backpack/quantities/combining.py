@@ -9,7 +9,7 @@ which value they make. Parts are never changed, only replaced.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor
 from backpack.kronecker.block import KroneckerBlock
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored
+
+# Gives tensors that are to be summed up over processes, gets the sums, and returns a part.
+Sums = Generator[list[Tensor], list[Tensor], Any]
+# Sums up tensors over processes.
+SumUp = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Rule(ABC):
@@ -58,6 +63,18 @@ class Rule(ABC):
         """
         return None
 
+    def across(self, part: Any, samples: Sequence[int], sum_up: SumUp) -> Sums | None:
+        """The part of the samples of several processes, by sums over processes of tensors.
+
+        ``None``, which is the default: parts are gathered, and :meth:`add` puts them together.
+
+        Args:
+            part: that of this process.
+            samples: numbers of samples in each process.
+            sum_up: for sums that are asked for later, by all processes at once.
+        """
+        return None
+
     def value(self, part: Any) -> Any:
         """The value to save."""
         return part
@@ -82,6 +99,13 @@ class Added(Rule):
 
     def add(self, part: Tensor, other: Tensor) -> Tensor:
         return part + other
+
+    def across(self, part: Any, samples: Sequence[int], sum_up: SumUp) -> Sums | None:
+        return self._sum(part)
+
+    def _sum(self, part: Tensor) -> Sums:
+        (total,) = yield [part]
+        return total
 
 
 class Joined(Rule):
@@ -159,6 +183,13 @@ class Moments(Rule):
     def absent(self, part: Part, seen: int, samples: int) -> Part:
         return samples, torch.zeros_like(part[1]), torch.zeros_like(part[2])
 
+    def across(self, part: Part, samples: Sequence[int], sum_up: SumUp) -> Sums:
+        (count, mean, variance), total = part, sum(samples)
+        share = count / max(total, 1)
+        (centre,) = yield [share * mean]
+        (spread,) = yield [share * variance.addcmul(mean - centre, mean - centre)]
+        return total, centre, spread
+
     def value(self, part: Part) -> Tensor:
         return part[2]
 
@@ -184,6 +215,10 @@ class Counted(Added):
 
     def absent(self, part: Any, seen: int, samples: int) -> Any:
         return samples, torch.zeros_like(part[1])
+
+    def across(self, part: Any, samples: Sequence[int], sum_up: SumUp) -> Sums:
+        total = yield from self._sum(part[1])
+        return sum(samples), total
 
     def value(self, part: Any) -> Tensor:
         return part[0] * part[1]
@@ -220,6 +255,30 @@ class Blocks(Rule):
         zeros = [torch.zeros_like(factor) for factor in part]
         return KroneckerFactored(zeros, part.shape, part.layout, rows)
 
+    def across(self, part: Any, samples: Sequence[int], sum_up: SumUp) -> Sums | None:
+        return self._factors(part) if isinstance(part, KroneckerFactored) else self._eigen(part)
+
+    def _factors(self, part: KroneckerFactored) -> Sums:
+        rows = torch.tensor(part.averaged_over, device=part[0].device)
+        weighed = [f if i == part.grows else f * part.averaged_over for i, f in enumerate(part)]
+        *found, total = yield [*weighed, rows]
+        factors = [f if i == part.grows else f / max(int(total), 1) for i, f in enumerate(found)]
+        return KroneckerFactored(factors, part.shape, part.layout, int(total))
+
+    def _eigen(self, part: KroneckerEigen) -> Sums:
+        probes = [_probe(basis) for basis in part.eigenvectors]
+        one = torch.ones((), device=part.eigenvalues.device, dtype=torch.int64)
+        values, *found, size = yield [part.eigenvalues, *probes, one]
+        for probe, total in zip(probes, found, strict=True):
+            tolerance = 1e3 * len(probe) * torch.finfo(probe.dtype).eps
+            if bool((total / size - probe).abs().max() > tolerance * (1 + probe.abs().max())):
+                raise RuntimeError(
+                    "processes have eigenvalues in different bases, which do not add up: their "
+                    "eigenvectors of the same factors differ (other hardware or libraries?); pass "
+                    "`bases` to the quantity, the same in all processes"
+                )
+        return KroneckerEigen(part.eigenvectors, values, part.shape, part.layout)
+
     def pack(self, part: KroneckerBlock) -> dict[str, Any]:
         return part.state_dict()
 
@@ -244,6 +303,11 @@ class Functions(Rule):
 
     def add(self, part: Part, other: Part) -> Part:
         return part + other
+
+    def across(self, part: Part, samples: Sequence[int], sum_up: SumUp) -> Sums:
+        function = self.value(part)
+        yield []
+        return ((1.0, lambda mat: sum_up([function(mat)])[0]),)
 
     def value(self, part: Part) -> Callable[[Tensor], Tensor]:
         if len(part) == 1 and part[0][0] == 1:
@@ -280,6 +344,12 @@ class Never(Rule):
 
     def add(self, part: Any, other: Any) -> Any:
         raise NotImplementedError(self.why)
+
+
+def _probe(basis: Tensor) -> Tensor:
+    """A vector that differs where eigenvectors do."""
+    rows = torch.linspace(1, 2, basis.shape[-1], dtype=basis.dtype, device=basis.device)
+    return basis * rows if basis.dim() == 1 else basis @ rows
 
 
 def wide(value: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.dataset.totals import rule_of
 from backpack.optim.base import CurvatureOptimizer
 from backpack.quantities.combining import Never
+from backpack.quantities.parts import rule_of
 from backpack.testing.oracle import _exactly
 from tests.cases import Apply, P
 from tests.optim.problems import STEPS, Problem
