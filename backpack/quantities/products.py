@@ -120,10 +120,10 @@ def positive_curvature_product(
     positive part (``"clip"``) or the absolute value (``"abs"``); (Chen et al., arXiv:1802.06502).
     """
     path = CurvatureMap([edge.node for edge, _ in starts], known=losses)
-    if path.curved_above:
+    if get_gradient_edge(parameter).node in path.curved_above:
         raise NotImplementedError(
-            "PCHMP is defined where all operations between parameters and loss are piecewise linear "
-            "or act on single entries; use GGNMP or HMP"
+            "PCHMP is defined where all operations between a parameter and the loss are piecewise "
+            "linear or act on single entries (batch norm in training mode does not); use GGNMP or HMP"
         )
 
     def one(vector: Tensor) -> Tensor:
