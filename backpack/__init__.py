@@ -21,6 +21,7 @@ from backpack.dataset.accumulating import accumulating
 from backpack.dataset.loop import accumulate
 from backpack.engine.block import backpack
 from backpack.losses.base import loss_rule
+from backpack.quantities.reading import collect
 from backpack.rules.base import op_rule
 from backpack.samples.axis import SampleAxis
 from backpack.testing.oracle import check
@@ -36,6 +37,7 @@ __all__ = [
     "accumulating",
     "backpack",
     "check",
+    "collect",
     "context",
     "convert_module_to_backpack",
     "disable",

@@ -33,6 +33,7 @@ from backpack.quantities.combining import (
     Never,
     Rule,
 )
+from backpack.quantities.reading import Reader
 from backpack.rules.base import Pairs, op_rule
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, sample_axis_of
@@ -49,6 +50,7 @@ from backpack.sources.table import (
 )
 
 __all__ = [
+    "Reader",
     "Rule",
     "Never",
     "Moments",

@@ -26,7 +26,8 @@ ROOMS = {
         marks extend""",
     "sources": "columns at_output hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
-    "quantities": "products combining base first_order diagonal square_root kronecker matrix_products",
+    "quantities": """products combining reading base first_order diagonal square_root kronecker
+        matrix_products""",
     "engine": "left_out state layer_io refusals debug certificate collect loop run direct block",
     "dataset": "totals micro_batches accumulating loop",
     "testing": "oracle",

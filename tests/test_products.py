@@ -87,7 +87,7 @@ def test_batch_norm_in_training_mode() -> None:
         mat = torch.randn(2, *p.shape).double()
         torch.testing.assert_close(p.hmp(mat).flatten(1), mat.flatten(1) @ block)
         torch.testing.assert_close(p.ggnmp(mat).flatten(1), mat.flatten(1) @ J.T @ loss_hessian @ J)
-    # Above the batch norm all is linear, so that positive curvature is the GGN; below, it is not defined.
+    # Above the batch norm all is linear: positive curvature is the GGN. Below it is not defined.
     with backpack(PCHMP(), unsupported="skip") as block:
         lossfunc(model(X), y).backward()
     assert {p: p.pchmp(torch.ones_like(p)).tolist() for p in blocks if hasattr(p, "pchmp")} == {

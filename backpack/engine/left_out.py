@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from backpack.quantities.reading import note_missing
+
 Mode = Literal["raise", "warn", "skip"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # Refusals; other errors are never passed over.
@@ -47,7 +49,10 @@ class LeftOut(list[Missing]):
     def note(self, parameter: Tensor, name: str, fields: Iterable[str], reason: str) -> None:
         """Add quantities of a parameter that are missing for a reason."""
         known = self.reasons(parameter)
-        self += [Missing(parameter, name, field, reason) for field in fields if field not in known]
+        for field in fields:
+            if field not in known:
+                self.append(Missing(parameter, name, field, reason))
+                note_missing(parameter, field, reason)
 
     def warn(self, fields: Iterable[str], reason: str) -> None:
         """Say so, once in a block."""

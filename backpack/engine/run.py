@@ -43,6 +43,7 @@ from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.matrix_products import Product
+from backpack.quantities.reading import note_found
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import ColumnSource, Pass, cotangent_places
 from backpack.sources.table import LossGradient
@@ -472,6 +473,7 @@ class Run:
                 self._refuse_one(leaf, ext, error)
                 continue
             setattr(parameter, ext.savefield, _detached(value) if detaches else value)
+            note_found(parameter, ext.savefield)
             self.saved.append((parameter, ext.savefield))
             self.block.saved.add((id(parameter), ext.savefield))
         if self.block.owner.extension_hook is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from backpack.forms.base import Form
 from backpack.quantities.combining import Rule
+from backpack.quantities.reading import Reader
 from backpack.sources.columns import ColumnSource
 from backpack.sources.table import LossGradient, RandomSigns, SampledRoot
 
@@ -48,6 +49,8 @@ class BackpropExtension:
 
     Attributes:
         savefield: the attribute of a parameter that holds the value.
+        of: reads the value from a parameter, ``Variance.of(p)``, or says why there is none; subclasses
+            may give its type (``of: ClassVar[Reader[Tensor]] = Reader()``).
         source: the columns it is computed from (:mod:`backpack.sources`).
         per_sample: whether single samples of a form are looked at. With ``False``, a form of Hessian
             columns may be :class:`~backpack.own.Together`, whose samples cannot be told apart.
@@ -86,6 +89,7 @@ class BackpropExtension:
     """
 
     savefield: str
+    of: ClassVar[Reader[Any]] = Reader()
     source: ColumnSource = LossGradient()
     per_sample: bool = True
     needs_gradient: bool = True

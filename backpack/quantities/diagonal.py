@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from backpack.forms.base import Form
 from backpack.quantities.base import BackpropExtension, Context, Sampled, per_sample_shape
 from backpack.quantities.combining import Added, Joined
+from backpack.quantities.reading import Reader
 from backpack.sources.table import ExactRoot, HessianRoot, RandomSigns
 
 
 class _Diagonal(BackpropExtension):
+    of: ClassVar[Reader[Tensor]] = Reader()
     per_sample = needs_gradient = False
     signed = summed = True
     combine = Added(1)
@@ -24,6 +28,7 @@ class _Diagonal(BackpropExtension):
 
 
 class _BatchDiagonal(BackpropExtension):
+    of: ClassVar[Reader[Tensor]] = Reader()
     needs_gradient = False
     large = signed = summed = True
     combine = Joined(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from backpack.forms.base import Form
 from backpack.quantities.base import BackpropExtension, Context, per_sample_shape, sample_index
 from backpack.quantities.combining import Added, Joined, Moments
+from backpack.quantities.reading import Reader
 
 
 class BatchGrad(BackpropExtension):
@@ -27,6 +29,7 @@ class BatchGrad(BackpropExtension):
     """
 
     savefield = "grad_batch"
+    of: ClassVar[Reader[Tensor]] = Reader()
     combine = Joined(1)
     needs_gradient = False
     written_out = large = mixed = True
@@ -51,6 +54,7 @@ class BatchL2Grad(BackpropExtension):
     """
 
     savefield = "batch_l2"
+    of: ClassVar[Reader[Tensor]] = Reader()
     combine = Joined(2)
     needs_gradient, written_out = False, True
 
@@ -68,6 +72,7 @@ class SumGradSquared(BackpropExtension):
     """
 
     savefield = "sum_grad_squared"
+    of: ClassVar[Reader[Tensor]] = Reader()
     combine = Added(2)
     needs_gradient, written_out = False, True
 
@@ -88,6 +93,7 @@ class Variance(BackpropExtension):
     """
 
     savefield = "variance"
+    of: ClassVar[Reader[Tensor]] = Reader()
     combine = Moments()
     written_out = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored
 from backpack.quantities.base import BackpropExtension, Sampled
 from backpack.quantities.combining import Blocks, Never, Rule
+from backpack.quantities.reading import Reader
 from backpack.sources.table import AveragedRoot, ExactRoot
 
 
 class _Kronecker(BackpropExtension):
+    of: ClassVar[Reader[KroneckerFactored]] = Reader()
     needs_gradient = False
     every_use = summed = True
     combine: Rule | None = Blocks(1)
@@ -174,6 +176,7 @@ class EmpiricalKFAC(_Kronecker):
 
 
 class _EigenvalueCorrected(_Kronecker):
+    of: ClassVar[Reader[KroneckerEigen]] = Reader()  # type: ignore[assignment]
     refines = True
     combine: Rule | None = Blocks(1)
     bases: Mapping[Tensor, Sequence[Tensor]] | None = None

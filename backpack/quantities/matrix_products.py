@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.combining import Functions
+from backpack.quantities.reading import Reader
 from backpack.sources.table import NoColumns
 
 
 class Product(BackpropExtension):
     """A function saved to the parameter; the graph is kept for it."""
 
+    of: ClassVar[Reader[Callable[[Tensor], Tensor]]] = Reader()
     source = NoColumns()
     needs_gradient = per_sample = False
     mixed = True  # functions of the whole batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from backpack.forms.base import Form
 from backpack.quantities.base import BackpropExtension, Context, Sampled, per_sample_shape, sample_index
 from backpack.quantities.combining import Joined
+from backpack.quantities.reading import Reader
 from backpack.sources.table import ExactRoot
 
 
 class _SquareRoot(BackpropExtension):
+    of: ClassVar[Reader[Tensor]] = Reader()
     needs_gradient = False
     every_column = large = True
     combine = Joined(0.5, axis=1)
