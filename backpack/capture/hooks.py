@@ -20,7 +20,7 @@ from backpack.capture.loss_records import note_loss, on_backward
 from backpack.capture.recorder import Recorder
 from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
-from backpack.capture.tracker import flatten
+from backpack.capture.tracker import flatten, is_own
 from backpack.graph.taps import (
     LOSS,
     MODEL_OUTPUT,
@@ -233,6 +233,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             # What the loss takes is data, whatever its targets look like.
             axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
+        elif recording.taps and is_own(tensor) and recording.size not in tensor.shape:
+            continue  # a penalty, which is no output but a term of the loss without data
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
         border, kept = ModelOutput(recording, tensor.output_nr, axis, tensor.shape), notes(node)
         kept.setdefault(MODEL_OUTPUT, []).append(border)

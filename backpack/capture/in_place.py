@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack._torch import SPACES
-from backpack.capture.tracker import Tracker
+from backpack.capture.tracker import Tracker, note_own
 from backpack.graph.taps import (
     View,
     make_tap,
@@ -123,6 +123,7 @@ class InPlaceTracker(Tracker):
         assigns = func == Tensor.__setitem__
         index = args[1] if assigns and isinstance(args[1], tuple) else ()
         marked, sources, faint = self.sort_arguments((*args, *index) if index else args, kwargs)
+        note_own(target, sources, not marked and not faint)
         if not marked:
             if faint and sample_axis_of(target) is None and func not in _LEAVES_VALUES:
                 self.adopt(target)

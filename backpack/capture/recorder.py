@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack._torch import pack_padded_sequence, pad_packed_sequence, uncompiled_calls
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
-from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, tensors_in
+from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, note_own, tensors_in
 from backpack.graph.taps import (
     LAYERS,
     NONLINEAR,
@@ -227,6 +227,8 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
                 self.note_expansion(func, args, kwargs, out, sources)
             elif marked or faint or not sources:
                 self.note_result(func, args, kwargs, out, 0, marked, sources, faint)
+            else:
+                note_own(out, sources)
         elif isinstance(out, (tuple, list)) and (marked or faint):
             own = list(tensors_in(args)) if func in _EACH else []
             for place, each in enumerate(out):

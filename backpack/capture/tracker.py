@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,23 @@ ELEMENTWISE_NONLINEAR = frozenset(
 
 
 BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
+
+
+# On tensors that are computed from parameters alone.
+_OWN = "_backpack_own"
+
+
+def is_own(tensor: Tensor) -> bool:
+    """Whether it was computed from a model's parameters, and no data, while it was looked at."""
+    return hasattr(tensor, _OWN)
+
+
+def note_own(tensor: Tensor, sources: Sequence[Tensor], own: bool = True) -> None:
+    """Note of a result without data whether all that it was computed from is known, too."""
+    if own and all(t.is_leaf or is_own(t) for t in sources):
+        setattr(tensor, _OWN, True)
+    elif is_own(tensor):
+        delattr(tensor, _OWN)
 
 
 def tensors_in(args: tuple | list) -> Iterator[Tensor]:

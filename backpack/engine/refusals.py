@@ -186,10 +186,12 @@ def check(
         refuse(RuntimeError(text), None, products)
     if second_order and (graph.bare or (graph.outputs and not rooted)):
         fields = ", ".join(ext.savefield for ext in second_order)
-        text = (
-            f"{fields} need a loss that backpack knows, but backward reached the model other "
-            "than through one. Extend the loss module (lossfunc = extend(CrossEntropyLoss())), return "
-            "from forward what other terms of the loss are computed from, and call loss.backward()"
+        text = f"{fields} need a loss that is a function of the model's outputs, but " + (
+            "a term of it is computed inside of the model, from what forward does not return: "
+            "return that too (return out, hidden), and compute the term from it outside"
+            if graph.bare
+            else "the call does not tell where backward starts: call loss.backward() (or extend the "
+            "loss, lossfunc = extend(CrossEntropyLoss()))"
         )
         refuse(RuntimeError(text), None, second_order)
 
