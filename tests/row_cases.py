@@ -80,6 +80,21 @@ class GCN(nn.Module):
         return self.head(scatter(h, batch, size) / counts[:, None])
 
 
+class Directed(nn.Module):
+    """Edges in one direction, so that nobody writes to some rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.own, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.again = nn.Linear(3, 3)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        x, edges, batch = data["x"], data["edges"], data["batch"]
+        h = (self.near(scatter(x[edges[0]], edges[1], len(x))) + self.own(x)).tanh()
+        h = self.again(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])).tanh() + h
+        return self.head(scatter(h, batch, 3))
+
+
 class GIN(nn.Module):
     """Sums over neighbours, an MLP, normalisation within each graph, the largest of a graph's nodes."""
 
@@ -97,6 +112,11 @@ class GIN(nn.Module):
         h = h - mean[batch]
         h = h / (scatter(h * h, batch, size, "mean") + 0.1).sqrt().index_select(0, batch)
         return self.head(scatter(h, batch, size, "amax") + scatter(h.exp(), batch, size))
+
+
+def directed(model: nn.Module) -> Tensor:
+    one_way = EDGES[:, EDGES[0] < EDGES[1]]
+    return model({"x": NODES, "edges": one_way, "batch": GRAPH})
 
 
 def by_graph(model: nn.Module) -> None:
@@ -270,6 +290,10 @@ USERS = torch.tensor([1, 0, 1, 2, 0, 1])
 CASES: dict[str, RowCase] = {
     "GCN": RowCase(GCN, lambda m: m(NODES, EDGES, GRAPH), [0, 1, 2], 3, by_graph),
     "GCN, marked": RowCase(GCN, marked_nodes, [0, 1, 2], 3),
+    "directed": RowCase(
+        *(Directed, directed, [0, 1, 2], 3),
+        lambda m: bp.extend(m, samples=lambda data: (data["x"], data["batch"])),
+    ),
     "GIN": RowCase(GIN, lambda m: m(NODES, EDGES, GRAPH), [0, 1, 2], 3, by_graph),
     "bags": RowCase(
         *(Pooling, lambda m: m(INSTANCES, BAG), [0, 1, 2], 3),

@@ -301,6 +301,20 @@ def test_rows_that_are_lost_name_the_remedy() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda h: torch.zeros(2, 2).index_add(0, torch.tensor([0, 0, 1]), h),
+        lambda h: h.mean(0, keepdim=True),
+    ],
+)
+def test_readout_at_the_end(pool: Callable[[Tensor], Tensor]) -> None:
+    model = extend(Apply(lambda m, a: pool(m.l(a)), l=nn.Linear(D, 2)))
+    loss = model(torch.randn(3, D)).square().mean()
+    with pytest.raises(RuntimeError, match=r"backpack\.mark"), backpack(BatchGrad()):
+        loss.backward()
+
+
 def test_debug_says_whose_rows(capsys: pytest.CaptureFixture[str]) -> None:
     model = extend(Apply(lambda m, a: m.l(a)[[0, 2, 0]], l=nn.Linear(D, 2)))
     with backpack(BatchGrad(), debug=True):

@@ -91,6 +91,7 @@ def _axes_of_inputs(
             recording.size = only.shape[dim]
             return {id(only): regular_axis(recording.size, dim)}
         recording.size = None if axis is None else axis.size
+        current_inputs.stated = () if axis is None else (axis,)
         return {}
     named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in flatten(x)]
     named += [(name, t) for name, x in kwargs.items() for t in flatten(x)]
@@ -109,6 +110,7 @@ def _axes_of_inputs(
     if said:
         return _beside(said, recording, tensors)
     marked = [axis for t in tensors if (axis := sample_axis_of(t)) is not None]
+    current_inputs.stated = tuple(marked)
     free = [
         (name, t)
         for name, t in named
@@ -148,6 +150,7 @@ def _beside(said: Said, recording: Recording, tensors: list[Tensor]) -> dict[int
     """The axes that the user has stated; other inputs of as many rows as samples are guesses."""
     dim, size = recording.batch_dim, said[0][1].size
     recording.size, recording.stated = size, True
+    current_inputs.stated = tuple(axis for _, axis in said)
     own = [t for t in tensors if isinstance(t, nn.Parameter) and type(t) is not Tensor]
     axes = {
         id(t): regular_axis(size, dim, tentative=True)
@@ -296,3 +299,4 @@ def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: T
 def _forget() -> None:
     """What is known of tensors in a forward pass goes with it."""
     current_inputs.axes, current_inputs.ids, current_inputs.written = {}, frozenset(), {}
+    current_inputs.stated = ()

@@ -78,6 +78,7 @@ def mark(
             )
     recording.size, recording.stated = axis.size, True
     recording.inputs = []
+    current_inputs.stated = (*current_inputs.stated, axis)
     _forget_guesses(axis, recorder.recording.arguments, recording.batch_dim)
     memory = current_inputs.written.get(memory_of(x))  # type: ignore[arg-type]
     if isinstance(memory, Written):

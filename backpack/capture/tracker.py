@@ -74,6 +74,10 @@ def flatten(value: Any) -> Iterator[Tensor]:
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             yield from flatten(getattr(value, name))
+    elif callable(getattr(type(value), "keys", None)) and hasattr(type(value), "__getitem__"):
+        # Batches of graphs or of words.
+        for name in value.keys():  # noqa: SIM118
+            yield from flatten(value[name])
 
 
 class Tracker:

@@ -167,7 +167,8 @@ def check(
     if graph.mixed and fresh:
         raise RuntimeError(
             f"cannot tell which axis of the model's output holds the samples: {graph.mixed}. Keep "
-            "samples on one axis, or compute a loss that compares samples inside the model"
+            "samples on one axis, say which row belongs to which sample (backpack.mark), or compute a "
+            "loss that compares samples inside the model"
         )
     if graph.mixing:
         _refuse_mixing(graph.mixing, extensions, refuse)

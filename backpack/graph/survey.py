@@ -44,7 +44,7 @@ class Graph:
         uncovered: taps above the outputs that are below no known loss.
         mixing: why samples are mixed somewhere, if they are.
         nodes: all nodes seen.
-        mixed: why a model output that has one row for each sample has them no longer apart.
+        mixed: why a model output that has rows has samples no longer apart.
         recordings: the forward passes they belong to.
         kinds: kinds of all nodes, in the order in which they were seen.
     """

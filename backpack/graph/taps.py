@@ -281,10 +281,10 @@ class ModelOutput:
 
     @property
     def mixed(self) -> bool:
-        """Whether it looks as if it had one row for each sample, but samples are not apart."""
+        """Whether it has rows, but samples are not apart."""
         size, dim = self.recording.size or 1, self.recording.batch_dim
         lost = self.own is not None and self.own.lost is not None
-        return lost and size > 1 and dim < len(self.shape) and self.shape[dim] == size
+        return lost and size > 1 and (len(self.shape) > 1 or self.shape[dim:] == (size,))
 
 
 @dataclass(eq=False)

@@ -333,12 +333,14 @@ class _Inputs(threading.local):
         axes: sample axes of the inputs, by the inputs' ids.
         ids: ids of all inputs.
         written: memory that was written through one of several tensors, by its address and whether
-            those who look at it require grad.
+            who look at it require grad.
+        stated: axes that the user has stated. Rows that nobody has written to may belong to any sample.
     """
 
     axes: dict[int, SampleAxis] = {}
     ids: frozenset[int] = frozenset()
     written: dict[tuple[int, bool], Memory] = {}
+    stated: tuple[SampleAxis, ...] = ()
 
 
 current_inputs = _Inputs()

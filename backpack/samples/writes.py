@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import SampleAxis, owners_of, regular_axis, sample_axis_of
+from backpack.samples.axis import (
+    SampleAxis,
+    current_inputs,
+    owners_of,
+    regular_axis,
+    sample_axis_of,
+)
 from backpack.samples.entries import FREE, Call, coded, decoded, moves_entries
 from backpack.samples.movers import argument, mover
 
@@ -60,7 +66,9 @@ def assigned(
     # Where parameters were written to a tentative axis, it is part of the graph.
     if own is None or (own.tentative and not target.requires_grad):
         candidates = [regular_axis(source.size, d) for d in range(target.dim())]
-        for axis in [*candidates, *(source.moved(d) for d in range(target.dim()))]:
+        for known in (*current_inputs.stated, source):
+            candidates += [known.moved(d) for d in range(target.dim())]
+        for axis in candidates:
             if _fits(axis, target, owners, index):
                 return axis
         own = None
