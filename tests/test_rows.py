@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import unpack_sequence
 
-from backpack import backpack, extend, extensions
+from backpack import backpack, extend, extensions, mark
 from tests.idioms.compare import Comparison
 from tests.idioms.reference import Expanded, Truth
-from tests.row_cases import CASES, EDGES, GCN, GRAPH, NODES, RowCase, data
+from tests.row_cases import CASES, EDGES, GCN, GRAPH, NODES, RowCase, data, mlp, scatter
 
 
 def _of(*names: str) -> tuple:
@@ -86,6 +86,28 @@ def before(module: nn.RNNBase, sequence: Tensor) -> Tensor:
     hidden = module(sequence[None])[0][0] if module.batch_first else module(sequence)[0]
     module._forward_pre_hooks = hooks
     return torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]).detach()
+
+
+def test_readout_above_the_model() -> None:
+    """However it is written, it is that product with a matrix."""
+    matrix = F.one_hot(GRAPH).T.double()
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda h: matrix @ h,
+        lambda h: torch.zeros(3, 2).to(h).index_add(0, GRAPH, h),
+        lambda h: torch.zeros(3, 2).to(h).scatter_add(0, GRAPH[:, None].expand_as(h), h),
+        lambda h: scatter(h, GRAPH, 3),
+    ]
+    found = []
+    for pool in ways:
+        torch.manual_seed(0)
+        model = extend(mlp().double())
+        exts = _of("BatchGrad", "DiagGGNExact", "KFLR", "DiagHessian")
+        with backpack(*exts):
+            F.cross_entropy(pool(model(mark(NODES.clone(), GRAPH))), targets(3)).backward()
+        fields = [ext.savefield for ext in exts]
+        found.append([list(getattr(p, f)) for p in model.parameters() for f in fields])
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0])
 
 
 def test_an_edge_between_graphs() -> None:

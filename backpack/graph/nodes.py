@@ -21,7 +21,7 @@ LINEAR = frozenset(
     UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ConstantPadNd ReflectionPad1D
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
     PreluKernel Where MaskedFill MaskedSelect Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu
-    Cumsum IndexAdd IndexPut Scatter Swapaxes Movedim NllLoss NllLoss2D Take""".split()
+    Cumsum IndexAdd IndexPut Scatter ScatterAdd Swapaxes Movedim NllLoss NllLoss2D Take""".split()
 )
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())

@@ -41,6 +41,25 @@ def _fits(axis: SampleAxis, target: Tensor, owners: Tensor, index: Any) -> bool:
     return torch.equal(places, _aligned(owners, places.shape))
 
 
+def _fits_rows(axis: SampleAxis, source: SampleAxis, values: Tensor, index: Any) -> bool | None:
+    """The same where whole rows go to places of the sample axis; ``None`` if that is not so."""
+    if (
+        not (isinstance(index, tuple) and index and isinstance(index[-1], Tensor))
+        or index[-1].dim() != 1
+    ):
+        return None
+    dim, places = len(index) - 1, index[-1]
+    plain = all(isinstance(i, slice) and i == slice(None) for i in index[:-1])
+    if not plain or places.dtype == torch.bool or source.dim != dim or axis.lost:
+        return None
+    if axis.bare or source.bare or len(places) != values.shape[dim] or len(places) < 2:
+        return None
+    if axis.dim != dim:  # where all rows have one and the same sample
+        return None if source.solo is not None or source.size < 2 else False
+    device = values.device
+    return torch.equal(axis.sample_ids(device)[places], source.sample_ids(device))
+
+
 def assigned(
     target: Tensor, values: Any, index: Any, part: Any = ..., adds: bool = False
 ) -> SampleAxis | None:
@@ -59,7 +78,13 @@ def assigned(
     if own is not None and own.lost:
         return own
     owners = owners_of(source, values.shape, target.device)[part]
-    if own is not None and _fits(own, target, owners, index):
+
+    def fits(axis: SampleAxis) -> bool:
+        same = values.dim() == target.dim() and owners.shape == values.shape
+        found = _fits_rows(axis, source, values, index) if same and axis.fits(target.shape) else None
+        return _fits(axis, target, owners, index) if found is None else found
+
+    if own is not None and fits(own):
         return own if source.tentative else own.certain()
     if source.tentative:
         return own if own is None or not own.tentative else source.losing(_LOST)
@@ -69,7 +94,7 @@ def assigned(
         for known in (*current_inputs.stated, source):
             candidates += [known.moved(d) for d in range(target.dim())]
         for axis in candidates:
-            if _fits(axis, target, owners, index):
+            if fits(axis):
                 return axis
         own = None
     free = torch.full(target.shape, FREE, dtype=torch.float32, device=target.device)
@@ -167,14 +192,26 @@ def _copy(target: Tensor, args: tuple, kwargs: dict) -> Any:
     return ..., ...
 
 
+def _repeats(index: Tensor, dim: int) -> bool:
+    """Whether all entries along an axis are one and the same, as after ``expand``."""
+    return index.shape[dim] == 1 or (index.shape[dim] > 1 and index.stride(dim) == 0)
+
+
 @_writes("scatter", 3, "src", "value", adds=_if_reduced)
 @_writes("scatter_add scatter_reduce", 3, "src", "value", adds=_always)
 def _scatter(target: Tensor, args: tuple, kwargs: dict) -> Any:
     """The index may be smaller than the source, of which the first entries are written."""
     dim, index = _dim(target, args, kwargs), argument(args, kwargs, 2, "index")
+    part = tuple(slice(n) for n in index.shape)
+    others = [d for d in range(index.dim()) if d != dim]
+    if index.dim() and all(_repeats(index, d) and index.shape[d] == target.shape[d] for d in others):
+        rows = index
+        for d in reversed(others):
+            rows = rows.select(d, 0)
+        return _along(dim, rows), part
     grid = torch.meshgrid(*(torch.arange(n, device=index.device) for n in index.shape), indexing="ij")
     places = tuple(index if d == dim else along for d, along in enumerate(grid))
-    return places, tuple(slice(n) for n in index.shape)
+    return places, part
 
 
 @mover("masked_scatter", "put")
