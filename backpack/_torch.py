@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 # Where functions live that the torch-function protocol may report.
-SPACES = (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special, torch.linalg)
+SPACES = (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special, torch.linalg, torch.sparse)
 
 # The type of nodes at which a gradient ends in a leaf, its attribute ``variable``.
 AccumulateGrad: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import (
     PackedSequence,
@@ -93,6 +94,33 @@ class Directed(nn.Module):
         h = (self.near(scatter(x[edges[0]], edges[1], len(x))) + self.own(x)).tanh()
         h = self.again(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])).tanh() + h
         return self.head(scatter(h, batch, 3))
+
+
+ADJACENCY = torch.eye(9, dtype=torch.float64)
+ADJACENCY[EDGES[1], EDGES[0]] = 1
+SIZES = torch.bincount(GRAPH)
+
+
+class Multiplied(nn.Module):
+    """Neighbours are summed by an adjacency matrix, nodes of graphs in one way or another."""
+
+    def __init__(self, multiply: Callable[..., Tensor], pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.multiply, self.pool = multiply, pool
+        self.first, self.second, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        h = self.multiply(adjacency, self.first(x)).tanh()
+        return self.head(self.pool(self.multiply(adjacency, self.second(h))))
+
+
+def multiplied(
+    adjacency: Tensor, multiply: Callable[..., Tensor], pool: Callable[[Tensor], Tensor]
+) -> RowCase:
+    return RowCase(
+        *(lambda: Multiplied(multiply, pool), lambda m: m(NODES, adjacency), [0, 1, 2], 3),
+        lambda m: bp.extend(m, samples=lambda x, adjacency: (x, GRAPH)),
+    )
 
 
 class GIN(nn.Module):
@@ -248,6 +276,18 @@ class Embedded(nn.Module):
         return torch.stack([self.head(row).sum(0) for row in unpack_sequence(rows)])
 
 
+class Masked(nn.Module):
+    """Attention by a mask with a block for each sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.head = nn.Linear(3, 6), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.project(x)[None].chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0])
+
+
 class Attention(nn.Module):
     """Attention within each of several sentences that lie one after the other."""
 
@@ -295,6 +335,24 @@ CASES: dict[str, RowCase] = {
         lambda m: bp.extend(m, samples=lambda data: (data["x"], data["batch"])),
     ),
     "GIN": RowCase(GIN, lambda m: m(NODES, EDGES, GRAPH), [0, 1, 2], 3, by_graph),
+    "dense adjacency": multiplied(
+        *(ADJACENCY, torch.matmul, lambda h: F.one_hot(GRAPH).T.to(h) @ h),
+    ),
+    "sparse adjacency": multiplied(
+        *(ADJACENCY.to_sparse(), torch.spmm, lambda h: scatter(h, GRAPH, 3)),
+    ),
+    "adjacency without loops": multiplied(
+        (ADJACENCY - torch.eye(9)).to_sparse(),
+        *(torch.matmul, lambda h: scatter(h, GRAPH, 3, "amin")),
+    ),
+    "einsum adjacency": multiplied(
+        ADJACENCY,
+        *(lambda A, h: torch.einsum("ij,jd->id", A, h), lambda h: scatter(h.exp(), GRAPH, 3, "mean")),
+    ),
+    "masked attention": RowCase(
+        *(Masked, lambda m: m(TOKENS, SENTENCE[:, None] == SENTENCE), SENTENCE.tolist(), 3),
+        lambda m: bp.extend(m, samples=lambda x, mask: (x, SENTENCE)),
+    ),
     "bags": RowCase(
         *(Pooling, lambda m: m(INSTANCES, BAG), [0, 1, 2], 3),
         lambda m: bp.extend(m, samples=lambda x, bag: (x, bag)),

@@ -15,8 +15,8 @@ from backpack import extensions, optim, vivit
 ROOT = Path(backpack.__file__).parent
 # Rooms in the order in which data flows, and the files of each: a file imports from no later one.
 ROOMS = {
-    "samples": """axis aliases separability movers contractions indexing reductions entries packing
-        writes propagate""",
+    "samples": """axis aliases separability movers blocks contractions indexing reductions entries
+        packing writes propagate""",
     "forms": "memory triton products base layout lookup outer several at_output",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         packed fallback decompositions""",

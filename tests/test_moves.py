@@ -513,6 +513,14 @@ def _packs(x: Tensor) -> Iterator[tuple]:
         yield torch.tensor([max(steps - n, 1) for n in range(sequences)]), first
 
 
+def _segments(x: Tensor) -> Iterator[tuple]:
+    """Rows in one segment, in one each, and in two."""
+    rows = len(x) if x.dim() else 0
+    for lengths in ([rows], [1] * rows, [rows - 1, 1], [0, *([rows // 3] * 3)]):
+        if rows > 1 and sum(lengths) == rows:
+            yield from (("sum", {"lengths": torch.tensor(lengths)}),)
+
+
 def _pads(x: Tensor) -> Iterator[tuple]:
     """Rows as steps of some sequences."""
     rows = len(x) if x.dim() else 0
@@ -522,6 +530,7 @@ def _pads(x: Tensor) -> Iterator[tuple]:
 
 
 calls("_pack_padded_sequence", _packs)
+calls("segment_reduce", _segments)
 calls("_pad_packed_sequence", _pads)
 
 

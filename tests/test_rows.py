@@ -15,7 +15,20 @@ from torch.nn.utils.rnn import unpack_sequence
 from backpack import backpack, extend, extensions, mark
 from tests.idioms.compare import Comparison
 from tests.idioms.reference import Expanded, Truth
-from tests.row_cases import CASES, EDGES, GCN, GRAPH, NODES, RowCase, data, mlp, scatter
+from tests.row_cases import (
+    ADJACENCY,
+    CASES,
+    EDGES,
+    GCN,
+    GRAPH,
+    NODES,
+    SIZES,
+    Multiplied,
+    RowCase,
+    data,
+    mlp,
+    scatter,
+)
 
 
 def _of(*names: str) -> tuple:
@@ -108,6 +121,32 @@ def test_readout_above_the_model() -> None:
         found.append([list(getattr(p, f)) for p in model.parameters() for f in fields])
     for each in found[1:]:
         torch.testing.assert_close(each, found[0])
+
+
+def test_segments() -> None:
+    """Torch differentiates sums over segments once only."""
+    found = []
+    for pool in (
+        lambda h: scatter(h, GRAPH, 3, "mean"),
+        lambda h: torch.segment_reduce(h, "mean", lengths=SIZES),
+    ):
+        torch.manual_seed(0)
+        model = Multiplied(torch.matmul, pool).double()
+        extend(model, samples=lambda x, adjacency: (x, GRAPH))
+        with backpack(*_of("BatchGrad", "DiagGGNExact", "KFLR")):
+            F.cross_entropy(model(NODES, ADJACENCY), targets(3)).backward()
+        found.append([(p.grad_batch, p.diag_ggn_exact, *p.kflr) for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_a_matrix_that_joins_graphs() -> None:
+    model = Multiplied(torch.matmul, lambda h: scatter(h, GRAPH, 3)).double()
+    extend(model, samples=lambda x, adjacency: (x, GRAPH))
+    joining = ADJACENCY.clone()
+    joining[0, 4] = 1
+    for matrix in (joining, joining.to_sparse()):
+        with pytest.raises(RuntimeError, match="samples"), backpack(extensions.BatchGrad()):
+            model(NODES, matrix).sum().backward()
 
 
 def test_an_edge_between_graphs() -> None:

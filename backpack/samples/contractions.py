@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import NOBODY, SampleAxis, axis_of
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of, sample_axis_of
+from backpack.samples.blocks import axis_by_matrix
 from backpack.samples.movers import argument, mover
 
 
 @mover("scaled_dot_product_attention")
 def _attention(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+    masked = _masked(new, args, kwargs)
+    if masked is not None:
+        return masked
     queries = all(
         old is not argument(args, kwargs, at, name) for at, name in ((1, "key"), (2, "value"))
     )
@@ -21,6 +25,25 @@ def _attention(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs:
     if batch.dim >= old.dim() - (1 if queries and old is argument(args, kwargs, 0, "query") else 2):
         return batch.losing("attention along the sample axis mixes samples")
     return aligned(batch, old, new)
+
+
+def _masked(new: Tensor, args: tuple, kwargs: dict) -> SampleAxis | None:
+    """The axis where a mask lets positions see those of their own sample only."""
+    tensors = [argument(args, kwargs, at, name) for at, name in enumerate(("query", "key", "value"))]
+    mask, axes = argument(args, kwargs, 3, "attn_mask"), []
+    for x in tensors:
+        axis = sample_axis_of(x)
+        if axis is None or axis.lost or axis.bare or axis.dim != x.dim() - 2 or axis.size < 2:
+            return None
+        axes.append(axis)
+    if not isinstance(mask, Tensor) or mask.requires_grad or mask.dim() < 2:
+        return None
+    queries, keys, values = (axis.sample_ids(new.device) for axis in axes)
+    sees = mask if mask.dtype == torch.bool else mask > -torch.inf
+    sees = sees.reshape(-1, *sees.shape[-2:]).any(0)
+    if not torch.equal(keys, values) or bool((sees & (queries.unsqueeze(1) != keys)).any()):
+        return None
+    return axes[0].moved(new.dim() - 2)
 
 
 @mover("embedding")
@@ -88,7 +111,11 @@ def _factor(batch: SampleAxis, here: Tensor, other: Tensor, new: Tensor, first: 
     """The axis of a product, from that of one of its two factors."""
     last = here.dim() - 1
     if batch.dim == (last if first or last == 0 else last - 1):
-        return batch.losing("a product over the sample axis mixes samples")
+        found = None
+        if batch.size > 1 and last < 2 and new.dim():
+            matrix = other.mT if first and other.dim() == 2 else other
+            found = axis_by_matrix(batch, matrix, new.dim() - 1 if first else 0)
+        return found or batch.losing("a product over the sample axis mixes samples")
     if batch.dim < last - 1:  # one of the axes that number matrices
         return batch.moved(batch.dim + (new.dim() - here.dim() if other.dim() > 1 else 0))
     if first:
@@ -102,8 +129,18 @@ def _einsum(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: di
     operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
     terms, result = einsum_labels(equation, [x.dim() for x in operands])
     mine = {term[batch.dim] for term, x in zip(terms, operands, strict=True) if x is old}
-    if len(mine) == 1 and (label := mine.pop()) in result:
+    label = next(iter(mine))
+    if len(mine) == 1 and label in result:
         return batch.moved(result.index(label))
+    if len(mine) == 1 and len(terms) == 2 and batch.size > 1:
+        at = 0 if operands[1] is old else 1
+        others = [other for other in terms[at] if other != label]
+        if len(others) == 1 and len(terms[at]) == 2 and others[0] in result:
+            matrix = operands[at] if terms[at][1] == label else operands[at].mT
+            alone = others[0] not in terms[1 - at]
+            found = axis_by_matrix(batch, matrix, result.index(others[0])) if alone else None
+            if found is not None:
+                return found
     return batch.losing(f"einsum {equation!r} sums over the sample axis")
 
 
