@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from backpack.dataset.totals import Batches, Totals
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.combining import Never
-from backpack.quantities.parts import Entry, rule_of
+from backpack.quantities.parts import Entry, exchanged, rule_of
+from backpack.quantities.processes import Processes
 
 
 class MicroBatches(Batches):
@@ -75,6 +76,24 @@ class MicroBatches(Batches):
         self.totals.add(batch, samples, 1.0)
         for p, field, value in () if alone else self.totals.values():
             setattr(p, field, value)
+
+    def of_all(self, processes: Processes, order: Mapping[Tensor, str]) -> dict[Tensor, Any]:
+        """Values of all processes' passes, for the mean of their losses.
+
+        Args:
+            processes: all of them call this function.
+            order: parameters that may have values, with names.
+        """
+        share = 1 / processes.size
+        entries = {
+            p: {
+                field: Entry(e.rule, e.rule.weigh(e.part, share), e.samples, e.dtype)
+                for field, e in fields.items()
+            }
+            for p, fields in self.totals.entries.items()
+        }
+        found = exchanged(entries, order, self.rules, self.totals.samples, processes).entries
+        return {p: fields[self.field].value() for p, fields in found.items()}
 
     def drop(self) -> None:
         """Delete the values from the parameters."""

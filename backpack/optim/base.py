@@ -9,13 +9,14 @@ the second writes, and does not. So a step that raises has changed nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -23,6 +24,8 @@ from backpack.capture.extend import extend
 from backpack.dataset.micro_batches import MicroBatches
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension
+from backpack.quantities.parts import checked_rule
+from backpack.quantities.processes import Processes
 
 State = dict[str, Any]
 # A model, or what any `torch.optim.Optimizer` takes.
@@ -43,14 +46,20 @@ class BackpackOptimizer(Optimizer):
             models that are extended.
         defaults: options of groups that do not give their own.
         process_local: say that each process trains a model of its own, where ``torch.distributed`` runs
-            several. Otherwise a step is refused there: neither curvature nor noise is exchanged between
-            processes, and copies of one model would drift apart.
+            several.
+        process_group: processes that train one model on parts of a batch; that of a
+            ``DistributedDataParallel`` model is known. The loss is the mean of theirs. Their gradients
+            must be averaged, as such a model does, their curvature is exchanged by :meth:`step`, which
+            all of them call. With neither argument, a step is refused where there are several
+            processes: copies of one model would drift apart.
 
     Raises:
         ValueError: if an option is out of its range, in any group, or there are no parameters.
     """
 
     process_local = False
+    # Processes that train one model; copies and pickles do not have them.
+    processes: Processes | None = None
 
     # Lower bound of each option, and whether it must stay below one.
     _RANGES: Mapping[str, tuple[float, bool]] = {
@@ -62,10 +71,27 @@ class BackpackOptimizer(Optimizer):
     }
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], *, process_local: bool = False
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        process_local: bool = False,
+        process_group: Any = None,
     ) -> None:
         self._names: dict[Tensor, str] = {}
         self.process_local = process_local
+        if isinstance(params, DistributedDataParallel):
+            if process_group is None and not process_local and self._exchanges:
+                process_group = params.process_group
+            params = params.module
+        if process_group is not None and process_local:
+            raise ValueError(
+                f"{type(self).__name__}: processes of a process_group train one model, and with "
+                "process_local=True each trains its own; pass one of the two"
+            )
+        if process_group is not None:
+            processes = Processes(process_group)
+            self.processes = processes if processes.size > 1 else None
         if not isinstance(params, nn.Module):
             super().__init__(params, defaults)
             return
@@ -127,20 +153,57 @@ class BackpackOptimizer(Optimizer):
     # ----------------------------------------------------------------------------------
     # The step
 
+    # Whether the class knows how to exchange what a step needs.
+    _exchanges = True
+
     # What a step takes from its own process, for the message that refuses several.
     _local = "the curvature of its own part of the batch"
 
     def _check_processes(self) -> None:
         """Refuse to let copies of a model drift apart."""
         several = distributed.is_available() and distributed.is_initialized()
-        if several and not self.process_local and (count := distributed.get_world_size()) > 1:
+        if not several or self.process_local or self.processes is not None:
+            return
+        if (count := distributed.get_world_size()) > 1:
+            remedy = (
+                "Give the optimizer the DistributedDataParallel model, or "
+                "process_group=torch.distributed.group.WORLD"
+                if self._exchanges
+                else "This optimizer does not exchange it: train in one process, or use another one"
+            )
             raise RuntimeError(
                 f"{type(self).__name__}: torch.distributed runs {count} processes, each of which would "
-                f"step with {self._local}, which this library does not exchange between processes: "
-                "copies of one model would drift apart. Train in one process, or "
-                "use an optimizer that takes gradients only; if each "
+                f"step with {self._local}: copies of one model would drift apart. {remedy}; if each "
                 "process trains a model of its own, pass process_local=True to the optimizer"
             )
+
+    def _check_copies(self) -> None:
+        """Refuse to go on with gradients or parameters that differ between processes."""
+        if self.processes is None:
+            return
+        sums = [0.0] * 4
+        for p, _ in self._trained():
+            gradient = p.grad if self._takes_gradients else None
+            for i, each in enumerate((p, gradient)):
+                if each is not None:
+                    each = each.coalesce().values() if each.is_sparse else each
+                    sums[2 * i] += float(each.sum())
+                    sums[2 * i + 1] += float(each.abs().sum())
+        told = self.processes.objects(sums)
+        for i, what in enumerate(("parameters", "gradients")):
+            size = max(each[2 * i + 1] for each in told)
+            for place in (2 * i, 2 * i + 1):
+                values = [each[place] for each in told]
+                if math.isfinite(size) and max(values) - min(values) > 1e-4 * size:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: {what} differ between the processes of the "
+                        "process_group; all must begin with the same model, and their gradients must "
+                        "be averaged before the step (DistributedDataParallel does both, but not in "
+                        "its no_sync())"
+                    )
+
+    # Whether gradients of parameters play a part in the step.
+    _takes_gradients = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -265,7 +328,7 @@ class CurvatureOptimizer(BackpackOptimizer):
             ``d^T (grad + l2 theta) = d^T (C + gamma I) d``: a bound on the step in the metric of the
             damped curvature, for likelihoods on twice the KL divergence that the step makes
             (Ba, Grosse, Martens, ICLR 2017, section 5).
-        process_local: see :class:`BackpackOptimizer`.
+        process_local: see :class:`BackpackOptimizer`, as ``process_group``.
         defaults: options of groups.
     """
 
@@ -283,6 +346,7 @@ class CurvatureOptimizer(BackpackOptimizer):
         extension: BackpropExtension,
         kl_clip: float | None,
         process_local: bool = False,
+        process_group: Any = None,
         **defaults: Any,
     ) -> None:
         if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
@@ -290,7 +354,13 @@ class CurvatureOptimizer(BackpackOptimizer):
         self.kl_clip = kl_clip
         self._extension = extension
         self._scale: float | None = None
-        super().__init__(params, defaults, process_local=process_local)
+        super().__init__(params, defaults, process_local=process_local, process_group=process_group)
+        if self.processes is not None:
+            self._for_processes()
+
+    def _for_processes(self) -> None:
+        """Prepare the quantity for several processes."""
+        checked_rule(self._extension, "several processes")
 
     def _own(self) -> tuple[str, ...]:
         return (*super()._own(), "kl_clip", "_extension", "_scale")
@@ -328,7 +398,8 @@ class CurvatureOptimizer(BackpackOptimizer):
             scale: the factor that the loss was multiplied with and the gradients are not to keep, such
                 as ``scaler.get_scale()``. Needed only where ``scaler.unscale_(optimizer)`` comes
                 before ``scaler.step(optimizer)``; without it, ``scaler.step`` tells the factor.
-            **options: further arguments of :class:`backpack.backpack`.
+            **options: further arguments of :class:`backpack.backpack`. With a ``process_group`` here,
+                fields are those of all processes; the optimizer exchanges its own in :meth:`step`.
 
         Raises:
             RuntimeError: if gradients and quantities of another block are still there, or those of an
@@ -408,15 +479,10 @@ class CurvatureOptimizer(BackpackOptimizer):
     # The step
 
     def _directions(self) -> list[tuple[Tensor, Tensor, dict[str, Any], State]]:
-        uses = self._uses()
+        self._check_copies()
+        uses = self._uses(self._of_all())
         moves, decrease = [], 0.0
-        for use in uses:
-            new = {"step": use.state.get("step", 0) + 1}
-            if use.quantity is not None:
-                updates = use.state.get("updates", 0) + 1
-                # A plain mean until there is enough to forget (Martens, Grosse, 2015, section 5).
-                decay = min(1 - 1 / updates, use.group["ema_decay"])
-                new |= {"updates": updates, **self._update(use, decay)}
+        for use, new in zip(uses, self._updates(uses), strict=True):
             direction = self._solve(use, {**use.state, **new})
             moves.append((use.parameter, direction, use.group, new))
             if self.kl_clip is not None:
@@ -426,6 +492,52 @@ class CurvatureOptimizer(BackpackOptimizer):
                 direction.mul_(math.sqrt(self.kl_clip / decrease))
         return moves
 
+    def _of_all(self) -> dict[Tensor, Any] | None:
+        """Curvature of the samples of all processes; ``None``: there is one process."""
+        if self.processes is None:
+            return None
+        error: Exception | None = None
+        passes = self._passes
+        if passes is None and any(hasattr(p, self._extension.savefield) for p, _ in self._trained()):
+            error = RuntimeError(
+                f"{self._extension.savefield} was not computed in this optimizer's blocks, so that it "
+                "cannot be exchanged between processes; write `with optimizer.backpack():`"
+            )
+        self.processes.agree(error)
+        passes = passes or MicroBatches(self._extension)
+        return passes.of_all(self.processes, {p: self._name(p) for p, _ in self._trained()})
+
+    # Whether processes share the work of new curvature.
+    _shares_work = False
+
+    def _updates(self, uses: Sequence[Use]) -> list[State]:
+        """What steps count, and new curvature."""
+        mine: dict[int, State] = {}
+        found: list[State] = []
+        owners = _owners(uses, self.processes.size) if self.processes and self._shares_work else None
+        error: Exception | None = None
+        for i, use in enumerate(uses):
+            found.append({"step": use.state.get("step", 0) + 1})
+            if use.quantity is None:
+                continue
+            updates = use.state.get("updates", 0) + 1
+            found[-1]["updates"] = updates
+            # A plain mean until there is enough to forget (Martens, Grosse, 2015, section 5).
+            decay = min(1 - 1 / updates, use.group["ema_decay"])
+            if owners is None or self.processes is None:
+                found[-1] |= self._update(use, decay)
+            elif owners[i] == self.processes.rank and error is None:
+                try:
+                    mine[i] = self._update(use, decay)
+                except (ValueError, RuntimeError, NotImplementedError) as raised:
+                    error = raised
+        if owners is not None and self.processes is not None:
+            self.processes.agree(error)
+            for states in self.processes.states(mine, uses[0].parameter.device if uses else None):
+                for i, state in states.items():
+                    found[i] |= state
+        return found
+
     def _update(self, use: Use, decay: float) -> State:
         """New curvature: what of it is kept for this and further steps."""
         raise NotImplementedError
@@ -434,14 +546,15 @@ class CurvatureOptimizer(BackpackOptimizer):
         """``(C + gamma I)^{-1} use.gradient``, a new tensor."""
         raise NotImplementedError
 
-    def _uses(self) -> list[Use]:
-        """Everything that the step depends on, checked."""
+    def _uses(self, of_all: Mapping[Tensor, Any] | None = None) -> list[Use]:
+        """Everything that the step depends on, checked; ``of_all``: curvature of all processes."""
         field, uses = self._extension.savefield, []
         scale, in_gradient = self._scales()
         for p, group in self._trained():
             if p.grad is None:
                 continue
-            quantity = getattr(p, field, None) if self._due(p, group) else None
+            value = getattr(p, field, None) if of_all is None else of_all.get(p)
+            quantity = value if self._due(p, group) else None
             if quantity is None and self._due(p, group):
                 remedy = (
                     "in the block no extended model was seen that has it; call extend(model) before "
@@ -492,6 +605,21 @@ def made(
         return quantity(**arguments)
     except (TypeError, NotImplementedError) as error:
         raise TypeError(f"{owner.__name__} takes no such arguments: {', '.join(arguments)}") from error
+
+
+def _owners(uses: Sequence[Use], processes: int) -> list[int]:
+    """Which process computes which parameter's curvature: the next largest goes to the least busy."""
+    costs = [sum(len(f) ** 3 for f in _factors(use.quantity)) for use in uses]
+    owners, busy = [0] * len(uses), [0] * processes
+    for i in sorted(range(len(uses)), key=lambda i: (-costs[i], i)):
+        owners[i] = busy.index(min(busy))
+        busy[owners[i]] += costs[i]
+    return owners
+
+
+def _factors(quantity: Any) -> list[Tensor]:
+    """Matrices that new curvature decomposes."""
+    return [each for each in _tensors(quantity) if each.dim()]
 
 
 def _mark(gradient: Tensor | None) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ class _Diagonal(CurvatureOptimizer):
         update_every: int = 1,
         kl_clip: float | None = None,
         process_local: bool = False,
+        process_group: Any = None,
         **arguments: Any,
     ) -> None:
         super().__init__(
@@ -41,6 +42,7 @@ class _Diagonal(CurvatureOptimizer):
             made(type(self), self.quantity, arguments),
             kl_clip,
             process_local,
+            process_group,
             lr=lr,
             damping=damping,
             l2=l2,
@@ -81,6 +83,7 @@ class DiagGGNExact(_Diagonal):
         kl_clip: bound on the size of a step, see :class:`backpack.optim.CurvatureOptimizer`.
         process_local: say that each process trains a model of its own, see
             :class:`backpack.optim.BackpackOptimizer`.
+        process_group: processes that train one model, see there.
     """
 
     quantity = extensions.DiagGGNExact
@@ -91,7 +94,8 @@ class DiagGGNMC(_Diagonal):
 
     Args:
         params: see :class:`DiagGGNExact`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.
     """
@@ -109,7 +113,8 @@ class DiagHessian(_Diagonal):
 
     Args:
         params: see :class:`DiagGGNExact`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
     """
 
     quantity = extensions.DiagHessian
@@ -138,7 +143,8 @@ class SumGradSquared(_Diagonal):
 
     Args:
         params: see :class:`DiagGGNExact`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
         reduction: how the loss sums up samples, ``"mean"`` or ``"sum"``.
 
     Raises:

@@ -58,6 +58,7 @@ class GramNewton(BackpackOptimizer):
     _step_supports_amp_scaling = True  # torch: `step` itself undoes the scaler's factor
     _curvature: LowRank | None = None
     _scale: float | None = None
+    _exchanges = False
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ Letters: ``B``, ``A`` the factors of a weight, ``[o, o]`` and ``[i, i]``; ``gamm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from backpack.kronecker.matrices import (
 )
 from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
 from backpack.quantities.base import BackpropExtension
-from backpack.quantities.combining import Blocks, Never, Rule
+from backpack.quantities.combining import Blocks, Never, Rule, Sums, SumUp
 
 # A factor that is not positive definite after this many doublings of its damping is an error.
 DOUBLINGS = 10
@@ -40,6 +41,7 @@ class _Kronecker(CurvatureOptimizer):
     """The options that all share."""
 
     quantity: type[BackpropExtension]
+    _shares_work = True
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class _Kronecker(CurvatureOptimizer):
         update_every: int = 1,
         kl_clip: float | None = None,
         process_local: bool = False,
+        process_group: Any = None,
         **arguments: Any,
     ) -> None:
         super().__init__(
@@ -60,6 +63,7 @@ class _Kronecker(CurvatureOptimizer):
             made(type(self), self.quantity, arguments),
             kl_clip,
             process_local,
+            process_group,
             lr=lr,
             damping=damping,
             l2=l2,
@@ -109,12 +113,14 @@ class _Kronecker(CurvatureOptimizer):
 class _EigenvalueCorrected(_Kronecker):
     """Division in the eigenbasis of the factors."""
 
+    _shares_work = False
+
     # The quantity that leaves eigenvalues for later.
     holding: type[BackpropExtension]
 
     def __init__(self, *args: Any, micro_batches: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if micro_batches:
+        if micro_batches or self.processes is not None:
             self._extension.__class__ = self.holding
         else:
             self._extension.combine = Never(
@@ -155,28 +161,36 @@ class Held(NamedTuple):
     """What eigenvalues in a basis that is not known yet are computed from."""
 
     factors: KroneckerFactored
-    forms: list[Form]
+    # With the weights of their losses.
+    forms: list[tuple[float, Form]]
 
     def eigen(self) -> KroneckerEigen:
         """Eigenvectors of the factors, eigenvalues of the forms."""
         bases = [spectrum(factor)[1] for factor in self.factors]
-        values = [form.rotated_square_sum(bases) for form in self.forms]
+        values = [weight * form.rotated_square_sum(bases) for weight, form in self.forms]
         total = sum(values[1:], values[0])
         return KroneckerEigen(bases, total, self.factors.shape, self.factors.layout)
 
 
 class _AllHeld(Rule):
-    """Factors combine, forms are collected."""
+    """Factors combine, forms are collected; of several processes, eigenvalues are added."""
 
     blocks = Blocks()
+    everywhere = True
+
+    def across(self, part: Held, samples: Sequence[int], sum_up: SumUp) -> Sums:
+        factors = yield from self.blocks.across(part.factors, samples, sum_up)
+        eigen = Held(factors, part.forms).eigen()
+        found = yield from self.blocks.across(eigen, samples, sum_up)
+        return found
 
     def take(self, value: Held, context: Any) -> Held:
         return value
 
     def weigh(self, part: Held, factor: float) -> Held:
         factors = self.blocks.weigh(part.factors, factor)
-        assert factor == 1 and isinstance(factors, KroneckerFactored)
-        return Held(factors, part.forms)
+        assert isinstance(factors, KroneckerFactored)
+        return Held(factors, [(weight * factor, form) for weight, form in part.forms])
 
     def add(self, part: Held, other: Held) -> Held:
         return Held(part.factors.add(other.factors), part.forms + other.forms)
@@ -193,10 +207,10 @@ class _Holding(extensions.BackpropExtension):
     combine: Rule | None = _AllHeld()
 
     def begin(self, parameter: Tensor, form: Form, sign: Tensor | None = None) -> Any:
-        return Held(self.reduce(form, sign), [_held(form)])
+        return Held(self.reduce(form, sign), [(1.0, _held(form))])
 
     def update(self, state: Any, form: Form, sign: Tensor | None = None) -> Any:
-        return Held(super().update(state.factors, form, sign), [*state.forms, _held(form)])
+        return Held(super().update(state.factors, form, sign), [*state.forms, (1.0, _held(form))])
 
 
 class _HoldingEKFLR(_Holding, extensions.EKFLR):
@@ -317,6 +331,7 @@ class KFLR(_Kronecker):
             usual.
         process_local: say that each process trains a model of its own, see
             :class:`backpack.optim.BackpackOptimizer`.
+        process_group: processes that train one model, see there.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
 
     Raises:
@@ -331,7 +346,8 @@ class KFAC(_Kronecker):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
@@ -347,7 +363,8 @@ class KFRA(_Kronecker):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
     """
 
     quantity = extensions.KFRA
@@ -370,7 +387,8 @@ class EKFLR(_EigenvalueCorrected):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
         micro_batches: allow several backward passes before a step, at the cost of that memory.
         kfac_approx: see :class:`backpack.extensions.KFLR`.
     """
@@ -383,7 +401,8 @@ class EKFAC(_EigenvalueCorrected):
 
     Args:
         params: see :class:`KFLR`, as ``lr``, ``damping``, ``l2``, ``momentum``, ``ema_decay``,
-            ``update_every``, ``kl_clip`` and ``process_local``.
+            ``update_every``, ``kl_clip``, ``process_local`` and
+            ``process_group``.
         micro_batches: see :class:`EKFLR`.
         mc_samples: draws per data point, default 1.
         generator: source of randomness; its state is not in the ``state_dict``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -78,6 +78,7 @@ class CGNewton(CurvatureOptimizer):
         kl_clip: bound on the size of a step, see :class:`backpack.optim.CurvatureOptimizer`.
         process_local: say that each process trains a model of its own, see
             :class:`backpack.optim.BackpackOptimizer`.
+        process_group: processes that train one model, see there.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -102,6 +103,7 @@ class CGNewton(CurvatureOptimizer):
         momentum: float = 0.0,
         kl_clip: float | None = None,
         process_local: bool = False,
+        process_group: Any = None,
     ) -> None:
         if curvature not in _QUANTITIES:
             raise ValueError(f"curvature must be one of {', '.join(_QUANTITIES)}, got {curvature!r}")
@@ -110,6 +112,7 @@ class CGNewton(CurvatureOptimizer):
             _QUANTITIES[curvature](),
             kl_clip,
             process_local,
+            process_group,
             lr=lr,
             damping=damping,
             l2=l2,

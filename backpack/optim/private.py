@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from backpack.engine.block import backpack
@@ -70,12 +71,14 @@ class DPSGD(BackpackOptimizer):
         lr: learning rate.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; at least 0.
         max_grad_norm: the norm that gradients of samples are clipped to.
-        expected_batch_size: the mean number of samples in a batch, whatever a batch holds.
+        expected_batch_size: the mean number of samples in a batch, whatever a batch holds; in a batch
+            of all processes, where there is a ``process_group``. The first of them draws the noise.
         l2: weight of ``l2 / 2 |theta|^2``, which is added to the loss, and needs no privacy.
         momentum: factor of the last step's direction, ``m <- momentum m + d``.
         generator: source of the noise, on the parameters' device; default torch's own.
         process_local: say that each process trains a model of its own, see
             :class:`backpack.optim.BackpackOptimizer`.
+        process_group: processes that train one model, see there.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -93,6 +96,7 @@ class DPSGD(BackpackOptimizer):
         momentum: float = 0.0,
         generator: torch.Generator | None = None,
         process_local: bool = False,
+        process_group: Any = None,
     ) -> None:
         for name, value, fits in (
             ("noise_multiplier", noise_multiplier, noise_multiplier >= 0),
@@ -108,9 +112,9 @@ class DPSGD(BackpackOptimizer):
         # Sums of clipped gradients since the last step; None before the first backward pass.
         self._sums: dict[Tensor, Tensor] | None = None
         defaults = {"lr": lr, "l2": l2, "momentum": momentum}
-        super().__init__(params, defaults, process_local=process_local)
+        super().__init__(params, defaults, process_local=process_local, process_group=process_group)
         if isinstance(params, nn.Module):
-            _watch(params)
+            _watch(params.module if isinstance(params, DistributedDataParallel) else params)
 
     def _own(self) -> tuple[str, ...]:
         options = "noise_multiplier", "max_grad_norm", "expected_batch_size", "generator", "_sums"
@@ -208,20 +212,37 @@ class DPSGD(BackpackOptimizer):
                 "DPSGD clips the gradients of the losses it is given, which a gradient scaler would "
                 "change; train in float32 or bfloat16 without a scaler"
             )
+        error = None
         if self._sums is None:
-            raise RuntimeError("call optimizer.backward(losses) before optimizer.step()")
+            error = RuntimeError("call optimizer.backward(losses) before optimizer.step()")
+        if self.processes is not None:
+            self.processes.agree(error)
+            self._check_copies()
+        elif error is not None:
+            raise error
+        trained = list(self._trained())
+        noisy = self._noisy([p for p, _ in trained])
         moves: list[tuple[Tensor, Tensor, dict[str, Any], State]] = []
-        for p, group in self._trained():
-            gradient = torch.zeros_like(p) if p not in self._sums else self._sums[p].clone()
-            # Every parameter gets noise, whether the batch has reached it or not: which ones it has
-            # reached is not private.
-            if self.noise_multiplier:
-                noise = torch.empty_like(p).normal_(generator=self.generator)
-                gradient.add_(noise, alpha=self.noise_multiplier * self.max_grad_norm)
+        for (p, group), gradient in zip(trained, noisy, strict=True):
             gradient = gradient / self.expected_batch_size
             moves.append((p, gradient.add(p, alpha=group["l2"]), group, {}))
         return moves
 
+    def _noisy(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of clipped gradients, of all processes, and noise."""
+        sums, found = self._sums or {}, []
+        draws = self.noise_multiplier and (self.processes is None or self.processes.rank == 0)
+        for p in parameters:
+            gradient = torch.zeros_like(p) if p not in sums else sums[p].clone()
+            # Every parameter gets noise, whether the batch has reached it or not: which ones it has
+            # reached is not private.
+            if draws:
+                noise = torch.empty_like(p).normal_(generator=self.generator)
+                gradient.add_(noise, alpha=self.noise_multiplier * self.max_grad_norm)
+            found.append(gradient)
+        return found if self.processes is None else self.processes.sums(found)
+
+    _takes_gradients = False
     _local = "clipped gradients of its own part of the batch and noise of its own"
 
     _step_supports_amp_scaling = True  # torch: so that a scaler comes as far as the error

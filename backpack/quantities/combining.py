@@ -33,6 +33,9 @@ class Rule(ABC):
             squares of gradients.
     """
 
+    # Whether all processes must have a part, where several exchange theirs.
+    everywhere = False
+
     def __init__(self, degree: float = 1) -> None:
         self.degree = degree
 
@@ -255,7 +258,7 @@ class Blocks(Rule):
         zeros = [torch.zeros_like(factor) for factor in part]
         return KroneckerFactored(zeros, part.shape, part.layout, rows)
 
-    def across(self, part: Any, samples: Sequence[int], sum_up: SumUp) -> Sums | None:
+    def across(self, part: Any, samples: Sequence[int], sum_up: SumUp) -> Sums:
         return self._factors(part) if isinstance(part, KroneckerFactored) else self._eigen(part)
 
     def _factors(self, part: KroneckerFactored) -> Sums:

@@ -164,7 +164,7 @@ def exchanged(
         missing = {**each.left_out, **missing}
     keys = {key for each in told for key in each.having} - missing.keys()
     places = list(order)
-    state = _Exchange(told, processes, rules, places, mine)
+    state = _Exchange(told, processes, rules, order, mine)
     found: Entries = {}
     for (i, field), entry in state.run(sorted(keys)).items():
         if places:
@@ -179,11 +179,11 @@ class _Exchange:
         told: list[_Told],
         processes: Processes,
         rules: Mapping[str, Rule],
-        places: list[Tensor],
+        order: Mapping[Tensor, str],
         mine: dict[tuple[int, str], Entry],
     ) -> None:
         self.told, self.processes, self.rules = told, processes, rules
-        self.places, self.mine = places, mine
+        self.order, self.places, self.mine = order, list(order), mine
         self.samples = [each.samples for each in told]
 
     def run(self, keys: Sequence[tuple[int, str]]) -> dict[tuple[int, str], Entry]:
@@ -197,6 +197,12 @@ class _Exchange:
                 continue
             if isinstance(rule, Functions):
                 self.mine.setdefault(key, Entry(rule, (), 0, None))
+            if rule.everywhere and None in having:
+                name = list(self.order.values())[key[0]] if self.order else "of the model"
+                raise NotImplementedError(
+                    f"{key[1]} of parameter {name} is missing in process {having.index(None)}, whose "
+                    "pass does not reach the parameter; its values cannot be put together then"
+                )
             way: Sums | None = None
             if key in self.mine and (isinstance(rule, Functions) or None not in having):
                 seen = [0 if each is None else each[0] for each in having]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -43,6 +43,19 @@ class Processes:
         distributed.all_gather_object(found, mine, group=self.group)
         return found
 
+    def agree(self, error: Exception | None) -> None:
+        """Go on if there is no error in any process.
+
+        Raises:
+            Exception: the process's own error, or a ``RuntimeError`` with that of another one.
+        """
+        told = self.objects(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, each in enumerate(told):
+            if each is not None:
+                raise RuntimeError(f"in process {rank} of the process_group: {each}")
+
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over processes, of as many tensors of the same shapes in each."""
         found: list[Tensor] = list(tensors)
@@ -51,6 +64,33 @@ class Processes:
             distributed.all_reduce(flat, group=self.group)
             self._take(found, places, flat)
         return found
+
+    def states(
+        self, mine: Mapping[int, Mapping[str, Any]], device: torch.device | None
+    ) -> list[dict[int, dict[str, Any]]]:
+        """Tensors, lists of tensors and small objects by numbers and names, of each process."""
+        flat: list[Tensor] = []
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                flat.append(value)
+                return _Place(len(flat) - 1)
+            return [placed(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+        plans = self.objects(
+            ({i: {k: placed(v) for k, v in state.items()} for i, state in mine.items()}, _abouts(flat))
+        )
+        tensors = self.gather(flat, [about for _, about in plans], device or torch.device("cpu"))
+
+        def filled(value: Any, given: Sequence[Tensor]) -> Any:
+            if isinstance(value, _Place):
+                return given[value.number]
+            return [filled(each, given) for each in value] if isinstance(value, list) else value
+
+        return [
+            {i: {k: filled(v, given) for k, v in state.items()} for i, state in plan.items()}
+            for (plan, _), given in zip(plans, tensors, strict=True)
+        ]
 
     def gather(
         self, mine: Sequence[Tensor], about: Sequence[Sequence[About]], device: torch.device
@@ -67,7 +107,8 @@ class Processes:
             tensors = (
                 mine if rank == self.rank else [torch.empty(s, dtype=d, device=device) for s, d in each]
             )
-            tensors = [tensor.detach() for tensor in tensors]
+            # Of the same layout in all, by which rounding errors may go.
+            tensors = [tensor.detach().contiguous() for tensor in tensors]
             for places in _buckets(tensors):
                 flat = torch.cat([tensors[i].reshape(-1) for i in places])
                 distributed.broadcast(flat, group=self.group, group_src=rank)
@@ -82,6 +123,14 @@ class Processes:
             part = part.reshape(tensors[i].shape)
             # Memory of its own, which is not held by the value of another parameter.
             tensors[i] = part if len(places) == 1 else part.clone()
+
+
+class _Place(NamedTuple):
+    number: int
+
+
+def _abouts(tensors: Sequence[Tensor]) -> list[About]:
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:

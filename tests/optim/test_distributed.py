@@ -80,6 +80,7 @@ def test_two_processes(tmp_path: Path) -> None:
         else:
             assert message == other
             assert message.startswith(f"{name}: torch.distributed runs 2 processes")
+            assert "process_group" in message
             assert "process_local=True" in message
             assert ("noise" in message) == (name == "DPSGD")
             assert torch.equal(after, before)
