@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from backpack.dataset.totals import GRADIENT, Batches, Individual, SampleCount, Totals
+from backpack.dataset.totals import GRADIENT, Batches, Individual, SampleCount, Totals, refuse_processes
 from backpack.engine.block import backpack
 from backpack.graph.nodes import walk
 from backpack.graph.survey import leaves_below
@@ -63,7 +63,8 @@ class accumulating(Batches):
         **options: of :class:`backpack.backpack`. With ``gradient=False`` there is no ``grad``.
 
     Raises:
-        NotImplementedError: for a quantity whose values do not combine, or that does not say how.
+        NotImplementedError: for a quantity whose values do not combine, or that does not say how, and
+            with a ``process_group``.
         ValueError: for a quantity of some samples only (``subsampling``).
 
     Attributes:
@@ -83,6 +84,7 @@ class accumulating(Batches):
     ) -> None:
         if reduction not in (None, "mean", "sum"):
             raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
+        refuse_processes(options)
         extensions = backpack(*extensions, **options).extensions or (SampleCount(),)
         super().__init__(extensions, [_checked_rule(ext) for ext in extensions])
         if individual is not None and samples is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backpack.capture.extend import extend
 from backpack.dataset.accumulating import accumulating
-from backpack.dataset.totals import Individual
+from backpack.dataset.totals import Individual, refuse_processes
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension
 
@@ -87,6 +87,7 @@ def accumulate(
         >>> total.samples, model.weight.variance.shape
         (5, torch.Size([3, 2]))
     """
+    refuse_processes(options)
     extensions = backpack(*extensions, **options).extensions
     if not getattr(model, "_backpack_extend", False):
         extend(model)

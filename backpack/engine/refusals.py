@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import Node
 
 from backpack.graph.survey import Graph, leaves_below
@@ -124,6 +124,9 @@ def check(
         refuse: what to do with a refusal of some quantities; others are errors in any case.
     """
     second_order = [ext for ext in extensions if ext.source.second_order]
+    if distributed.is_available() and distributed.is_initialized():
+        for module in {id(m): m for r in graph.recordings if (m := r.module()) is not None}.values():
+            _refuse_sharded(module)
     for recording in graph.recordings:
         if recording.doubt is not None:
             raise RuntimeError(
@@ -194,6 +197,19 @@ def check(
             "loss, lossfunc = extend(CrossEntropyLoss()))"
         )
         refuse(RuntimeError(text), None, second_order)
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Parameters that ``fully_shard`` keeps in parts are whole, and others, while the model runs."""
+    kinds = {type(p).__name__ for p in module.parameters()}
+    kinds |= {cls.__name__ for each in module.modules() for cls in type(each).__mro__}
+    if not kinds.isdisjoint(("DTensor", "FSDPModule")):
+        raise NotImplementedError(
+            f"{type(module).__name__} has parameters that are spread over processes (fully_shard, "
+            "tensor parallelism): the model computes with others, on which nobody would find the "
+            "values. Use DistributedDataParallel with backpack(..., process_group=...), or a model "
+            "that is not sharded"
+        )
 
 
 def _hidden(fresh: Sequence[tuple[Node, Tap]]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from torch.optim.optimizer import ParamsT
 
 from backpack.capture.extend import extend
 from backpack.dataset.micro_batches import MicroBatches
+from backpack.dataset.totals import refuse_processes
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.parts import checked_rule
@@ -398,16 +399,18 @@ class CurvatureOptimizer(BackpackOptimizer):
             scale: the factor that the loss was multiplied with and the gradients are not to keep, such
                 as ``scaler.get_scale()``. Needed only where ``scaler.unscale_(optimizer)`` comes
                 before ``scaler.step(optimizer)``; without it, ``scaler.step`` tells the factor.
-            **options: further arguments of :class:`backpack.backpack`. With a ``process_group`` here,
-                fields are those of all processes; the optimizer exchanges its own in :meth:`step`.
+            **options: further arguments of :class:`backpack.backpack`, but for ``process_group``: the
+                optimizer exchanges its own values in :meth:`step`.
 
         Raises:
+            NotImplementedError: with a ``process_group``.
             RuntimeError: if gradients and quantities of another block are still there, or those of an
                 earlier pass, for a quantity whose values do not combine.
             ValueError: if ``scale`` is not positive, or another than that of earlier micro-batches.
         """
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be positive and finite, got {scale!r}")
+        refuse_processes(options)
         self._check_earlier(scale)
         if not self.extensions:
             with backpack(*more, **options) as block:
