@@ -28,8 +28,8 @@ smoke: $(STAMPS)/test
 # The same from the wheel that users install, without the checkout.
 wheel: $(STAMPS)/test
 	rm -rf build/wheel && mkdir -p build/wheel/tests
-	$(PIP) wheel --no-deps --wheel-dir build/wheel .
-	$(PIP) install --no-deps --target build/wheel/site build/wheel/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PIP) --no-deps --target build/wheel/site build/wheel/*.whl
 	cp tests/test_smoke.py build/wheel/tests
 	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -c \
 		"import backpack; assert 'build/wheel/site' in backpack.__file__, backpack.__file__"
