@@ -44,6 +44,14 @@ test-triton: $(TRITON)/stamp
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) -m triton \
 		tests/test_kernels.py
 
+# Every quantity on a GPU, against brute force; then what it costs, beside other libraries that are installed.
+# With DEVICE=cpu this tries itself where there is none. PYTHON_GPU has a torch that knows the device.
+DEVICE ?= cuda
+PYTHON_GPU ?= $(BIN)/python
+gpu:
+	BACKPACK_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest -n $(WORKERS) -m gpu tests/gpu
+	$(PYTHON_GPU) -m benchmarks.gpu --device $(DEVICE)
+
 # Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
 experiments: $(STAMPS)/experiments
 	$(BIN)/python -m experiments run --problem digits-logreg digits-cnn --epochs 10 --seeds 3 \

@@ -142,7 +142,7 @@ OPERATIONS = [
     Case("expand", lambda: Apply(lambda m, a: m.l(torch.cat([m.c.expand(a.shape[0], 2, 3), a], 1)).tanh().sum(1), c=P(2, 3), l=nn.Linear(3, 3)), x(4, 2, 3)),
     Case("repeat", lambda: Apply(lambda m, a: m.l(a * m.c.repeat(a.shape[0], 2)).tanh(), c=P(3), l=nn.Linear(6, 3)), x(4, 6)),
     Case("queries", lambda: Apply(_queries, q=P(2, 3), k=nn.Linear(3, 3)), x(4, 5, 3)),
-    Case("square-batch", lambda: Apply(lambda m, a: (m.l(a) + m.p(torch.arange(4))).tanh().sum(1), l=nn.Linear(3, 3), p=nn.Embedding(4, 3)), x(4, 4, 3)),
+    Case("square-batch", lambda: Apply(lambda m, a: (m.l(a) + m.p(torch.arange(4, device=a.device))).tanh().sum(1), l=nn.Linear(3, 3), p=nn.Embedding(4, 3)), x(4, 4, 3)),
     Case("embedding", lambda: mean(nn.Embedding(6, 4), Apply(lambda m, a: a.mT), nn.Tanh(), nn.Conv1d(4, 3, 1)), ids(6, 4, 3)),
     Case("embedding-padding", lambda: flat(nn.Embedding(5, 2, padding_idx=1), nn.Tanh()), ids(5, 4, 3)),
     Case("embedding-1d", lambda: seq(nn.Embedding(5, 3), nn.Tanh()), ids(5, 6)),
@@ -177,7 +177,7 @@ OPERATIONS = [
     Case("flattened-conv", lambda: Apply(lambda m, a: m.l(a.flatten(0, 1)).tanh().unflatten(0, (3, 2)).sum((1, 3)), l=nn.Conv1d(2, 3, 2)), x(3, 2, 2, 4)),
     Case("time-first", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1)).tanh().sum(0), l=nn.Linear(3, 3)), x(4, 4, 3)),
     Case("time-first-flat", lambda: Apply(lambda m, a: m.l(a.transpose(0, 1).reshape(-1, 3)).tanh().view(2, 4, 3).sum(0), l=nn.Linear(3, 3)), x(4, 2, 3)),
-    Case("picked", lambda: Apply(lambda m, a: torch.zeros_like(a).index_add(0, PICKS, m.k(m.l(a)[PICKS].tanh())), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
+    Case("picked", lambda: Apply(lambda m, a: torch.zeros_like(a).index_add(0, PICKS.to(a.device), m.k(m.l(a)[PICKS].tanh())), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
     Case("siamese", lambda: Apply(lambda m, a: torch.mul(*m.l(torch.cat([a, a * a])).tanh().chunk(2)), l=nn.Linear(3, 3)), x(4, 3)),
     Case("split", lambda: Apply(lambda m, a: torch.cat([m.k(part) for part in m.l(a).tanh().split([1, 3])]), l=nn.Linear(3, 3), k=nn.Linear(3, 2)), x(4, 3)),
     Case("sliced", lambda: Apply(lambda m, a: torch.cat([m.l(a[:1]), m.k(a[1:])]).tanh(), l=nn.Linear(3, 3), k=nn.Linear(3, 3)), x(4, 3)),
@@ -207,7 +207,7 @@ def _initial(m: Any, a: Tensor) -> Tensor:
 
 
 def _cells(m: Any, a: Tensor) -> Tensor:
-    h = torch.zeros(a.shape[0], 3, dtype=a.dtype)
+    h = torch.zeros(a.shape[0], 3, dtype=a.dtype, device=a.device)
     state = (h, h) if isinstance(m.c, nn.LSTMCell) else h
     for t in range(a.shape[1]):
         state = m.c(a[:, t], state)
@@ -245,7 +245,8 @@ def _mha(*, cross: bool = False, **kw: Any) -> Callable[[], nn.Module]:
         if not m.m.batch_first:
             a, other = a.transpose(0, 1), other.transpose(0, 1)
         with sdpa_kernel(SDPBackend.MATH):
-            out, weights = m.m(a, other, other, **call)
+            here = {k: v.to(a.device) if isinstance(v, Tensor) else v for k, v in call.items()}
+            out, weights = m.m(a, other, other, **here)
         out = out if m.m.batch_first else out.transpose(0, 1)
         return out.mean(1) if weights is None else out.mean(1) + weights.mean((1, 2)).unsqueeze(1)
 
@@ -268,7 +269,7 @@ ATTENTION = [
 
 def _transformer(m: Any, a: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return m.m(a, src_mask=CAUSAL, is_causal=True).mean(1)
+        return m.m(a, src_mask=CAUSAL.to(a.device), is_causal=True).mean(1)
 
 
 CASES = OPERATIONS + CONVOLUTIONS + RECURRENT + ATTENTION
@@ -302,7 +303,7 @@ def _loop(m: Any, a: Tensor) -> Tensor:
 
 
 def _zero_state(m: Any, a: Tensor) -> Tensor:
-    h = torch.zeros(a.shape[0], 3, dtype=a.dtype)
+    h = torch.zeros(a.shape[0], 3, dtype=a.dtype, device=a.device)
     for t in range(a.shape[1]):
         h = (m.i(a[:, t]) + m.h(h)).tanh()
     return h
@@ -325,9 +326,9 @@ def _relative_bias(m: Any, a: Tensor) -> Tensor:
     """A table of parameters looked up by place, with a mask repeated for every sample."""
     n, t, d = a.shape
     q = m.q(a).view(n, t, 2, d // 2).transpose(1, 2)
-    place = torch.arange(t)
+    place = torch.arange(t, device=a.device)
     bias = m.table[place[:, None] - place[None] + t - 1].permute(2, 0, 1).unsqueeze(0)
-    mask = torch.zeros(1, 1, t, t, dtype=a.dtype).repeat(n, 1, 1, 1)
+    mask = torch.zeros(1, 1, t, t, dtype=a.dtype, device=a.device).repeat(n, 1, 1, 1)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, q, q, attn_mask=bias + mask).mean((1, 2))
 

@@ -262,6 +262,7 @@ def check(
     output_dim: int | None = None,
     tolerance: float = 1e-8,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
     seed: int = 0,
 ) -> Report:
     """Compare quantities with brute-force autograd on a model of your own.
@@ -280,6 +281,7 @@ def check(
         output_dim: sample axis of the output, if it is another.
         tolerance: largest relative error that counts as agreement.
         dtype: precision in which backpack computes; the oracle computes in float64.
+        device: where backpack computes; by default, and the oracle always, where the model is.
         seed: random seed of every forward pass (dropout).
 
     Returns:
@@ -311,13 +313,13 @@ def check(
         seed,
         output_dim,
     )
-    ours = extend(_copy(model, dtype), batch_dim=batch_dim)
-    our_loss = extend(_copy(lossfunc, dtype)) if isinstance(lossfunc, nn.Module) else lossfunc
-    inputs = _cast(X, dtype)
+    ours = extend(_copy(model, dtype, device), batch_dim=batch_dim)
+    our_loss = extend(_copy(lossfunc, dtype, device)) if isinstance(lossfunc, nn.Module) else lossfunc
+    inputs = _cast(X, dtype, device)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         output = ours(*inputs) if isinstance(inputs, tuple) else ours(inputs)
-        loss = our_loss(output, _cast(y, dtype))
+        loss = our_loss(output, _cast(y, dtype, device))
     with backpack(*map(_exactly, extensions)):
         loss.backward(torch.ones_like(loss))
 
@@ -340,7 +342,7 @@ def check(
 
 def _error(value: Tensor | None, reference: Tensor, least: float) -> float:
     """The largest difference, relative to the largest entry; a missing value stands for zeros."""
-    value = torch.zeros_like(reference) if value is None else value.double()
+    value = torch.zeros_like(reference) if value is None else value.to(reference)
     if value.shape != reference.shape:
         return float("inf")
     if not reference.numel():
@@ -349,15 +351,15 @@ def _error(value: Tensor | None, reference: Tensor, least: float) -> float:
     return float("inf") if error != error else error
 
 
-def _copy(module: Any, dtype: torch.dtype) -> Any:
-    return copy.deepcopy(module).to(dtype)
+def _copy(module: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
+    return copy.deepcopy(module).to(device, dtype)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(each, dtype) for each in value)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().to(dtype)
+        return type(value)(_cast(each, dtype, device) for each in value)
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
     return value
 
 
