@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton gpu experiments clients zoo support bench bench-quick bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -44,13 +44,13 @@ test-triton: $(TRITON)/stamp
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) -m triton \
 		tests/test_kernels.py
 
-# Every quantity on a GPU, against brute force; then what it costs, beside other libraries that are installed.
-# With DEVICE=cpu this tries itself where there is none. PYTHON_GPU has a torch that knows the device.
+# Every quantity on a GPU against brute force, then what thresholds for devices rest on. DEVICE=cpu tries
+# both where there is none. Here torch is for CPUs: GPU_PYTHON is one with pytest whose torch knows the device.
 DEVICE ?= cuda
-PYTHON_GPU ?= $(BIN)/python
+GPU_PYTHON ?= $(BIN)/python
 gpu:
-	BACKPACK_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest -n $(WORKERS) -m gpu tests/gpu
-	$(PYTHON_GPU) -m benchmarks.gpu --device $(DEVICE)
+	BACKPACK_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -n $(WORKERS) -m gpu tests/gpu
+	$(GPU_PYTHON) -m benchmarks.devices --device $(DEVICE)
 
 # Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
 experiments: $(STAMPS)/experiments

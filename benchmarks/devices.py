@@ -94,7 +94,12 @@ def limits(device: str, problem: str) -> list[dict[str, Any]]:
                 if quantity is None:
                     break
             rows.append({**row, "bytes": size})
-            print(problem, row["quantity"], size, *(f"{k} {v:.0f}" for k, v in row.items() if k in ("columns", "blocks", "patches")))
+            print(
+                problem,
+                row["quantity"],
+                size,
+                *(f"{k} {v:.0f}" for k, v in row.items() if k in ("columns", "blocks", "patches")),
+            )
             if quantity is None:
                 break
     return rows

@@ -5,6 +5,8 @@ Tests marked `triton` need Triton and TRITON_INTERPRET=1; `make test-triton` run
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -123,6 +125,35 @@ def test_patches_are_not_written(
         )
         torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
     agree(written, None, tolerance)
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from backpack.forms import triton as kernels
+
+dtype, signed, norms, ones = sys.argv[1], *(each == "True" for each in sys.argv[2:])
+kernel = kernels._kernel()
+constants = dict(SIGNED=signed, NORMS=norms, R=16, C=64, S=16, PRECISION="ieee")
+pointers = dict.fromkeys("GAW", "*" + dtype) | {"out": "*" + dtype, "P": "*i64", "I": "*i64"}
+sizes = {name: "i32" for name in kernel.arg_names if name not in (*pointers, *constants)}
+if ones:  # Triton takes arguments that are 1 for constants
+    constants, sizes = constants | dict.fromkeys(sizes, 1), {}
+signature = pointers | sizes | dict.fromkeys(constants, "constexpr")
+compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("dtype", "signed"), [("fp32", True), ("fp64", False)])
+def test_compiles(dtype: str, signed: bool, norms: bool, ones: bool) -> None:
+    """For a GPU that need not be there: the interpreter takes more than the compiler does."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    given = map(str, (signed, norms, ones))
+    subprocess.run([sys.executable, "-c", COMPILE, dtype, *given], check=True, env=environment)
 
 
 @pytest.mark.triton

@@ -89,13 +89,17 @@ def _pull_back(block: Block, edge: GradientEdge, parameter: Tensor, columns: Ten
 
 
 def form_of_uses(block: Block, leaf: Leaf, at: Arrived, absent: int) -> Form | None:
-    """The form of all uses that columns have reached, or of all if ``absent`` columns stand in."""
+    """The form of all uses that columns have reached, or of all if ``absent`` columns stand in.
+
+    Outputs of a reached node that get none are not in use (a recurrent layer's last states).
+    """
     arrived = [at.get((node, tap.place)) for node, tap, _ in leaf.uses]
-    if all(g is None for g in arrived):
+    reached = {node for (node, _, _), g in zip(leaf.uses, arrived, strict=True) if g is not None}
+    if not reached:
         return None
     forms = []
     for (node, tap, source), g in zip(leaf.uses, arrived, strict=True):
-        if g is None and absent:
+        if g is None and absent and node not in reached:
             about = node._input_metadata[tap.place]
             g = torch.zeros(absent, *about.shape, dtype=about.dtype, device=about.device)
         if g is not None:

@@ -8,8 +8,7 @@ each time.
 The functions return ``None`` where torch's own operations are to be used: by default everywhere but on
 CUDA devices where Triton can be imported, outside grad mode, for float32 and float64, where memory
 traffic dominates (:data:`MULTIPLICATIONS`). ``BACKPACK_TRITON=0`` in the environment switches the
-kernel off. It was verified in Triton's interpreter and has not been run or timed on a GPU; before its
-first use on a device it is compared with torch on a small problem.
+kernel off. Before its first use on a device it is compared with torch on a small problem.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import os
 import warnings
 from functools import cache, reduce
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,6 @@ TILE, POSITIONS = 64, 16
 # Sums over samples are split until there are about so many programs, several for each multiprocessor.
 PROGRAMS = 512
 
-constexpr: TypeAlias = Any
 tl: Any = None  # triton.language, as soon as the kernel is made
 
 _broken = False
@@ -174,7 +172,8 @@ def _tile(  # type: ignore[no-untyped-def] # noqa: D417
     G, A, P, I, W, out,  # noqa: E741
     columns, products, groups, count, rows, width, step,
     gv, gn, gq, gs, go, an, aq, wv, wn,
-    SIGNED: constexpr, NORMS: constexpr, R: constexpr, C: constexpr, S: constexpr, PRECISION: constexpr,
+    SIGNED: tl.constexpr, NORMS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,  # type: ignore[name-defined]
+    PRECISION: tl.constexpr,  # type: ignore[name-defined]
 ):  # fmt: skip
     """One tile ``[R, C]`` of one group: the squares of ``step`` products, summed."""
     wide = tl.cdiv(width, C)

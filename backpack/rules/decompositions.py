@@ -60,8 +60,8 @@ def _layers(kind: Any) -> Callable[..., Any]:
                 at = layer * directions + direction
                 x = input.flip(time) if direction else input
                 start = tuple(state[at : at + 1] for state in states)
-                output, *final = kind(
-                    x,
+                output, *final = recursions.fused(
+                    *(kind, has_biases, x),
                     start if kind is torch.lstm else start[0],
                     list(params[at * each : (at + 1) * each]),
                     *(has_biases, 1, 0.0, train, False, batch_first),

@@ -91,8 +91,8 @@ def layer_by_layer(
             at = layer * directions + direction
             rows = data.index_select(0, turned) if direction else data  # type: ignore[arg-type]
             start = tuple(state[at : at + 1] for state in states)
-            output, *final = kind(
-                *(rows, sizes, start if kind is torch.lstm else start[0]),
+            output, *final = recursions.fused(
+                *(kind, has_biases, rows, sizes, start if kind is torch.lstm else start[0]),
                 list(params[at * each : (at + 1) * each]),
                 *(has_biases, 1, 0.0, train, False),
             )

@@ -10,8 +10,9 @@ the layer's inputs and with its shifted hidden states.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,22 @@ class Backward(NamedTuple):
     previous: Tensor
     d_hr: Tensor | None = None
     unprojected: Tensor | None = None
+
+
+def fused(kind: Any, has_biases: bool, data: Tensor, *rest: Any) -> Any:
+    """One layer of several, by its fused kernel.
+
+    On a GPU cuDNN copies weights that do not lie side by side, and says so. Those without biases it
+    may mistake for others (seen on torch 2.11: wrong hidden states), so that these go without it.
+    """
+    if data.device.type == "cpu":
+        return kind(data, *rest)
+    if not has_biases and torch.backends.cudnn.enabled:
+        with torch.backends.cudnn.flags(enabled=False):
+            return kind(data, *rest)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        return kind(data, *rest)
 
 
 def _previous(h0: Tensor, hidden: Tensor) -> Tensor:

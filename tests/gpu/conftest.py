@@ -1,4 +1,4 @@
-"""The device of these tests: ``BACKPACK_DEVICE``, by default the GPU. With ``cpu`` they try themselves."""
+"""The device of these tests: ``BACKPACK_DEVICE``, by default the GPU. With ``cpu`` they are tried."""
 
 from __future__ import annotations
 
