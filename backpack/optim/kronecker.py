@@ -17,7 +17,7 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.products import spectrum
-from backpack.forms.several import Sum
+from backpack.forms.sums import Sum
 from backpack.kronecker.block import KroneckerBlock
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored
