@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-large bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -70,6 +70,10 @@ bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp
 
 bench-quick: override BENCH += --quick
 bench-quick: bench
+
+# Large models as published: GPT-2 small, ViT-B/16, ResNet-50; some ten minutes, 5 GB.
+bench-large: $(ZOO)/stamp
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -W ignore -m benchmarks.large $(BENCH)
 
 # The same quantities from commit to commit.
 bench-regressions: $(STAMPS)/bench

@@ -420,8 +420,10 @@ class Run:
                 self.save(leaf)
             elif self.saves_without_gradient:
                 self._save_on_gradient(leaf)
-        for tap in taps if not self.keeps else ():
-            tap.release()
+        for tap in taps:
+            self.uses.pop(tap, None)
+            if not self.keeps:
+                tap.release()
 
     def _keep_inputs(self, taps: Iterable[Tap]) -> None:
         """What the extension hook finds as the input of a layer."""
@@ -490,6 +492,7 @@ class Run:
                 self.exchange.take(ext, value, context, reached)
             else:
                 self._set(parameter, field, _detached(value) if detaches else value)
+        leaf.let_go()
         if self.block.owner.extension_hook is not None:
             self._call_hook(leaf, self.block.owner.extension_hook)
 
