@@ -28,8 +28,8 @@ ROOMS = {
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root
         kronecker matrix_products""",
-    "engine": """left_out state layer_io refusals debug certificate collect exchange loop run direct
-        block""",
+    "engine": """left_out state layer_io refusals costs debug certificate collect exchange loop run
+        direct block plan""",
     "dataset": "totals micro_batches accumulating loop",
     "testing": "oracle",
 }

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import current_node, current_task, executes, ran_compiled, static_graphs
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
-from backpack.engine.debug import Stopwatch, print_outputs, print_taps
+from backpack.engine.debug import Stopwatch, print_forms, print_outputs, print_taps
 from backpack.engine.exchange import Exchange, samples_of
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.left_out import REFUSALS
@@ -222,6 +222,8 @@ class Run:
         if self.block.owner.debug:
             print_outputs(graph)
             print_taps((tap for _, tap in fresh), names)
+            forms = [(p, form_of_zeros(self.block, leaf)) for p, leaf in self.leaves.items()]
+            print_forms(forms, extensions, names)
 
     def _expect(self, graph: Graph) -> None:
         """Parameters that take part, whose values are this block's at its end, or gone."""
@@ -292,11 +294,7 @@ class Run:
             return
         leaf = self.leaves.get(parameter)
         if leaf is None and parameter.is_complex():
-            text = (
-                f"parameter {names(parameter)} is complex, for which quantities are not defined; "
-                "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
-            )
-            return self.refuse(NotImplementedError(text), [parameter])
+            return self.refuse(names.complex(parameter), [parameter])
         if leaf is None:
             leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
             if self.without:
@@ -308,12 +306,7 @@ class Run:
             for field in self.frees_previous:
                 parameter.__dict__.pop(field, None)
         if leaf.samples != tap.batch.size:
-            text = (
-                f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
-                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched. "
-                "If each forward pass has samples of its own, say backpack(..., forwards='further')"
-            )
-            return self.refuse(RuntimeError(text), [parameter])
+            return self.refuse(names.sizes(parameter, leaf.samples, tap.batch.size), [parameter])
         if leaf.contracted:
             raise RuntimeError(
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
