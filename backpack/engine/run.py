@@ -205,7 +205,7 @@ class Run:
             fresh = self.graph.take(graph)
         names = Names(graph.recordings)
         extensions, rooted = self.block.owner.extensions, self.block.roots is not None
-        self._expect(graph)
+        self._expect(graph, names)
         check(graph, fresh, names, extensions, rooted, self.refuse)
         nodes: dict[Node, list[Tap]] = {}
         everything = self.block.wanted is None and self.block.complete
@@ -225,19 +225,26 @@ class Run:
             forms = [(p, form_of_zeros(self.block, leaf)) for p, leaf in self.leaves.items()]
             print_forms(forms, extensions, names)
 
-    def _expect(self, graph: Graph) -> None:
+    def _expect(self, graph: Graph, names: Names) -> None:
         """Parameters that take part, whose values are this block's at its end, or gone."""
-        expected, wanted = self.block.expected, self.block.wanted
+        wanted, found = self.block.wanted, list[Tensor]()
         if wanted is None and not self.block.complete:
             for _, tap in graph.taps:
-                expected.update((id(leaf), leaf) for leaf in _parameters(tap, self._executes))
-            return
-        for recording in {id(r): r for r in graph.recordings}.values():
-            for p in _parameters_in(recording.module()):
-                if wanted is None or p in wanted:
-                    expected[id(p)] = p
-        for leaf in graph.outside if wanted is None else graph.outside & wanted:
-            expected[id(leaf)] = leaf
+                found += _parameters(tap, self._executes)
+        else:
+            for recording in {id(r): r for r in graph.recordings}.values():
+                found += [
+                    p for p in _parameters_in(recording.module()) if wanted is None or p in wanted
+                ]
+            found += graph.outside if wanted is None else graph.outside & wanted
+        taken = self.block.expect(found)
+        if taken is not None:
+            raise RuntimeError(
+                f"parameter {names(taken)} takes part in a backward pass of another thread, whose "
+                "block of backpack(...) is open and saves to the same fields: each thread would find "
+                "values of the other's batch. Give each thread a model of its own (copy.deepcopy), or "
+                "hold a lock around the block and whatever reads the fields"
+            )
 
     def refuse(
         self,
