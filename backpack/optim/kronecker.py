@@ -29,7 +29,8 @@ from backpack.kronecker.matrices import (
     transposed,
     working,
 )
-from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
+from backpack.optim.base import Params, State
+from backpack.optim.curvature import CurvatureOptimizer, Use, made
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Blocks, Never, Rule, Sums, SumUp
 
