@@ -52,6 +52,7 @@ class CurvatureOptimizer(BackpackOptimizer):
     The update rule of Dangel, Kunstner, Hennig (ICLR 2020, arXiv:1912.10985, section 4). ``C`` is one
     block per parameter, which a quantity of this library gives in the backward pass:
 
+        >>> import torch
         >>> from backpack import extend
         >>> from backpack.optim import KFAC
         >>> model, lossfunc = torch.nn.Linear(4, 3), extend(torch.nn.CrossEntropyLoss())
