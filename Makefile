@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton gpu experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton gpu versions experiments clients zoo support bench bench-quick bench-large bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -38,6 +38,11 @@ wheel: $(STAMPS)/test
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# The oldest and newest torch, and each Python; BARE=--bare leaves CUDA's 3 GB of libraries out.
+VERSIONS ?= python3.10:2.11.0 python3.11:2.13.0 python3.12:2.12.1 python3.13:2.15.0
+versions: $(BIN)/python
+	$(BIN)/python tests/versions.py $(BARE) $(VERSIONS)
 
 # The GPU kernel against torch's operations, in Triton's interpreter on the CPU.
 test-triton: $(TRITON)/stamp
@@ -79,6 +84,10 @@ bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp
 bench-quick: override BENCH += --quick
 bench-quick: bench
 
+# Large models as published: GPT-2 small, ViT-B/16, ResNet-50; some ten minutes, 5 GB.
+bench-large: $(ZOO)/stamp
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -W ignore -m benchmarks.large $(BENCH)
+
 # The same quantities from commit to commit.
 bench-regressions: $(STAMPS)/bench
 	$(BIN)/python -m pytest benchmarks/regressions.py -W default --benchmark-storage=$(VENV)/benchmarks \
@@ -100,7 +109,7 @@ format: $(STAMPS)/lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(TRITON) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
+	rm -rf $(VENV) .venv-versions $(CLIENTS) $(ZOO) $(TRITON) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
 	rm -rf docs/tutorials .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -20,6 +20,7 @@ from backpack.context import CTX
 from backpack.dataset.accumulating import accumulating
 from backpack.dataset.loop import accumulate
 from backpack.engine.block import backpack
+from backpack.engine.plan import plan
 from backpack.losses.base import loss_rule
 from backpack.quantities.reading import collect
 from backpack.rules.base import op_rule
@@ -50,6 +51,7 @@ __all__ = [
     "op_rule",
     "optim",
     "own",
+    "plan",
     "unextend",
 ]
 

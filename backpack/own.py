@@ -17,7 +17,8 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
-from backpack.forms.several import Pullback, Scaled, Sum, Together
+from backpack.forms.several import Pullback, Scaled, Together
+from backpack.forms.sums import Sum
 from backpack.graph.nodes import kind_of, walk
 from backpack.graph.tracing import axis_at
 from backpack.losses.base import LossHessian, loss_rule

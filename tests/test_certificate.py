@@ -14,13 +14,16 @@ from backpack import backpack, extend
 from backpack.engine import certificate
 from backpack.extensions import GGNMP, BatchGrad, BatchL2Grad, DiagGGNExact
 from backpack.samples import propagate as propagation
+from backpack.samples.axis import regular_axis
 from tests.cases import Apply
 
 N = 4
 
 
-@pytest.fixture(autouse=True)
-def _afresh() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=[2**40, -1], ids=["gradients", "sums of rows"])
+def _afresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gradients at taps are compared, or weighted sums of their rows first, as in large graphs."""
+    monkeypatch.setattr(certificate, "SKETCHED_FROM", request.param)
     certificate.forget()
     yield
     certificate.forget()
@@ -183,3 +186,35 @@ def test_no_false_alarm_in_any_precision(dtype: torch.dtype) -> None:
 def test_other_words() -> None:
     with pytest.raises(ValueError, match="certify must be one of"):
         backpack(BatchGrad(), certify="sometimes")  # type: ignore[arg-type]
+
+
+def test_gradients_of_large_graphs_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But at the last tap, unless sums of rows differ."""
+    monkeypatch.setattr(certificate, "SKETCHED_FROM", -1)
+    held: list[int] = []
+    real = certificate._pulled
+
+    def pulled(starts: Any, targets: Any, scale: Any) -> Any:
+        held.append(len(targets))
+        return real(starts, targets, scale)
+
+    monkeypatch.setattr(certificate, "_pulled", pulled)
+    run(extend(nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)), nn.Linear(2, 3)).double()))
+    assert held == [1, 1]
+    held.clear()
+    monkeypatch.setattr(certificate, "_sketch", lambda g, axis, scale: torch.rand(3))
+    run(extend(nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)), nn.Linear(2, 3)).double()))
+    assert held == [1, 1, 6, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_sums_of_rows_are_exact(dtype: torch.dtype) -> None:
+    """Numbers of samples leave every digit as it is; one entry that is another's shows."""
+    torch.manual_seed(0)
+    g, axis = torch.randn(3, 6, 50, dtype=dtype), regular_axis(6, 1)
+    factors = certificate._powers(torch.arange(6), g.real.dtype).reshape(1, -1, 1)
+    one = certificate._sketch(g, axis, None)
+    assert torch.equal(certificate._sketch(g * factors, axis, certificate._powers), one)
+    mixed = g * factors
+    mixed[0, 2, 7] = g[0, 2, 7] * factors[0, 3, 0]
+    assert not torch.equal(certificate._sketch(mixed, axis, certificate._powers), one)

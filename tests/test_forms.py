@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.forms import base
+from backpack.forms import base, strips, sums
 from backpack.forms import outer as outer_forms
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
-from backpack.forms.several import Pullback, Sum, merge
+from backpack.forms.several import Pullback, merge
+from backpack.forms.sums import Sum
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.rules.convolution import unfold
 from backpack.sources.columns import ColumnSource
@@ -335,6 +337,64 @@ def test_cancelling_positions() -> None:
     assert float((form.inner(form) - exact).abs().max() / exact.abs().max()) < 1e-2
 
 
+def large_matrices(v: int) -> dict[str, Form]:
+    """Weights of several strips; with rows that are read several times, by some samples, by none."""
+    o, i, n, s = 30, 7, 3, 5
+    index = torch.randint(o // 2, (n, s))
+    index[0] = index[0, 0]
+    reads = torch.rand(n, s) < 0.7
+    table = Lookup(index, rand(v, n, s, i), torch.Size((o, i)), reads)
+    head = Outer(rand(n, 1, s, i), rand(v, n, 1, s, o), layout("out_in", o, i))
+    turned = Outer(rand(n, 1, s, o), rand(v, n, 1, s, i), layout("in_out", o, i))
+    pixels = rand(n, 1, i, s + 2).unfold(3, 3, 1).movedim(4, 3)
+    convolution = Outer(Patches(pixels, 1), rand(v, n, 1, s, o), layout("out_in", o, i, 3))
+    half = Outer(head.inputs, head.g.float(), head.layout)
+    tied = {"tied": (head, table), "tied the other way": (table, turned), "autocast": (half, table)}
+    return {"head": head, "turned": turned, "convolution": convolution} | {
+        name: Sum(parts) for name, parts in tied.items()
+    }
+
+
+@pytest.mark.parametrize("v", [1, 2])
+@pytest.mark.parametrize("strip", [1, 8 * 7 * 4, 2**20])
+def test_large_matrices_in_strips(v: int, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limits in (strips.STRIP_BYTES, base.PATCH_BYTES):
+        monkeypatch.setitem(limits, "cpu", strip)
+    monkeypatch.setattr(sums, "SMALL", 0)
+    monkeypatch.setattr(outer_forms, "SMALL_BYTES", 0)
+    torch.manual_seed(0)
+    for name, form in large_matrices(v).items():
+        dense, sign = form.dense(), rand(v, form.samples)
+        exact = dense * dense * sign.reshape(v, -1, *(1 for _ in form.shape))
+        with torch.no_grad():
+            centre, squares = form.centred_square_sum()
+            found = form.square_sum(), form.square_sum(sign), form.squared_norms(), squares
+        centred = dense - (0 if centre is None else centre)
+        rows = (dense * dense).sum(0).flatten(1).sum(1)
+        expected = (dense * dense).sum((0, 1)), exact.sum((0, 1)), rows, (centred**2).sum((0, 1))
+        digits = 1e-5 if name == "autocast" else 1e-9
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=digits, atol=digits, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def test_a_tied_matrix_whose_uses_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sample, in single precision: its norm is a thousandth of those of the uses."""
+    monkeypatch.setattr(sums, "SMALL", 0)
+    torch.manual_seed(0)
+    head = Outer(torch.randn(3, 1, 1, 40), torch.randn(1, 3, 1, 1, 30), layout("out_in", 30, 40))
+    head.g[:, 1] = 0
+    head.g[:, 1, 0, 0, 7] = 1
+    g = torch.randn(1, 3, 1, 40)
+    g[0, 1, 0] = -head.inputs[1, 0, 0] * (1 + 1e-3 * torch.randn(40))
+    form = Sum((head, Lookup(torch.tensor([[3], [7], [0]]), g, torch.Size((30, 40)))))
+    exact = replace(head, inputs=head.inputs.double(), g=head.g.double()).dense()
+    exact = exact + replace(form.forms[1], g=g.double()).dense()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            form.squared_norms(), exact.square().flatten(2).sum((0, 2)).float(), rtol=1e-4, atol=0
+        )
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that one result has."""
 
@@ -365,6 +425,14 @@ def test_memory_is_bounded(name: str, positions: int, monkeypatch: pytest.Monkey
         form = Sum((form, Lookup(torch.randint(o, (n, s)), rand(v, n, s, i), form.shape)))
     if name == "pullback":
         form = Pullback(form, lambda m: 2 * m, form.shape)
+    if name in ("outer", "sum") and positions > 1:
+        monkeypatch.setitem(strips.STRIP_BYTES, "cpu", 8 * 500)
+        monkeypatch.setattr(sums, "SMALL", size)
+        with torch.no_grad(), Largest() as squares:
+            form.square_sum()
+            form.centred_square_sum()
+            form.squared_norms()
+        assert squares.numbers <= max(v * n * s * i, v * n * s * o, size) < v * n * size
     k, largest = 5, Largest()
     u, w = rand(k, *form.shape), rand(k, v, n)
     with torch.no_grad(), largest:

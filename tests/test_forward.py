@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend
+from backpack import backpack, check, extend
 from backpack.capture import hooks, in_place, tracker
 from backpack.extensions import BatchGrad
 from backpack.samples.axis import current_inputs
@@ -117,3 +117,36 @@ def test_the_text_without_a_lost_axis() -> None:
     loss = model(torch.randn(4, 3)).sum()
     with pytest.raises(RuntimeError, match="'o.weight'.*cannot see"), backpack(BatchGrad()):
         loss.backward()
+
+
+def _by_hook(model: nn.Module) -> nn.Module:
+    """As trainers do for checkpoints above frozen layers."""
+    model.first.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    return model
+
+
+def _setting(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    h.requires_grad = True
+    return m.last(h.tanh())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.last(m.first(x).requires_grad_().tanh()),
+        lambda m, x: m.last(m.first(x).detach().requires_grad_(True).tanh()),
+        lambda m, x: m.last(m.first(x.requires_grad_()).tanh()),
+        _setting,
+    ],
+    ids=["method", "detached", "input", "attribute"],
+)
+@pytest.mark.parametrize("hook", [False, True])
+def test_data_begins_to_require_a_gradient(forward: Callable[..., Tensor], hook: bool) -> None:
+    """Below it the graph ends, and nothing there is an unseen parameter."""
+    torch.manual_seed(0)
+    model = Apply(forward, first=nn.Linear(4, 5).requires_grad_(False), last=nn.Linear(5, 3))
+    if hook:
+        model = _by_hook(model)
+    report = check(model, nn.CrossEntropyLoss(), torch.rand(6, 4), torch.arange(6) % 3)
+    assert report.ok and len({name for name, _ in report.errors}) == 2, report

@@ -258,6 +258,24 @@ def test_freed_after_backward_in_a_block(no_collection, quantities) -> None:
         assert not any(alive(net)[:-1])
 
 
+@pytest.mark.parametrize("quantities", [(), *((q,) for q in (*FIRST, *SECOND))], ids=repr)
+def test_freed_on_the_way(no_collection, quantities) -> None:
+    """Layers let go of their inputs as backward passes, and not when it is over."""
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(5, 5), nn.Tanh())))
+    outputs: list[Tensor] = []
+    for module in model[1::2]:
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    extend(model)
+    loss = model(torch.rand(N, 5)).square().sum()
+    later, seen = [weakref.ref(x) for x in outputs[1:]], []
+    # The last call counts: columns of second order and the certificate come by earlier.
+    outputs[0].register_hook(lambda g: seen.append([ref() is not None for ref in later]))
+    outputs.clear()
+    with backpack(*quantities):
+        loss.backward()
+    assert not any(seen[-1])
+
+
 def test_retained_until_the_graph_goes(no_collection) -> None:
     net, lossfunc, X, y = problem(watch=True)
     extend(net), extend(lossfunc)

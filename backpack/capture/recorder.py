@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -246,6 +246,15 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             mark(out, axis)
         return out
 
+    def _begins(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``x.requires_grad_()``: below data that begins to require a gradient, the graph ends."""
+        out = func(*args, **kwargs)
+        x = args[0]
+        own = x.requires_grad and x.is_leaf and not isinstance(x, nn.Parameter)
+        if own and (sample_axis_of(x) is not None or id(x) in current_inputs.axes):
+            self.recording.entries.add(get_gradient_edge(x).node)
+        return out
+
     def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Packing and padding of sequences: of the results only the first is data."""
         out = func(*args, **kwargs)
@@ -333,5 +342,6 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONAL_TWINS, Recorder.write_in_place),
     **dict.fromkeys(OPENED, Recorder._open),
     _DATA: Recorder._data,
+    **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), Recorder._begins),  # type: ignore[attr-defined]
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Recorder._pack),
 }

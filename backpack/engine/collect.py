@@ -69,6 +69,15 @@ class Leaf:
         self.refuse = refuse
         self.hooked = bool(getattr(parameter, "_backward_hooks", None))
 
+    def let_go(self) -> None:
+        """Let go of the inputs that its forms were made from, as autograd does once it has passed."""
+        self.places = [(node, tap, source._replace(to_form=_gone)) for node, tap, source in self.places]
+        self.uses = self.places if self.uses else []
+
+
+def _gone(columns: Tensor) -> Form:
+    raise AssertionError("a form of a parameter whose quantities are saved")
+
 
 def form_of_source(block: Block, leaf: Leaf, tap: Tap, source: Source, columns: Tensor) -> Form:
     """The form of columns at a tap, for one of its parameters or what is computed from one."""

@@ -1,16 +1,19 @@
-"""What ``backpack(..., debug=True)`` prints: samples, the rule of every tap, and where time goes."""
+"""What ``backpack(..., debug=True)`` prints: samples, rules and forms of all taps, where time goes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor
 
+from backpack.engine.costs import cost_of, described
 from backpack.engine.refusals import Names, parameters_of
+from backpack.forms.base import Form
 from backpack.graph.survey import Graph
 from backpack.graph.taps import MODEL_OUTPUT, Tap, notes
+from backpack.quantities.base import BackpropExtension
 from backpack.samples.axis import SampleAxis
 
 # So many rows are written out.
@@ -72,3 +75,15 @@ def print_taps(taps: Iterable[Tap], names: Names) -> None:
     for tap in taps:
         who = ", ".join(names(p) for s in tap.sources for p in parameters_of(s))
         print(f"[DEBUG] tap {tap.op}: {who} ({_place(tap.batch)}), {tap.rule}")
+
+
+def print_forms(
+    forms: Iterable[tuple[Tensor, Form]], exts: Sequence[BackpropExtension], names: Names
+) -> None:
+    """Print what parameters' forms are made of, and what their values will take."""
+    for parameter, form in forms:
+        sizes = [(ext.savefield, cost_of(ext, form, None).bytes) for ext in exts]
+        known = ", ".join(f"{name} {size / 2**20:.3g} MB" for name, size in sizes if size is not None)
+        print(
+            f"[DEBUG] form of {names(parameter)}: {described(form)}" + (f"; {known}" if known else "")
+        )

@@ -75,6 +75,21 @@ class Names:
             "requires_grad_(False), backpack(..., parameters=model.parameters())"
         )
 
+    def complex(self, parameter: Tensor) -> Exception:
+        """Of a complex parameter."""
+        return NotImplementedError(
+            f"parameter {self(parameter)} is complex, for which quantities are not defined; "
+            "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
+        )
+
+    def sizes(self, parameter: Tensor, one: int, other: int) -> Exception:
+        """Of a parameter that meets batches of two sizes."""
+        return RuntimeError(
+            f"parameter {self(parameter)} meets batches of {one} and of {other} samples in one "
+            "backward pass; individual samples cannot be matched. "
+            "If each forward pass has samples of its own, say backpack(..., forwards='further')"
+        )
+
     def inputs(self, recording: Recording) -> str:
         """The inputs of a model, with their shapes."""
         module = recording.module()

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import current_node, current_task, executes, ran_compiled, static_graphs
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
-from backpack.engine.debug import Stopwatch, print_outputs, print_taps
+from backpack.engine.debug import Stopwatch, print_forms, print_outputs, print_taps
 from backpack.engine.exchange import Exchange, samples_of
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.left_out import REFUSALS
@@ -205,7 +205,7 @@ class Run:
             fresh = self.graph.take(graph)
         names = Names(graph.recordings)
         extensions, rooted = self.block.owner.extensions, self.block.roots is not None
-        self._expect(graph)
+        self._expect(graph, names)
         check(graph, fresh, names, extensions, rooted, self.refuse)
         nodes: dict[Node, list[Tap]] = {}
         everything = self.block.wanted is None and self.block.complete
@@ -222,20 +222,29 @@ class Run:
         if self.block.owner.debug:
             print_outputs(graph)
             print_taps((tap for _, tap in fresh), names)
+            forms = [(p, form_of_zeros(self.block, leaf)) for p, leaf in self.leaves.items()]
+            print_forms(forms, extensions, names)
 
-    def _expect(self, graph: Graph) -> None:
+    def _expect(self, graph: Graph, names: Names) -> None:
         """Parameters that take part, whose values are this block's at its end, or gone."""
-        expected, wanted = self.block.expected, self.block.wanted
+        wanted, found = self.block.wanted, list[Tensor]()
         if wanted is None and not self.block.complete:
             for _, tap in graph.taps:
-                expected.update((id(leaf), leaf) for leaf in _parameters(tap, self._executes))
-            return
-        for recording in {id(r): r for r in graph.recordings}.values():
-            for p in _parameters_in(recording.module()):
-                if wanted is None or p in wanted:
-                    expected[id(p)] = p
-        for leaf in graph.outside if wanted is None else graph.outside & wanted:
-            expected[id(leaf)] = leaf
+                found += _parameters(tap, self._executes)
+        else:
+            for recording in {id(r): r for r in graph.recordings}.values():
+                found += [
+                    p for p in _parameters_in(recording.module()) if wanted is None or p in wanted
+                ]
+            found += graph.outside if wanted is None else graph.outside & wanted
+        taken = self.block.expect(found)
+        if taken is not None:
+            raise RuntimeError(
+                f"parameter {names(taken)} takes part in a backward pass of another thread, whose "
+                "block of backpack(...) is open and saves to the same fields: each thread would find "
+                "values of the other's batch. Give each thread a model of its own (copy.deepcopy), or "
+                "hold a lock around the block and whatever reads the fields"
+            )
 
     def refuse(
         self,
@@ -292,11 +301,7 @@ class Run:
             return
         leaf = self.leaves.get(parameter)
         if leaf is None and parameter.is_complex():
-            text = (
-                f"parameter {names(parameter)} is complex, for which quantities are not defined; "
-                "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
-            )
-            return self.refuse(NotImplementedError(text), [parameter])
+            return self.refuse(names.complex(parameter), [parameter])
         if leaf is None:
             leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
             if self.without:
@@ -308,12 +313,7 @@ class Run:
             for field in self.frees_previous:
                 parameter.__dict__.pop(field, None)
         if leaf.samples != tap.batch.size:
-            text = (
-                f"parameter {names(parameter)} meets batches of {leaf.samples} and of "
-                f"{tap.batch.size} samples in one backward pass; individual samples cannot be matched. "
-                "If each forward pass has samples of its own, say backpack(..., forwards='further')"
-            )
-            return self.refuse(RuntimeError(text), [parameter])
+            return self.refuse(names.sizes(parameter, leaf.samples, tap.batch.size), [parameter])
         if leaf.contracted:
             raise RuntimeError(
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
@@ -420,8 +420,10 @@ class Run:
                 self.save(leaf)
             elif self.saves_without_gradient:
                 self._save_on_gradient(leaf)
-        for tap in taps if not self.keeps else ():
-            tap.release()
+        for tap in taps:
+            self.uses.pop(tap, None)
+            if not self.keeps:
+                tap.release()
 
     def _keep_inputs(self, taps: Iterable[Tap]) -> None:
         """What the extension hook finds as the input of a layer."""
@@ -490,6 +492,7 @@ class Run:
                 self.exchange.take(ext, value, context, reached)
             else:
                 self._set(parameter, field, _detached(value) if detaches else value)
+        leaf.let_go()
         if self.block.owner.extension_hook is not None:
             self._call_hook(leaf, self.block.owner.extension_hook)
 

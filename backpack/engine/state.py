@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -76,6 +76,25 @@ class Block:
         self.saved: set[tuple[int, str]] = set()
         self.wrappers: list[Any] = []
 
+    def expect(self, parameters: Iterable[Tensor]) -> Tensor | None:
+        """Parameters whose values will be this block's.
+
+        Returns:
+            One of which another thread's open block saves the same field, if there is any; then nothing
+            has changed.
+        """
+        new = {id(p): p for p in parameters}
+        fields = {ext.savefield for ext in self.owner.extensions}
+        with _expecting:
+            for other in list(open_blocks):
+                same = fields & {ext.savefield for ext in other.owner.extensions}
+                if other.thread != self.thread and same:
+                    taken = next((p for key, p in new.items() if key in other.expected), None)
+                    if taken is not None:
+                        return taken
+            self.expected.update(new)
+        return None
+
     def forget_earlier(self) -> None:
         """Values of earlier passes are not left where this block's should be."""
         for field in [ext.savefield for ext in self.owner.extensions]:
@@ -91,6 +110,8 @@ class Block:
 
 
 open_blocks: list[Block] = []
+# Held while a block looks at what those of other threads expect.
+_expecting = threading.Lock()
 
 
 def current_block() -> Block | None:

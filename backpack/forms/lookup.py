@@ -76,14 +76,18 @@ class Lookup(Positioned):
             table.index_add_(1, rows.flatten(), self.read.flatten(1, 2))
         return table.reshape(v, n, *self.shape)
 
-    def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows touched by each sample, duplicates summed: ``(sample [u], row [u], g [v, u, d])``."""
+    def touched(self) -> tuple[Tensor, Tensor]:
+        """Rows each sample reads, duplicates summed: sorted ``n * rows + row [u]``, ``g [v, u, d]``."""
         samples = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
         keys = samples * self.shape[0] + self.index
         unique, inverse = torch.unique(keys.flatten(), return_inverse=True)
         g = self.g.new_zeros(self.columns, len(unique), self.shape[1])
-        g = g.index_add(1, inverse, self.read.flatten(1, 2))
-        return unique // self.shape[0], unique % self.shape[0], g
+        return unique, g.index_add_(1, inverse, self.read.flatten(1, 2))
+
+    def _touched(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as ``(sample [u], row [u], g [v, u, d])``."""
+        keys, g = self.touched()
+        return keys // self.shape[0], keys % self.shape[0], g
 
     def _parts(self, vectors: int) -> Iterator[tuple[slice, slice, Lookup]]:
         """Some vectors and samples, so many that ``[vectors, n, s, d]`` may be written out."""

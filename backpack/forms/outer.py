@@ -31,6 +31,7 @@ from backpack.forms.base import (
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.memory import fresh
 from backpack.forms.products import row_products
+from backpack.forms.strips import STRIP_BYTES, Strips
 
 # On a CPU, products of matrices that are squared at once are written into the same memory each time, up
 # to so many bytes of them; all at once if they take no more than the lesser number.
@@ -168,6 +169,18 @@ class Outer(Positioned):
                     yield v, slice(first + n, first + here.stop), products
             first += piece.samples
 
+    @property
+    def _needs_strips(self) -> bool:
+        """Whether one sample's product does not fit the memory that is used again."""
+        size = self.shape.numel() * self.g.element_size()
+        return self.g.shape[2] == 1 and size > STRIP_BYTES["cpu"] and self.layout.kind != "convt"
+
+    def strips(self) -> Strips:
+        """The matrix (of one group), of which some rows are written out at a time."""
+        a, g = self.a[:, 0].unsqueeze(0), self.g[:, :, 0]
+        sides = (a, g) if self.layout.kind == "in_out" else (g, a)
+        return Strips(*sides, self.columns)
+
     def _add_squares(self, result: Tensor, products: Tensor, weights: Tensor | None = None) -> None:
         """Add up squares over samples; overwrites ``products``."""
         if len(products) == 1:
@@ -186,6 +199,8 @@ class Outer(Positioned):
                 return self.layout.store(fused)
             if not self._large:
                 return super().square_sum(sign)
+            if self._needs_strips:
+                return self._squares_in_strips(sign)
             result = self.g.new_zeros(self.g.shape[2], self.g.shape[-1], self.inputs.shape[-1])
             for v, n, products in self._products():
                 self._add_squares(result, products, None if sign is None else sign[v, n])
@@ -194,12 +209,24 @@ class Outer(Positioned):
         g = sum_first(apply_sign(g * g, sign, slice(None), slice(None))).transpose(0, 1)
         return self.layout.store(g.mT @ (a * a).transpose(0, 1))
 
+    def _squares_in_strips(self, sign: Tensor | None) -> Tensor:
+        result, first = None, 0
+        for piece in self._pieces(PATCH_BYTES):
+            here = slice(first, first := first + piece.samples)
+            part = piece.strips().square_sum(None if sign is None else sign[:, here])
+            result = part if result is None else result.add_(part)
+        assert result is not None
+        return result.reshape(self.shape)
+
     def centred_square_sum(self) -> tuple[Tensor | None, Tensor]:
         """About zero for one position, where centring would mean writing ``G`` out."""
         if self.positions == 1:
             return None, self.square_sum()
         if not self._large:
             return super().centred_square_sum()
+        if self._needs_strips and not isinstance(self.inputs, Patches):
+            centre, squares = self.strips().centred_square_sum()
+            return centre.reshape(self.shape), squares.reshape(self.shape)
         centre = self.g[0, 0].mT @ self.take(slice(0, 1), slice(0, 1)).a[0]
         result = torch.zeros_like(centre)
         for _, _, products in self._products(centre):

@@ -1,4 +1,4 @@
-"""Forms made of other forms: sums, pullbacks, those of one sample; and :func:`merge` of all uses."""
+"""Forms made of other forms: pullbacks, those of one sample; and :func:`merge` of all uses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from backpack.forms.base import Dense, Factor, Form, Positioned, Sharing, room_for_pairs, sum_first
+from backpack.forms.base import Dense, Factor, Form, Positioned, Sharing, sum_first
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.memory import fresh
 from backpack.forms.outer import Outer
+from backpack.forms.sums import Sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,61 +319,6 @@ def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
         m for size, old in zip(reversed(shape), reversed(x.shape), strict=True) for m in (0, size - old)
     ]
     return torch.nn.functional.pad(x, margins)
-
-
-@dataclass(frozen=True, eq=False)
-class Sum(Form):
-    """The sum of forms of different kinds: a parameter used by operations of different kinds."""
-
-    forms: tuple[Form, ...]
-    projects = True
-    parted = True
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.forms[0].shape
-
-    @property
-    def columns(self) -> int:  # type: ignore[override]
-        return self.forms[0].columns
-
-    @property
-    def samples(self) -> int:  # type: ignore[override]
-        return self.forms[0].samples
-
-    @property
-    def like(self) -> Tensor:
-        return self.forms[0].like
-
-    def take(self, columns: slice, samples: slice | Tensor) -> Sum:
-        return Sum(tuple(form.take(columns, samples) for form in self.forms))
-
-    def dense(self) -> Tensor:
-        first, *rest = (form.dense() for form in self.forms)
-        return sum(rest, first)
-
-    def total(self) -> Tensor:
-        first, *rest = (form.total() for form in self.forms)
-        return sum(rest, first)
-
-    def project(self, vectors: Tensor) -> Tensor:
-        first, *rest = (form.project(vectors) for form in self.forms)
-        return sum(rest, first)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        first, *rest = (form.combine(weights) for form in self.forms)
-        return sum(rest, first)
-
-    def inner(self, other: Form) -> Tensor:
-        """Pairs of forms, each once."""
-        total = room_for_pairs(self, other).flatten(2).flatten(0, 1)
-        others = other.forms if isinstance(other, Sum) else (other,)
-        for i, form in enumerate(self.forms):
-            for j, each in enumerate(others):
-                if other is not self or i <= j:
-                    part = form.inner(each)
-                    total = total + (part if other is not self or i == j else part + part.mT)
-        return total
 
 
 def merge(forms: Sequence[Form]) -> Form:

@@ -7,7 +7,8 @@ with optimizer.backpack():
 optimizer.step()
 """
 
-from backpack.optim.base import BackpackOptimizer, CurvatureOptimizer
+from backpack.optim.base import BackpackOptimizer
+from backpack.optim.curvature import CurvatureOptimizer
 from backpack.optim.diagonal import DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared
 from backpack.optim.gram import GramNewton
 from backpack.optim.kronecker import EKFAC, EKFLR, KFAC, KFLR, KFRA

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from backpack import extensions
-from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
+from backpack.optim.base import Params, State
+from backpack.optim.curvature import CurvatureOptimizer, Use, made
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.combining import Counted
 

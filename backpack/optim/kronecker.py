@@ -17,7 +17,7 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.products import spectrum
-from backpack.forms.several import Sum
+from backpack.forms.sums import Sum
 from backpack.kronecker.block import KroneckerBlock
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored
@@ -29,7 +29,8 @@ from backpack.kronecker.matrices import (
     transposed,
     working,
 )
-from backpack.optim.base import CurvatureOptimizer, Params, State, Use, made
+from backpack.optim.base import Params, State
+from backpack.optim.curvature import CurvatureOptimizer, Use, made
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Blocks, Never, Rule, Sums, SumUp
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from backpack import extensions
-from backpack.optim.base import CurvatureOptimizer, Params, State, Use
+from backpack.optim.base import Params, State
+from backpack.optim.curvature import CurvatureOptimizer, Use
 
 Curvature = Literal["ggn", "hessian", "pch"]
 _QUANTITIES = {"ggn": extensions.GGNMP, "hessian": extensions.HMP, "pch": extensions.PCHMP}

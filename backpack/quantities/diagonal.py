@@ -17,7 +17,7 @@ from backpack.sources.table import ExactRoot, HessianRoot, RandomSigns
 class _Diagonal(BackpropExtension):
     of: ClassVar[Reader[Tensor]] = Reader()
     per_sample = needs_gradient = False
-    signed = summed = True
+    large = signed = summed = True
     combine = Added(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:

@@ -74,7 +74,8 @@ class SumGradSquared(BackpropExtension):
     savefield = "sum_grad_squared"
     of: ClassVar[Reader[Tensor]] = Reader()
     combine = Added(2)
-    needs_gradient, written_out = False, True
+    needs_gradient = False
+    written_out = large = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
         return form.square_sum()
@@ -95,7 +96,7 @@ class Variance(BackpropExtension):
     savefield = "variance"
     of: ClassVar[Reader[Tensor]] = Reader()
     combine = Moments()
-    written_out = True
+    written_out = large = True
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         return form.centred_square_sum()
@@ -104,7 +105,7 @@ class Variance(BackpropExtension):
         centre, squares = state
         n, offset = context.samples or float("nan"), context.gradient()
         if centre is not None:
-            offset = offset - n * centre
+            offset = torch.sub(offset, centre, alpha=n)
         if torch.is_grad_enabled():
             return (squares / n - offset * offset / n**2).clamp(min=0)
         return squares.div_(n).addcmul_(offset, offset, value=-1 / n**2).clamp_(min=0)

@@ -26,7 +26,7 @@ from backpack.sources.table import AveragedRoot, ExactRoot
 class _Kronecker(BackpropExtension):
     of: ClassVar[Reader[KroneckerFactored]] = Reader()
     needs_gradient = False
-    every_use = summed = True
+    large = every_use = summed = True
     combine: Rule | None = Blocks(1)
     kfac_approx: Sharing = None
 

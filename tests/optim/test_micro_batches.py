@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend, optim
 from backpack import extensions as E
-from backpack.optim.base import CurvatureOptimizer
+from backpack.optim.curvature import CurvatureOptimizer
 from backpack.quantities.combining import Never
 from backpack.quantities.parts import rule_of
 from backpack.testing.oracle import _exactly

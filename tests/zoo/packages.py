@@ -19,7 +19,7 @@ SCHEMAS: list[torch.library.Library] = []  # they last as long as the object
 
 
 @cache
-def _torchvision() -> types.ModuleType:
+def torchvision_models() -> types.ModuleType:
     """The package, also where its compiled part does not load.
 
     A torchvision built for another torch (say, for a device, beside a torch for CPUs) cannot register
@@ -65,7 +65,7 @@ WORDS, LENGTH = 7, 4
 
 def _own_loss(kind: str, config: str, *names: str, shift: bool = False, **options: Any) -> Setting:
     """A model of transformers, which computes its loss from ``labels=``."""
-    _torchvision()  # transformers imports it where it is installed
+    torchvision_models()  # transformers imports it where it is installed
     import transformers
 
     made = getattr(transformers, config)(**options)
@@ -225,7 +225,7 @@ TRANSFORMERS: dict[str, Callable[[], Setting]] = {
 def _vision(make: Callable[[Any], nn.Module], size: int = 32) -> Callable[[], Setting]:
     def setting() -> Setting:
         images = _images(size)
-        return classifier(_awake(make(_torchvision()), images), images)
+        return classifier(_awake(make(torchvision_models()), images), images)
 
     return setting
 
@@ -313,7 +313,7 @@ def _heads(make: Callable[[Any], nn.Module], size: int) -> Callable[[], Setting]
 
     def setting() -> Setting:
         images, target = _images(size), labels()
-        model = _awake(make(_torchvision()), images)
+        model = _awake(make(torchvision_models()), images)
         model.training = True  # this module only: auxiliary heads are used
 
         def loss(output: Any) -> Tensor:
@@ -423,7 +423,7 @@ def _timm(name: str, size: int, **options: Any) -> Callable[[], Setting]:
     """A model by its name, or by the module and class it is made from."""
 
     def setting() -> Setting:
-        _torchvision()  # timm imports it
+        torchvision_models()  # timm imports it
         import timm
 
         if "." in name:
