@@ -167,7 +167,7 @@ def check(
                 "batch_dim to extend, or say which row belongs to which sample (backpack.mark)"
             )
             refuse(RuntimeError(text), [p for s in tap.sources for p in parameters_of(s)])
-        for ext in second_order if tap.above else ():
+        for ext in second_order if tap.above and not tap.within else ():
             why = _why_not_above(ext, tap in graph.uncovered)
             for parameter in [p for s in tap.sources for p in parameters_of(s)] if why else ():
                 text = f"{ext.savefield}: {names.above(parameter, tap.op, why)}"
@@ -180,6 +180,9 @@ def check(
         )
     if graph.mixing:
         _refuse_mixing(graph.mixing, extensions, refuse)
+    within = next((tap for _, tap in fresh if tap.within), None)
+    if within is not None and second_order:
+        second_order = _refuse_within(within, names, second_order, refuse)
     products = [ext for ext in second_order if isinstance(ext, Product)]
     if products and not rooted:
         text = (
@@ -187,7 +190,7 @@ def check(
             "be loss.backward(), not torch.autograd.backward(loss)"
         )
         refuse(RuntimeError(text), None, products)
-    if second_order and (graph.bare or (graph.outputs and not rooted)):
+    if second_order and within is None and (graph.bare or (graph.outputs and not rooted)):
         fields = ", ".join(ext.savefield for ext in second_order)
         text = f"{fields} need a loss that is a function of the model's outputs, but " + (
             "a term of it is computed inside of the model, from what forward does not return: "
@@ -221,6 +224,27 @@ def _hidden(fresh: Sequence[tuple[Node, Tap]]) -> list[Tensor]:
             reached = {p for _, tap in fresh for s in tap.sources for p in parameters_of(s)}
             found += [p for p in hidden if p not in reached]
     return found
+
+
+def _refuse_within(
+    tap: Tap, names: Names, extensions: Sequence[BackpropExtension], refuse: Refuse
+) -> list[BackpropExtension]:
+    """Refuse curvature of a loss that contains derivatives of the model; what is left."""
+    left: list[BackpropExtension] = [
+        ext for ext in extensions if isinstance(ext, Product) and ext.curvature == "hessian"
+    ]
+    others = [ext for ext in extensions if ext not in left]
+    if others:
+        text = (
+            f"{', '.join(ext.savefield for ext in others)}: the loss is no function of the model's "
+            "outputs alone: it contains derivatives of the model (torch.autograd.grad(..., "
+            "create_graph=True)), or other things from inside of it, which use parameters "
+            f"{names.of(tap)} again (at {tap.op}). There are first-order quantities for such a loss "
+            "(BatchGrad, BatchL2Grad, Variance, ...) and products with the Hessian (HMP); leave out the "
+            "others, or backpack(..., unsupported='skip')"
+        )
+        refuse(NotImplementedError(text), None, others)
+    return left
 
 
 def _why_not_above(ext: BackpropExtension, uncovered: bool) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import AccumulateGrad, leaf_of
-from backpack.graph.above import taps_above
+from backpack.graph.above import Above, taps_above
+from backpack.graph.differentiated import Differentiated, taps_in_derivatives
 from backpack.graph.nodes import children_of, walk
 from backpack.graph.recognised import is_nonlinear, known_loss, outputs_at
 from backpack.graph.taps import (
@@ -188,7 +189,9 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     if not graph.losses and not graph.outputs:
         graph.outputs, graph.flat = graph.flat, {}
     if graph.outside:
-        above = taps_above(roots)
+        above: Above | Differentiated = taps_above(roots)
+        if isinstance(above, Above) and above.inner:
+            above = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
         open_to = _open(roots, graph)
         graph.uncovered = {tap for node, tap in above.taps if node in open_to}
         graph.taps = above.taps + graph.taps

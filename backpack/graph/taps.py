@@ -97,12 +97,13 @@ class Tap:
         args: arguments of the operation, if it is a plain layer.
         input: its first argument, as long as somebody else holds it.
         above: whether it is above the model's outputs.
+        within: whether it is part of a derivative of a model, inside of the loss.
         read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "own", "inputs", "recording", "released"),
-        *("args", "input", "read", "above", "_version", "_sources", "__weakref__"),
+        *("args", "input", "read", "above", "within", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -127,7 +128,7 @@ class Tap:
         self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
-        self.above = False
+        self.above = self.within = False
 
     @property
     def op(self) -> str:
@@ -530,14 +531,16 @@ def _times(factor: float, form: ToForm) -> ToForm:
 
 def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool) -> Source:
     """The source at a place of the graph, a parameter or a tensor made from parameters."""
-    leaf = leaf_of(edge.node)
-    if leaf is not None:
-        return Source(leaf, None, form, linear)
-    if len(shape) == 2 and _transposes(edge.node):
-        (below, number), leaf = edge.node.next_functions[0], leaf_of(edge.node.next_functions[0][0])
-        place = GradientEdge(below, number) if leaf is None and below is not None else None
-        return Source(leaf, place, lambda g: of_one(form(g), _transposed), linear)
-    return Source(None, edge, form, linear)
+    leaf, flips = leaf_of(edge.node), 0
+    while leaf is None and len(shape) == 2 and _transposes(edge.node):
+        (below, number), flips = edge.node.next_functions[0], flips + 1
+        assert below is not None
+        edge, leaf = GradientEdge(below, number), leaf_of(below)
+    if flips % 2:
+        return Source(
+            leaf, None if leaf is not None else edge, lambda g: of_one(form(g), _transposed), linear
+        )
+    return Source(leaf, None if leaf is not None else edge, form, linear)
 
 
 def _transposes(node: Any) -> bool:

@@ -1,0 +1,292 @@
+"""Parameters in derivatives of a model that the loss contains: ``grad(..., create_graph=True)``.
+
+The graph of a derivative reaches into the model's own graph, and uses its parameters again, in
+operations that nobody has seen: those of a backward pass. Where samples are is found from above.
+First, where they are last apart below the loss: rows there are named after those of the model's taps on
+which they depend. From there a cotangent is pulled through the graph twice, the second time multiplied
+by a number of its own for each sample; a row that comes out multiplied by it belongs to that sample. A
+tap is an operation at which samples are apart, while in what it uses of a parameter they are not.
+
+Anything else that uses what lies inside of a model is followed in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack._torch import leaf_of
+from backpack.graph.node_rules import source_of
+from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.scaling import Starts, agree, along, powers, pulled
+from backpack.graph.taps import TAPS, Recording, Tap, notes
+from backpack.samples.axis import SampleAxis, regular_axis
+
+Refused = list[tuple[Tensor, str, str]]
+Key = tuple[Node, int]
+
+
+class Differentiated(NamedTuple):
+    """What was found.
+
+    Attributes:
+        taps: taps, with their nodes.
+        refused: parameters whose use cannot be one, with the operation and the reason.
+        starts: where samples are last apart below the roots.
+    """
+
+    taps: list[tuple[Node, Tap]]
+    refused: Refused
+    starts: Starts
+
+
+def _below(node: Node) -> list[Node]:
+    """The nodes to go on to: at a tap those of the data."""
+    taps = notes(node).get(TAPS)
+    return [below for tap in taps for below in tap.inputs] if taps else children_of(node)
+
+
+class _Region:
+    """What the nodes below the roots depend on.
+
+    Attributes:
+        own: parameters that a node reaches other than through a tap.
+        taps: the first taps below a node; its own if it has any.
+        numbers: which outputs of a node are used.
+        recordings: forward passes that number samples in ways of their own.
+    """
+
+    def __init__(self, roots: Sequence[GradientEdge]) -> None:
+        self.own: dict[Node, frozenset[Tensor]] = {}
+        self.taps: dict[Node, frozenset[Node]] = {}
+        self.numbers: dict[Node, set[int]] = {}
+        for root in roots:
+            self.numbers.setdefault(root.node, set()).add(root.output_nr)
+        self.order = upwards((root.node for root in roots), _below)
+        self.inputs = _inputs(self.order)
+        for node in self.order:
+            self._enter(node)
+        found = {
+            (tap.recording.size, tap.recording.place): tap.recording
+            for node in self.order
+            for tap in notes(node).get(TAPS, ())
+        }
+        self.recordings: list[Recording] = list(found.values())
+
+    def _enter(self, node: Node) -> None:
+        leaf = leaf_of(node)
+        if TAPS in notes(node):
+            self.own[node], self.taps[node] = frozenset(), frozenset([node])
+        elif leaf is not None:
+            self.own[node] = frozenset() if leaf in self.inputs else frozenset([leaf])
+            self.taps[node] = frozenset()
+        else:
+            children = children_of(node)
+            self.own[node] = frozenset().union(*(self.own[child] for child in children))
+            self.taps[node] = frozenset().union(*(self.taps[child] for child in children))
+            for child, number in node.next_functions:
+                if child is not None:
+                    self.numbers.setdefault(child, set()).add(number)
+
+    def axes(self, shape: Sequence[int]) -> Iterator[SampleAxis]:
+        """Sample axes that a tensor of that shape may have."""
+        for recording in self.recordings:
+            size = recording.size or 0
+            for dim, length in enumerate(shape):
+                if length and size and length % size == 0:
+                    for outer, inner in dict.fromkeys(((1, length // size), (length // size, 1))):
+                        yield recording.among_all(regular_axis(size, dim, outer, inner))
+
+
+def _inputs(nodes: Sequence[Node]) -> set[Tensor]:
+    """Inputs of the models that require grad, and what these were made from: data, no parameters."""
+    taps = [tap for node in nodes for tap in notes(node).get(TAPS, ())]
+    entries = set[Node]().union(*(tap.recording.entries for tap in taps))
+    leaves = [leaf_of(node) for node in walk(entries, _below)]
+    return {leaf for leaf in leaves if leaf is not None and not isinstance(leaf, nn.Parameter)}
+
+
+def _shape(node: Node, number: int) -> torch.Size:
+    return torch.Size(node._input_metadata[number].shape)
+
+
+def taps_in_derivatives(roots: Sequence[GradientEdge]) -> Differentiated:
+    """The taps that no forward pass has noted, from where a backward pass starts."""
+    region, found = _Region(roots), Differentiated([], [], [])
+    starts, bent = _starts(region, roots)
+    # Gradients there: at what reaches parameters by itself, and at all taps.
+    places = [
+        (node, number)
+        for node in region.order
+        if leaf_of(node) is None and (region.own[node] or TAPS in notes(node))
+        for number in sorted(region.numbers.get(node, ()))
+    ]
+    if not starts:
+        every = {leaf for node in region.order for leaf in region.own[node]}
+        found.refused.extend((leaf, "its use", "where samples are not apart") for leaf in every)
+        return found
+    edges = [GradientEdge(*place) for place in places]
+    plain = dict(zip(places, pulled(starts, edges, None), strict=True))
+    scaled = dict(zip(places, pulled(starts, edges, powers), strict=True))
+    axes = _Axes(region, plain, scaled)
+    for node in region.order:
+        if leaf_of(node) is not None or TAPS in notes(node) or not region.own[node]:
+            continue
+        _look(region, axes, node, node in bent, found)
+    _check(region, plain, scaled, found)
+    return found._replace(starts=starts)
+
+
+class _Axes:
+    """Sample axes of places in the graph, from how cotangents arrive there."""
+
+    def __init__(
+        self, region: _Region, plain: dict[Key, Tensor | None], scaled: dict[Key, Tensor | None]
+    ) -> None:
+        self.region, self.plain, self.scaled = region, plain, scaled
+        self.known: dict[Key, SampleAxis | None] = {}
+
+    def reached(self, node: Node) -> bool:
+        """Whether a node lies below the places at which samples are last apart."""
+        return any(self.plain.get((node, k)) is not None for k in self.region.numbers.get(node, ()))
+
+    def at(self, node: Node, number: int) -> SampleAxis | None:
+        """The axis; ``None`` if samples are not apart there."""
+        key = node, number
+        if key not in self.known:
+            self.known[key] = self._found(key)
+        return self.known[key]
+
+    def _found(self, key: Key) -> SampleAxis | None:
+        before, after = self.plain.get(key), self.scaled.get(key)
+        if before is None or after is None:
+            return None
+        constant = not self.region.taps[key[0]]
+        if constant and (max(r.size or 0 for r in self.region.recordings) <= 1 or not before.any()):
+            return None  # made from parameters only, of whose entries nothing tells that they are rows
+        for axis in self.region.axes(before.shape):
+            if agree(before, after, along(axis, before, powers)):
+                return axis
+        return None
+
+    def apart(self, node: Node) -> bool:
+        """Whether samples are apart in what a parameter (or what is made from some) is used for."""
+        if leaf_of(node) is not None:
+            return False
+        return any(self.at(node, number) is not None for number in self.region.numbers[node])
+
+
+def _starts(region: _Region, roots: Sequence[GradientEdge]) -> tuple[Starts, set[Node]]:
+    """Where samples are last apart, on every way down from the roots; curved ways to there."""
+    found: dict[Key, tuple[GradientEdge, SampleAxis]] = {}
+    stack, seen, bent = [(root, False) for root in roots], set[tuple[Key, bool]](), set[Node]()
+    while stack:
+        edge, curved = stack.pop()
+        node, key = edge.node, (edge.node, edge.output_nr)
+        if (key, curved) in seen or not region.taps[node]:
+            continue
+        seen.add((key, curved))
+        if curved:
+            bent.add(node)
+        taps = [tap for tap in notes(node).get(TAPS, ()) if tap.place == edge.output_nr]
+        axis = taps[0].batch if taps and not taps[0].batch.lost else None
+        if key not in found and TAPS not in notes(node):
+            axis = _named(region, edge)
+        if axis is not None:
+            found[key] = edge, axis
+        elif key not in found and TAPS not in notes(node):
+            curved = curved or _bends(region, node)
+            below = [(child, nr) for child, nr in node.next_functions if child is not None]
+            stack += [(GradientEdge(*each), curved) for each in below]
+    return list(found.values()), bent
+
+
+def _bends(region: _Region, node: Node) -> bool:
+    """Whether an operation is no linear function of the data."""
+    kind = kind_of(node)
+    if kind in LINEAR:
+        return False
+    data = [child for child in children_of(node) if region.taps[child] or region.own[child]]
+    return kind not in PRODUCTS or len(data) > 1
+
+
+def _named(region: _Region, edge: GradientEdge) -> SampleAxis | None:
+    """The axis on which a tensor's rows depend on rows of the same samples at all taps below."""
+    shape = _shape(edge.node, edge.output_nr)
+    candidates = list(region.axes(shape)) if prod(shape) else []
+    taps = [tap for node in region.taps[edge.node] for tap in notes(node)[TAPS] if not tap.batch.lost]
+    if not candidates or not taps:
+        return None
+    nodes = [node for node in region.taps[edge.node] for tap in notes(node)[TAPS] if not tap.batch.lost]
+    targets = [GradientEdge(node, tap.place) for node, tap in zip(nodes, taps, strict=True)]
+    plain = pulled([(edge, candidates[0])], targets, None)
+    for axis in candidates:
+        if axis.size not in {tap.batch.size for tap in taps}:
+            continue
+        scaled = pulled([(edge, axis)], targets, powers)
+        reached = [
+            agree(before, after, along(tap.batch, before, powers))
+            for before, after, tap in zip(plain, scaled, taps, strict=True)
+            if before is not None and after is not None
+        ]
+        if reached and all(reached):
+            return axis
+    return None
+
+
+def _look(region: _Region, axes: _Axes, node: Node, bent: bool, found: Differentiated) -> None:
+    """Note the taps at a node, or why there can be none."""
+    places = [
+        i
+        for i, (child, _) in enumerate(node.next_functions)
+        if child is not None and region.own[child] and not region.taps[child] and not axes.apart(child)
+    ]
+    if not places:
+        return
+    if not axes.reached(node):
+        # What is added to the loss without meeting data is no sample's.
+        if region.taps[node] and (bent or _bends(region, node)):
+            _refuse(region, node, places, "where samples are summed up or mixed", found)
+        return
+    if not region.taps[node] and not axes.apart(node):
+        return  # made from parameters: what uses it is the tap
+    for number in sorted(region.numbers[node]):
+        axis = axes.at(node, number)
+        if axis is None and axes.plain[node, number] is not None:
+            _refuse(region, node, places, "where samples are mixed, or on no axis", found)
+        elif axis is not None:
+            sources = [source_of(node, number, i, axis) for i in places]
+            tap = Tap(kind_of(node), number, axis, (), region.recordings[0], sources)
+            tap.above = tap.within = True
+            found.taps.append((node, tap))
+
+
+def _check(
+    region: _Region,
+    plain: dict[Key, Tensor | None],
+    scaled: dict[Key, Tensor | None],
+    found: Differentiated,
+) -> None:
+    """Samples are apart at the model's own taps."""
+    for (node, number), before in plain.items():
+        after = scaled[node, number]
+        for tap in notes(node).get(TAPS, ()):
+            if tap.place != number or tap.batch.lost or before is None or after is None:
+                continue
+            if not agree(before, after, along(tap.batch, before, powers)):
+                leaves = [source.leaf for source in tap.sources if source.leaf is not None]
+                why = "whose samples are mixed between it and the loss"
+                found.refused.extend((leaf, tap.op, why) for leaf in leaves)
+
+
+def _refuse(
+    region: _Region, node: Node, places: Sequence[int], why: str, found: Differentiated
+) -> None:
+    for i in places:
+        child = node.next_functions[i][0]
+        found.refused.extend((leaf, node.name(), why) for leaf in region.own[child])  # type: ignore[index]

@@ -1,0 +1,384 @@
+"""Derivatives of the model inside the loss: differential equations, Sobolev losses, penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backpack import backpack, extend
+from backpack.extensions import (
+    GGNMP,
+    HMP,
+    KFAC,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    SumGradSquared,
+    Variance,
+)
+
+# Each sample's share of a loss, [N], of a model and its inputs.
+Shares = Callable[..., Tensor]
+
+
+def grad(f: Tensor, x: Tensor) -> Tensor:
+    """``df_n / dx_n`` of all samples."""
+    return torch.autograd.grad(f.sum(), x, create_graph=True)[0]
+
+
+def poisson(model: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    du = grad(model(X), X)
+    laplace = sum(grad(du[:, i], X)[:, i] for i in range(X.shape[1]))
+    return (laplace + X.sin().prod(1)).square()
+
+
+def heat(model: nn.Module, X: Tensor) -> Tensor:
+    """Coordinates apart, as in most programs; the coefficient is a parameter of the model."""
+    x, t = (X[:, i : i + 1].clone().requires_grad_() for i in range(2))
+    u = model(torch.cat([x, t], 1))
+    (u_t,) = torch.autograd.grad(u, t, torch.ones_like(u), create_graph=True)
+    (u_x,) = torch.autograd.grad(u, x, torch.ones_like(u), create_graph=True)
+    (u_xx,) = torch.autograd.grad(u_x, x, torch.ones_like(u_x), create_graph=True)
+    return (u_t - model.coefficient * u_xx).square().flatten()
+
+
+def burgers(model: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    u = model(X)
+    du = grad(u, X)
+    u_xx = grad(du[:, 0], X)[:, 0]
+    return (du[:, 1] + u.squeeze(1) * du[:, 0] - 0.1 * u_xx).square()
+
+
+def sobolev(model: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    u = model(X)
+    return (u - X.sum(1, keepdim=True).detach()).square().sum(1) + (grad(u, X) - 1).square().sum(1)
+
+
+def penalty(model: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    u = model(X)
+    return (grad(u, X).flatten(1).norm(dim=1) - 1).square() + u.flatten(1).sum(1)
+
+
+def score(model: nn.Module, X: Tensor) -> Tensor:
+    """Exact score matching of a model that is the score."""
+    X = X.clone().requires_grad_()
+    s = model(X)
+    trace = sum(grad(s[:, i], X)[:, i] for i in range(X.shape[1]))
+    return trace + s.square().sum(1) / 2
+
+
+def sliced(model: nn.Module, X: Tensor) -> Tensor:
+    """Sliced score matching of an energy."""
+    X = X.clone().requires_grad_()
+    v = torch.linspace(-1, 1, X.shape[1])
+    s = -grad(model(X), X)
+    return grad(s @ v, X) @ v + (s @ v).square() / 2
+
+
+def third(model: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    u = model(X)
+    for _ in range(3):
+        u = grad(u, X)[:, :1]
+    return u.flatten().square()
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+class Residual(nn.Module):
+    """Skips, a weight used twice, a norm within samples, a scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(2, width), nn.Linear(width, width)
+        self.norm, self.last = nn.LayerNorm(width), nn.Linear(width, 1, bias=False)
+        self.scale = nn.Parameter(torch.ones(width) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        for _ in range(2):
+            h = h + self.inner(self.norm(h)).tanh() * self.scale
+        return self.last(h)
+
+
+def mlp(activation: nn.Module, width: int = 4, out: int = 1, inputs: int = 2) -> nn.Module:
+    model = nn.Sequential(
+        *(nn.Linear(inputs, width), activation, nn.Linear(width, width), activation),
+        nn.Linear(width, out),
+    )
+    model.coefficient = nn.Parameter(torch.tensor(0.3))
+    return model
+
+
+def images(**options: Any) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(2, 3, 3, **options), nn.LeakyReLU(0.2), nn.Conv2d(3, 2, 2), nn.Softplus()),
+        *(nn.Flatten(), nn.LazyLinear(1)),
+    )
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Shares, tuple[int, ...]]] = {
+    "poisson-tanh": (lambda: mlp(nn.Tanh()), poisson, (5, 2)),
+    "poisson-gelu": (lambda: mlp(nn.GELU()), poisson, (5, 2)),
+    "poisson-silu": (lambda: mlp(nn.SiLU()), poisson, (5, 2)),
+    "poisson-sine": (lambda: mlp(Sine()), poisson, (5, 2)),
+    "poisson-residual": (lambda: Residual(4), poisson, (5, 2)),
+    "as many samples as features": (lambda: mlp(nn.Tanh()), poisson, (4, 2)),
+    "as many samples as inputs": (lambda: mlp(nn.Tanh()), poisson, (2, 2)),
+    "one sample": (lambda: mlp(nn.Tanh()), poisson, (1, 2)),
+    "heat": (lambda: mlp(nn.Tanh()), heat, (5, 2)),
+    "burgers": (lambda: mlp(nn.Tanh()), burgers, (6, 2)),
+    "third": (lambda: mlp(nn.Tanh()), third, (3, 2)),
+    "sobolev-tanh": (lambda: mlp(nn.Tanh()), sobolev, (5, 2)),
+    "sobolev-relu": (lambda: mlp(nn.ReLU()), sobolev, (5, 2)),
+    "penalty-softplus": (lambda: mlp(nn.Softplus()), penalty, (5, 2)),
+    "penalty-points": (lambda: mlp(nn.Tanh()), penalty, (5, 3, 2)),
+    "penalty-images": (lambda: images(stride=2, padding=1), penalty, (3, 2, 6, 6)),
+    "penalty-images-dilated": (lambda: images(dilation=2), penalty, (3, 2, 7, 7)),
+    "score": (lambda: mlp(nn.Tanh(), out=2), score, (5, 2)),
+    "sliced": (lambda: mlp(nn.Tanh()), sliced, (5, 2)),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Shares, Tensor]:
+    torch.manual_seed(0)
+    build, shares, shape = CASES[name]
+    X = torch.rand(shape)
+    model = build()
+    model(X)  # lazy layers
+    return model, shares, X
+
+
+def by_loop(model: nn.Module, shares: Shares, X: Tensor) -> dict[str, Tensor]:
+    """Individual gradients, one sample after the other."""
+    rows = []
+    parameters = dict(model.named_parameters())
+    for n in range(len(X)):
+        share = shares(model, X[n : n + 1]).sum()
+        rows.append(torch.autograd.grad(share, parameters.values(), allow_unused=True))
+    return {
+        name: torch.stack([row[i] for row in rows])
+        for i, name in enumerate(parameters)
+        if rows[0][i] is not None
+    }
+
+
+def assert_first_order(model: nn.Module, wanted: dict[str, Tensor]) -> None:
+    """Fields of BatchGrad, BatchL2Grad, SumGradSquared and Variance, for exactly these parameters."""
+    for name, p in model.named_parameters():
+        assert hasattr(p, "grad_batch") == (name in wanted), name
+        if name not in wanted:
+            assert p.grad is None
+            continue
+        g = wanted[name]
+        torch.testing.assert_close(p.grad_batch, g, msg=name)
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+        torch.testing.assert_close(p.batch_l2, g.square().reshape(len(g), -1).sum(1))
+        torch.testing.assert_close(p.sum_grad_squared, g.square().sum(0))
+        torch.testing.assert_close(p.variance, g.var(0, unbiased=False))
+
+
+def first_order() -> list:
+    return [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance()]
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["forward before", "forward inside"])
+@pytest.mark.parametrize("name", CASES)
+def test_first_order(name: str, inside: bool) -> None:
+    model, shares, X = make(name)
+    wanted = by_loop(model, shares, X)
+    extend(model)
+    if inside:
+        with backpack(*first_order()):
+            shares(model, X).sum().backward()
+    else:
+        loss = shares(model, X).sum()
+        with backpack(*first_order()):
+            loss.backward()
+    assert_first_order(model, wanted)
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["sizes differ", "equal sizes"])
+def test_interior_and_boundary(equal: bool) -> None:
+    """Each term has points of its own."""
+    model, shares, X = make("burgers")
+    edge, start = torch.rand(len(X) if equal else 3, 2), torch.rand(len(X) if equal else 4, 2)
+
+    def boundary(model: nn.Module, X: Tensor) -> Tensor:
+        return model(X).square().flatten()
+
+    def initial(model: nn.Module, X: Tensor) -> Tensor:
+        return sobolev(model, X)
+
+    terms = [(shares, X), (boundary, edge), (initial, start)]
+    alone = [by_loop(model, share, points) for share, points in terms]
+    names = [name for name, _ in model.named_parameters() if any(name in each for each in alone)]
+    rows = {}
+    for name in names:
+        p = model.get_parameter(name)
+        parts = [
+            each.get(name, torch.zeros(len(points), *p.shape)) / len(points)
+            for each, (_, points) in zip(alone, terms, strict=True)
+        ]
+        rows[name] = torch.cat(parts)
+    extend(model)
+    with backpack(*first_order(), forwards="further"):
+        sum(share(model, points).mean() for share, points in terms).backward()
+    assert_first_order(model, rows)
+    if not equal:
+        with backpack(BatchGrad()), pytest.raises(RuntimeError, match="forwards='further'"):
+            sum(share(model, points).mean() for share, points in terms).backward()
+
+
+def test_residuals_joined() -> None:
+    """All residuals in one vector, as for a least-squares solver."""
+    model, shares, X = make("sobolev-tanh")
+    edge = torch.rand(3, 2)
+    wanted = by_loop(model, shares, torch.cat([X, edge]))
+    extend(model)
+    with backpack(*first_order(), forwards="further"):
+        torch.cat([shares(model, X), shares(model, edge)]).sum().backward()
+    assert_first_order(model, wanted)
+
+
+def test_loop_over_samples() -> None:
+    model, shares, X = make("poisson-tanh")
+    wanted = by_loop(model, shares, X)
+    extend(model)
+    with backpack(*first_order(), forwards="further"):
+        sum(shares(model, x.unsqueeze(0)).sum() for x in X).backward()
+    assert_first_order(model, wanted)
+
+
+def test_weight_decay_beside() -> None:
+    """What meets no data is no sample's share."""
+    model, shares, X = make("poisson-tanh")
+    wanted = by_loop(model, shares, X)
+    extend(model)
+    with backpack(*first_order()):
+        decay = sum(p.square().sum() for p in model.parameters())
+        (shares(model, X).sum() + 0.1 * decay).backward()
+    for name, g in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad_batch, g)
+        torch.testing.assert_close(model.get_parameter(name).variance, g.var(0, unbiased=False))
+
+
+def test_single_precision() -> None:
+    model, shares, X = make("poisson-tanh")
+    model, X = model.float(), X.float()
+    wanted = by_loop(model, shares, X)
+    extend(model)
+    with backpack(BatchGrad()):
+        shares(model, X).sum().backward()
+    for name, g in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad_batch, g, rtol=1e-4, atol=1e-5)
+
+
+def test_two_models() -> None:
+    """A generator below the critic whose gradient is penalized, and the critic's own parameters."""
+    torch.manual_seed(0)
+    generator, critic = mlp(nn.Tanh(), out=2), mlp(nn.SiLU())
+    Z = torch.rand(5, 2)
+
+    def shares(both: nn.Module, Z: Tensor) -> Tensor:
+        x = both[0](Z)
+        u = both[1](x)
+        return (grad(u, x).norm(dim=1) - 1).square() + u.flatten()
+
+    wanted = by_loop(nn.ModuleList([generator, critic]), shares, Z)
+    both = nn.ModuleList([extend(generator), extend(critic)])
+    with backpack(*first_order()):
+        shares(both, Z).sum().backward()
+    assert_first_order(both, wanted)
+
+
+def test_without_the_gradient() -> None:
+    model, shares, X = make("poisson-tanh")
+    wanted = by_loop(model, shares, X)
+    extend(model)
+    loss = shares(model, X).sum()
+    with backpack(BatchGrad(), gradient=False):
+        loss.backward()
+    for name, g in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad_batch, g)
+        assert model.get_parameter(name).grad is None
+
+
+def test_a_loss_that_mixes_samples() -> None:
+    """As elsewhere each sample has its contribution, ``J_n^T dL/df_n``; they add up to the gradient."""
+    model, shares, X = make("penalty-softplus")
+    extend(model)
+    with backpack(BatchGrad()):
+        shares(model, X).mean().square().backward()
+    factor = 2 * shares(model, X).mean().item() / len(X)
+    for name, g in by_loop(model, shares, X).items():
+        torch.testing.assert_close(model.get_parameter(name).grad_batch, factor * g)
+
+
+def test_a_derivative_that_mixes_samples() -> None:
+    model, X = extend(mlp(nn.Tanh())), torch.rand(5, 2)
+    X.requires_grad_()
+    u = model(X)
+    residual = grad(u * u.mean(), X).square().sum()
+    with backpack(BatchGrad()), pytest.raises(RuntimeError, match="weight.*where samples are.*mixed"):
+        residual.backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+def test_a_parameter_where_samples_are_mixed() -> None:
+    model, X = mlp(nn.Tanh()), torch.rand(5, 2)
+    extend(model)
+    with backpack(BatchGrad()), pytest.raises(RuntimeError, match="'coefficient'.*summed up or mixed"):
+        (model.coefficient * poisson(model, X).mean()).backward()
+
+
+@pytest.mark.parametrize("name", ["poisson-tanh", "sobolev-tanh", "penalty-images"])
+@pytest.mark.parametrize("quantity", [DiagGGNExact, DiagHessian, KFAC, GGNMP])
+def test_curvature_is_refused(name: str, quantity: Any) -> None:
+    model, shares, X = make(name)
+    extend(model)
+    loss = shares(model, X).sum()
+    field = quantity().savefield
+    with (
+        backpack(quantity()),
+        pytest.raises(NotImplementedError, match=f"{field}: .*derivatives of the model.*weight'"),
+    ):
+        loss.backward(retain_graph=True)
+    with backpack(BatchGrad(), quantity(), unsupported="skip") as block:
+        loss.backward()
+    assert block.left_out
+    for p in model.parameters():
+        assert not hasattr(p, field)
+        assert hasattr(p, "grad_batch") == (p.grad is not None)
+
+
+def test_hessian_products() -> None:
+    model, shares, X = make("poisson-tanh")
+    p = model[0].weight
+    (gradient,) = torch.autograd.grad(shares(model, X).sum(), p, create_graph=True)
+    v = torch.rand_like(p)
+    (wanted,) = torch.autograd.grad(gradient, p, v)
+    extend(model)
+    with backpack(HMP()):
+        shares(model, X).sum().backward()
+    torch.testing.assert_close(p.hmp(v.unsqueeze(0))[0], wanted)
