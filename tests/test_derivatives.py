@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,16 +15,26 @@ from backpack.extensions import (
     GGNMP,
     HMP,
     KFAC,
+    KFLR,
+    KFRA,
+    PCHMP,
+    BatchDiagGGNExact,
+    BatchDiagHessian,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
+    DiagGGNMC,
     DiagHessian,
+    SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
 
 # Each sample's share of a loss, [N], of a model and its inputs.
-Shares = Callable[..., Tensor]
+Shares = Callable[[nn.Module, Tensor], Tensor]
+# Residuals of a loss, [N, ...] each, whose squares it sums up, and what else it sums up, [N].
+Parts = tuple[list[Tensor], Tensor | float]
+Problem = Callable[[nn.Module, Tensor], Parts]
 
 
 def grad(f: Tensor, x: Tensor) -> Tensor:
@@ -31,65 +42,71 @@ def grad(f: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(f.sum(), x, create_graph=True)[0]
 
 
-def poisson(model: nn.Module, X: Tensor) -> Tensor:
+def poisson(model: nn.Module, X: Tensor) -> Parts:
     X = X.clone().requires_grad_()
     du = grad(model(X), X)
     laplace = sum(grad(du[:, i], X)[:, i] for i in range(X.shape[1]))
-    return (laplace + X.sin().prod(1)).square()
+    return [laplace + X.sin().prod(1)], 0.0
 
 
-def heat(model: nn.Module, X: Tensor) -> Tensor:
+def heat(model: nn.Module, X: Tensor) -> Parts:
     """Coordinates apart, as in most programs; the coefficient is a parameter of the model."""
     x, t = (X[:, i : i + 1].clone().requires_grad_() for i in range(2))
     u = model(torch.cat([x, t], 1))
     (u_t,) = torch.autograd.grad(u, t, torch.ones_like(u), create_graph=True)
     (u_x,) = torch.autograd.grad(u, x, torch.ones_like(u), create_graph=True)
     (u_xx,) = torch.autograd.grad(u_x, x, torch.ones_like(u_x), create_graph=True)
-    return (u_t - model.coefficient * u_xx).square().flatten()
+    return [u_t - model.coefficient * u_xx], 0.0
 
 
-def burgers(model: nn.Module, X: Tensor) -> Tensor:
+def burgers(model: nn.Module, X: Tensor) -> Parts:
     X = X.clone().requires_grad_()
     u = model(X)
     du = grad(u, X)
     u_xx = grad(du[:, 0], X)[:, 0]
-    return (du[:, 1] + u.squeeze(1) * du[:, 0] - 0.1 * u_xx).square()
+    return [du[:, 1] + u.squeeze(1) * du[:, 0] - 0.1 * u_xx], 0.0
 
 
-def sobolev(model: nn.Module, X: Tensor) -> Tensor:
+def sobolev(model: nn.Module, X: Tensor) -> Parts:
     X = X.clone().requires_grad_()
     u = model(X)
-    return (u - X.sum(1, keepdim=True).detach()).square().sum(1) + (grad(u, X) - 1).square().sum(1)
+    return [u - X.sum(1, keepdim=True).detach(), grad(u, X) - 1], 0.0
 
 
-def penalty(model: nn.Module, X: Tensor) -> Tensor:
+def penalty(model: nn.Module, X: Tensor) -> Parts:
     X = X.clone().requires_grad_()
     u = model(X)
-    return (grad(u, X).flatten(1).norm(dim=1) - 1).square() + u.flatten(1).sum(1)
+    return [grad(u, X).flatten(1).norm(dim=1) - 1], u.flatten(1).sum(1)
 
 
-def score(model: nn.Module, X: Tensor) -> Tensor:
+def score(model: nn.Module, X: Tensor) -> Parts:
     """Exact score matching of a model that is the score."""
     X = X.clone().requires_grad_()
     s = model(X)
     trace = sum(grad(s[:, i], X)[:, i] for i in range(X.shape[1]))
-    return trace + s.square().sum(1) / 2
+    return [s / 2**0.5], trace
 
 
-def sliced(model: nn.Module, X: Tensor) -> Tensor:
+def sliced(model: nn.Module, X: Tensor) -> Parts:
     """Sliced score matching of an energy."""
     X = X.clone().requires_grad_()
     v = torch.linspace(-1, 1, X.shape[1])
     s = -grad(model(X), X)
-    return grad(s @ v, X) @ v + (s @ v).square() / 2
+    return [s @ v / 2**0.5], grad(s @ v, X) @ v
 
 
-def third(model: nn.Module, X: Tensor) -> Tensor:
+def third(model: nn.Module, X: Tensor) -> Parts:
     X = X.clone().requires_grad_()
     u = model(X)
     for _ in range(3):
         u = grad(u, X)[:, :1]
-    return u.flatten().square()
+    return [u], 0.0
+
+
+def shares_of(problem: Problem, model: nn.Module, X: Tensor) -> Tensor:
+    """Each sample's share of the loss, ``[N]``."""
+    residuals, rest = problem(model, X)
+    return sum((r**2).reshape(len(X), -1).sum(1) for r in residuals) + rest
 
 
 class Sine(nn.Module):
@@ -129,7 +146,7 @@ def images(**options: Any) -> nn.Module:
     )
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Shares, tuple[int, ...]]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], Problem, tuple[int, ...]]] = {
     "poisson-tanh": (lambda: mlp(nn.Tanh()), poisson, (5, 2)),
     "poisson-gelu": (lambda: mlp(nn.GELU()), poisson, (5, 2)),
     "poisson-silu": (lambda: mlp(nn.SiLU()), poisson, (5, 2)),
@@ -154,11 +171,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Shares, tuple[int, ...]]] = {
 
 def make(name: str) -> tuple[nn.Module, Shares, Tensor]:
     torch.manual_seed(0)
-    build, shares, shape = CASES[name]
+    build, problem, shape = CASES[name]
     X = torch.rand(shape)
     model = build()
     model(X)  # lazy layers
-    return model, shares, X
+    return model, partial(shares_of, problem), X
 
 
 def by_loop(model: nn.Module, shares: Shares, X: Tensor) -> dict[str, Tensor]:
@@ -228,7 +245,7 @@ def test_interior_and_boundary(equal: bool) -> None:
         return model(X).square().flatten()
 
     def initial(model: nn.Module, X: Tensor) -> Tensor:
-        return sobolev(model, X)
+        return shares_of(sobolev, model, X)
 
     terms = [(shares, X), (boundary, edge), (initial, start)]
     alone = [by_loop(model, share, points) for share, points in terms]
@@ -349,23 +366,145 @@ def test_a_parameter_where_samples_are_mixed() -> None:
     model, X = mlp(nn.Tanh()), torch.rand(5, 2)
     extend(model)
     with backpack(BatchGrad()), pytest.raises(RuntimeError, match="'coefficient'.*summed up or mixed"):
-        (model.coefficient * poisson(model, X).mean()).backward()
+        (model.coefficient * shares_of(poisson, model, X).mean()).backward()
 
 
-@pytest.mark.parametrize("name", ["poisson-tanh", "sobolev-tanh", "penalty-images"])
-@pytest.mark.parametrize("quantity", [DiagGGNExact, DiagHessian, KFAC, GGNMP])
-def test_curvature_is_refused(name: str, quantity: Any) -> None:
+def jacobians(problem: Problem, model: nn.Module, X: Tensor) -> list[dict[str, Tensor]]:
+    """Of each sample's residuals in the parameters, ``[r, *p]``."""
+    parameters, found = dict(model.named_parameters()), []
+    for n in range(len(X)):
+        residuals, _ = problem(model, X[n : n + 1])
+        entries = torch.cat([r.flatten() for r in residuals])
+        rows = [
+            torch.autograd.grad(e, parameters.values(), retain_graph=True, materialize_grads=True)
+            for e in entries
+        ]
+        columns = zip(*rows, strict=True)
+        found.append({name: torch.stack(c) for name, c in zip(parameters, columns, strict=True)})
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton(name: str) -> None:
+    """``J^T H J`` with the Jacobian of the residuals."""
     model, shares, X = make(name)
+    J = jacobians(CASES[name][1], model, X)
+    reached = by_loop(model, shares, X)
     extend(model)
-    loss = shares(model, X).sum()
+    exts = [DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), KFLR(), DiagGGNMC(2000), GGNMP()]
+    with backpack(*exts):
+        shares(model, X).sum().backward()
+    for key, p in model.named_parameters():
+        if key not in reached:
+            assert not any(hasattr(p, ext.savefield) for ext in exts)
+            continue
+        rows = torch.stack([2**0.5 * jacobian[key] for jacobian in J])
+        diagonals = rows.square().sum(1)
+        torch.testing.assert_close(p.diag_ggn_exact_batch, diagonals)
+        torch.testing.assert_close(p.diag_ggn_exact, diagonals.sum(0))
+        flat = rows.reshape(-1, p.numel())
+        root = p.sqrt_ggn_exact.reshape(-1, p.numel())
+        torch.testing.assert_close(root.T @ root, flat.T @ flat)
+        v = torch.rand(2, *p.shape)
+        wanted = v.reshape(2, -1) @ flat.T @ flat
+        torch.testing.assert_close(p.ggnmp(v).reshape(2, -1), wanted)
+        largest = diagonals.sum(0).max()
+        torch.testing.assert_close(p.diag_ggn_mc, diagonals.sum(0), atol=0.3 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["poisson-gelu", "heat", "burgers", "sobolev-tanh", "score", "sliced"])
+def test_hessian_diagonal(name: str) -> None:
+    model, shares, X = make(name)
+    parameters, wanted = dict(model.named_parameters()), dict[str, list[Tensor]]()
+    for n in range(len(X)):
+        share = shares(model, X[n : n + 1]).sum()
+        found = torch.autograd.grad(share, parameters.values(), create_graph=True, allow_unused=True)
+        for (key, p), g in zip(parameters.items(), found, strict=True):
+            if g is not None:
+                rows = [
+                    torch.autograd.grad(e, p, retain_graph=True, materialize_grads=True)[0].flatten()[j]
+                    if e.requires_grad
+                    else torch.zeros(())
+                    for j, e in enumerate(g.flatten())
+                ]
+                wanted.setdefault(key, []).append(torch.stack(rows).reshape(p.shape))
+    extend(model)
+    with backpack(DiagHessian(), BatchDiagHessian()):
+        shares(model, X).sum().backward()
+    for key, p in parameters.items():
+        assert hasattr(p, "diag_h") == (key in wanted)
+        if key in wanted:
+            diagonals = torch.stack(wanted[key])
+            torch.testing.assert_close(p.diag_h_batch, diagonals)
+            torch.testing.assert_close(p.diag_h, diagonals.sum(0))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda r: (r**2).mean(),
+        lambda r: r.square().sum(1).mean(),
+        lambda r: (r * r).mean(),
+        lambda r: torch.mean(torch.pow(r, 2)),
+        lambda r: nn.functional.mse_loss(r, torch.zeros_like(r)),
+        lambda r: nn.MSELoss()(torch.zeros_like(r), r),
+        lambda r: extend(nn.MSELoss())(r, torch.zeros_like(r)),
+        lambda r: 0.5 * 2 * (torch.full_like(r, 3) * r**2).mean() / 3,
+        lambda r: nn.functional.mse_loss(r, torch.zeros_like(r), reduction="sum") / r.numel(),
+    ],
+)
+def test_spellings_of_a_square(loss: Callable[[Tensor], Tensor]) -> None:
+    model, _, X = make("poisson-tanh")
+    J = jacobians(poisson, model, X)
+    extend(model)
+    with backpack(DiagGGNExact(), BatchGrad()):
+        (residual,), _ = poisson(model, X)
+        loss(residual.unsqueeze(1)).backward()
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            wanted = sum(2 / len(X) * jacobian[key].square().sum(0) for jacobian in J)
+            torch.testing.assert_close(p.diag_ggn_exact, wanted)
+
+
+def test_interior_and_boundary_curvature() -> None:
+    model, shares, X = make("burgers")
+    edge = torch.rand(3, 2)
+    J = jacobians(burgers, model, X)
+    K = jacobians(lambda model, X: ([model(X)], 0.0), model, edge)
+    extend(model)
+    with backpack(DiagGGNExact(), BatchDiagGGNExact(), forwards="further"):
+        (shares(model, X).mean() + nn.functional.mse_loss(model(edge), torch.zeros(3, 1))).backward()
+    for key in dict(model[:4].named_parameters()):
+        rows = [2 / len(Js) * each[key].square().sum(0) for Js in (J, K) for each in Js]
+        p = model.get_parameter(key)
+        torch.testing.assert_close(p.diag_ggn_exact_batch, torch.stack(rows))
+        torch.testing.assert_close(p.diag_ggn_exact, sum(rows))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "loss"),
+    [
+        (KFRA, lambda r: r.square().mean()),
+        (PCHMP, lambda r: r.square().mean()),
+        (DiagGGNExact, lambda r: (r.square() / (1 + r.square())).mean()),
+        (KFAC, lambda r: r.square().mean().sqrt()),
+        (GGNMP, lambda r: r.square().mean().sqrt()),
+        (DiagHessian, lambda r: r.square().mean().sqrt()),
+        (BatchDiagHessian, lambda r: r.mean().square()),
+    ],
+)
+def test_curvature_that_is_refused(quantity: Any, loss: Callable[[Tensor], Tensor]) -> None:
+    model, _, X = make("poisson-tanh")
+    extend(model)
     field = quantity().savefield
+    value = loss(poisson(model, X)[0][0])
     with (
         backpack(quantity()),
-        pytest.raises(NotImplementedError, match=f"{field}: .*derivatives of the model.*weight'"),
+        pytest.raises(NotImplementedError, match=f"{field}: .*derivatives of the model.*use "),
     ):
-        loss.backward(retain_graph=True)
+        value.backward(retain_graph=True)
     with backpack(BatchGrad(), quantity(), unsupported="skip") as block:
-        loss.backward()
+        value.backward()
     assert block.left_out
     for p in model.parameters():
         assert not hasattr(p, field)

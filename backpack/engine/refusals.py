@@ -15,7 +15,7 @@ from backpack.graph.survey import Graph, leaves_below
 from backpack.graph.taps import Recording, Source, Tap
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.matrix_products import Product
-from backpack.sources.table import AveragedRoot, HessianRoot, RandomSigns
+from backpack.sources.table import AveragedRoot, HessianRoot, OutputBasis, RandomSigns
 
 
 class Names:
@@ -180,9 +180,14 @@ def check(
         )
     if graph.mixing:
         _refuse_mixing(graph.mixing, extensions, refuse)
-    within = next((tap for _, tap in fresh if tap.within), None)
-    if within is not None and second_order:
-        second_order = _refuse_within(within, names, second_order, refuse)
+    for ext in second_order if graph.within else ():
+        if why := _why_not_within(ext, graph):
+            text = (
+                f"{ext.savefield}: the loss contains derivatives of the model "
+                "(torch.autograd.grad(..., create_graph=True)), or other things from inside of it, "
+                f"{why}"
+            )
+            refuse(NotImplementedError(text), None, [ext])
     products = [ext for ext in second_order if isinstance(ext, Product)]
     if products and not rooted:
         text = (
@@ -190,7 +195,7 @@ def check(
             "be loss.backward(), not torch.autograd.backward(loss)"
         )
         refuse(RuntimeError(text), None, products)
-    if second_order and within is None and (graph.bare or (graph.outputs and not rooted)):
+    if second_order and (graph.bare or (graph.outputs and not rooted)):
         fields = ", ".join(ext.savefield for ext in second_order)
         text = f"{fields} need a loss that is a function of the model's outputs, but " + (
             "a term of it is computed inside of the model, from what forward does not return: "
@@ -226,25 +231,23 @@ def _hidden(fresh: Sequence[tuple[Node, Tap]]) -> list[Tensor]:
     return found
 
 
-def _refuse_within(
-    tap: Tap, names: Names, extensions: Sequence[BackpropExtension], refuse: Refuse
-) -> list[BackpropExtension]:
-    """Refuse curvature of a loss that contains derivatives of the model; what is left."""
-    left: list[BackpropExtension] = [
-        ext for ext in extensions if isinstance(ext, Product) and ext.curvature == "hessian"
-    ]
-    others = [ext for ext in extensions if ext not in left]
-    if others:
-        text = (
-            f"{', '.join(ext.savefield for ext in others)}: the loss is no function of the model's "
-            "outputs alone: it contains derivatives of the model (torch.autograd.grad(..., "
-            "create_graph=True)), or other things from inside of it, which use parameters "
-            f"{names.of(tap)} again (at {tap.op}). There are first-order quantities for such a loss "
-            "(BatchGrad, BatchL2Grad, Variance, ...) and products with the Hessian (HMP); leave out the "
-            "others, or backpack(..., unsupported='skip')"
+def _why_not_within(ext: BackpropExtension, graph: Graph) -> str:
+    """Why a quantity of a loss that contains derivatives of the model is not known, if it is not."""
+    curvature = ext.curvature if isinstance(ext, Product) else None
+    if curvature == "hessian":
+        return ""
+    if isinstance(ext.source, HessianRoot | RandomSigns):
+        couples = "in which samples are coupled: its Hessian is no sum over samples; use HMP"
+        return couples if graph.coupled else ""
+    if isinstance(ext.source, AveragedRoot | OutputBasis) or curvature == "positive":
+        return "for which this quantity is not defined; use KFAC, DiagGGNExact, GGNMP or HMP"
+    if graph.bent_by is not None:
+        return (
+            f"and is curved (at {graph.bent_by}) above the residuals in a way without a rule. Write it "
+            "as a sum or mean over samples of a function of torch.nn.functional (mse_loss, ...) or of "
+            "squares of residuals (residual ** 2); or use first-order quantities, DiagHessian or HMP"
         )
-        refuse(NotImplementedError(text), None, others)
-    return left
+    return ""
 
 
 def _why_not_above(ext: BackpropExtension, uncovered: bool) -> str:

@@ -31,27 +31,13 @@ Refused = list[tuple[Tensor, str, str]]
 Key = tuple[Node, int]
 
 
-class Differentiated(NamedTuple):
-    """What was found.
-
-    Attributes:
-        taps: taps, with their nodes.
-        refused: parameters whose use cannot be one, with the operation and the reason.
-        starts: where samples are last apart below the roots.
-    """
-
-    taps: list[tuple[Node, Tap]]
-    refused: Refused
-    starts: Starts
-
-
 def _below(node: Node) -> list[Node]:
     """The nodes to go on to: at a tap those of the data."""
     taps = notes(node).get(TAPS)
     return [below for tap in taps for below in tap.inputs] if taps else children_of(node)
 
 
-class _Region:
+class Region:
     """What the nodes below the roots depend on.
 
     Attributes:
@@ -93,6 +79,14 @@ class _Region:
                 if child is not None:
                     self.numbers.setdefault(child, set()).add(number)
 
+    def bends(self, node: Node) -> bool:
+        """Whether an operation is no linear function of data and parameters."""
+        kind = kind_of(node)
+        if kind in LINEAR:
+            return False
+        data = [c is not None and bool(self.taps[c] or self.own[c]) for c, _ in node.next_functions]
+        return kind not in PRODUCTS or sum(data) > 1 or (kind == "Div" and not data[0])
+
     def axes(self, shape: Sequence[int]) -> Iterator[SampleAxis]:
         """Sample axes that a tensor of that shape may have."""
         for recording in self.recordings:
@@ -115,9 +109,28 @@ def _shape(node: Node, number: int) -> torch.Size:
     return torch.Size(node._input_metadata[number].shape)
 
 
+class Differentiated(NamedTuple):
+    """What was found.
+
+    Attributes:
+        taps: taps, with their nodes.
+        refused: parameters whose use cannot be one, with the operation and the reason.
+        region: the nodes below the roots.
+        starts: where samples are last apart.
+        coupled: whether that is below a curved operation, which couples samples.
+    """
+
+    taps: list[tuple[Node, Tap]]
+    refused: Refused
+    region: Region
+    starts: Starts = ()
+    coupled: bool = False
+
+
 def taps_in_derivatives(roots: Sequence[GradientEdge]) -> Differentiated:
     """The taps that no forward pass has noted, from where a backward pass starts."""
-    region, found = _Region(roots), Differentiated([], [], [])
+    region = Region(roots)
+    found = Differentiated([], [], region)
     starts, bent = _starts(region, roots)
     # Gradients there: at what reaches parameters by itself, and at all taps.
     places = [
@@ -139,14 +152,15 @@ def taps_in_derivatives(roots: Sequence[GradientEdge]) -> Differentiated:
             continue
         _look(region, axes, node, node in bent, found)
     _check(region, plain, scaled, found)
-    return found._replace(starts=starts)
+    coupled = any(edge.node in bent for edge, _ in starts)
+    return found._replace(starts=starts, coupled=coupled)
 
 
 class _Axes:
     """Sample axes of places in the graph, from how cotangents arrive there."""
 
     def __init__(
-        self, region: _Region, plain: dict[Key, Tensor | None], scaled: dict[Key, Tensor | None]
+        self, region: Region, plain: dict[Key, Tensor | None], scaled: dict[Key, Tensor | None]
     ) -> None:
         self.region, self.plain, self.scaled = region, plain, scaled
         self.known: dict[Key, SampleAxis | None] = {}
@@ -181,7 +195,7 @@ class _Axes:
         return any(self.at(node, number) is not None for number in self.region.numbers[node])
 
 
-def _starts(region: _Region, roots: Sequence[GradientEdge]) -> tuple[Starts, set[Node]]:
+def _starts(region: Region, roots: Sequence[GradientEdge]) -> tuple[Starts, set[Node]]:
     """Where samples are last apart, on every way down from the roots; curved ways to there."""
     found: dict[Key, tuple[GradientEdge, SampleAxis]] = {}
     stack, seen, bent = [(root, False) for root in roots], set[tuple[Key, bool]](), set[Node]()
@@ -196,26 +210,17 @@ def _starts(region: _Region, roots: Sequence[GradientEdge]) -> tuple[Starts, set
         taps = [tap for tap in notes(node).get(TAPS, ()) if tap.place == edge.output_nr]
         axis = taps[0].batch if taps and not taps[0].batch.lost else None
         if key not in found and TAPS not in notes(node):
-            axis = _named(region, edge)
+            axis = named(region, edge)
         if axis is not None:
             found[key] = edge, axis
         elif key not in found and TAPS not in notes(node):
-            curved = curved or _bends(region, node)
+            curved = curved or region.bends(node)
             below = [(child, nr) for child, nr in node.next_functions if child is not None]
             stack += [(GradientEdge(*each), curved) for each in below]
     return list(found.values()), bent
 
 
-def _bends(region: _Region, node: Node) -> bool:
-    """Whether an operation is no linear function of the data."""
-    kind = kind_of(node)
-    if kind in LINEAR:
-        return False
-    data = [child for child in children_of(node) if region.taps[child] or region.own[child]]
-    return kind not in PRODUCTS or len(data) > 1
-
-
-def _named(region: _Region, edge: GradientEdge) -> SampleAxis | None:
+def named(region: Region, edge: GradientEdge) -> SampleAxis | None:
     """The axis on which a tensor's rows depend on rows of the same samples at all taps below."""
     shape = _shape(edge.node, edge.output_nr)
     candidates = list(region.axes(shape)) if prod(shape) else []
@@ -239,7 +244,7 @@ def _named(region: _Region, edge: GradientEdge) -> SampleAxis | None:
     return None
 
 
-def _look(region: _Region, axes: _Axes, node: Node, bent: bool, found: Differentiated) -> None:
+def _look(region: Region, axes: _Axes, node: Node, bent: bool, found: Differentiated) -> None:
     """Note the taps at a node, or why there can be none."""
     places = [
         i
@@ -250,7 +255,7 @@ def _look(region: _Region, axes: _Axes, node: Node, bent: bool, found: Different
         return
     if not axes.reached(node):
         # What is added to the loss without meeting data is no sample's.
-        if region.taps[node] and (bent or _bends(region, node)):
+        if region.taps[node] and (bent or region.bends(node)):
             _refuse(region, node, places, "where samples are summed up or mixed", found)
         return
     if not region.taps[node] and not axes.apart(node):
@@ -267,7 +272,7 @@ def _look(region: _Region, axes: _Axes, node: Node, bent: bool, found: Different
 
 
 def _check(
-    region: _Region,
+    region: Region,
     plain: dict[Key, Tensor | None],
     scaled: dict[Key, Tensor | None],
     found: Differentiated,
@@ -284,9 +289,7 @@ def _check(
                 found.refused.extend((leaf, tap.op, why) for leaf in leaves)
 
 
-def _refuse(
-    region: _Region, node: Node, places: Sequence[int], why: str, found: Differentiated
-) -> None:
+def _refuse(region: Region, node: Node, places: Sequence[int], why: str, found: Differentiated) -> None:
     for i in places:
         child = node.next_functions[i][0]
         found.refused.extend((leaf, node.name(), why) for leaf in region.own[child])  # type: ignore[index]

@@ -14,6 +14,8 @@ from backpack.graph.above import Above, taps_above
 from backpack.graph.differentiated import Differentiated, taps_in_derivatives
 from backpack.graph.nodes import children_of, walk
 from backpack.graph.recognised import is_nonlinear, known_loss, outputs_at
+from backpack.graph.residuals import residuals
+from backpack.graph.scaling import Starts
 from backpack.graph.taps import (
     MIXES,
     MODEL_OUTPUT,
@@ -47,6 +49,9 @@ class Graph:
         nodes: all nodes seen.
         mixed: why a model output that has rows has samples no longer apart.
         recordings: the forward passes they belong to.
+        within: whether the loss contains derivatives of a model, or other things from inside of it.
+        starts: if so, where samples are last apart below the root.
+        coupled: if so, whether a curved operation above couples samples.
         kinds: kinds of all nodes, in the order in which they were seen.
     """
 
@@ -63,6 +68,9 @@ class Graph:
     uncovered: set[Tap] = field(default_factory=set)
     mixing: str | None = None
     mixed: str | None = None
+    within: bool = False
+    starts: Starts = ()
+    coupled: bool = False
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
@@ -192,11 +200,23 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         above: Above | Differentiated = taps_above(roots)
         if isinstance(above, Above) and above.inner:
             above = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
-        open_to = _open(roots, graph)
-        graph.uncovered = {tap for node, tap in above.taps if node in open_to}
+        if isinstance(above, Differentiated):
+            graph.within = True
+            _of_residuals(graph, above, roots, curvature)
+        else:
+            open_to = _open(roots, graph)
+            graph.uncovered = {tap for node, tap in above.taps if node in open_to}
         graph.taps = above.taps + graph.taps
         graph.refused = above.refused
     return graph
+
+
+def _of_residuals(graph: Graph, found: Differentiated, roots: Sequence[Node], curvature: bool) -> None:
+    """The losses of a graph that contains derivatives of a model are those of residuals."""
+    graph.outputs, graph.flat, graph.losses, graph.upper, graph.bare = {}, {}, {}, {}, False
+    graph.starts, graph.coupled = found.starts, found.coupled
+    if curvature:
+        graph.losses, graph.bent_by = residuals(found, [GradientEdge(root, 0) for root in roots])
 
 
 def _is_a_loss(node: Node, outputs: Sequence[ModelOutput]) -> bool:
