@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from backpack import backpack, extend
 from backpack.extensions import (
@@ -29,6 +31,9 @@ from backpack.extensions import (
     SumGradSquared,
     Variance,
 )
+
+# Torch's own, when forward-mode derivatives are first asked for.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 # Each sample's share of a loss, [N], of a model and its inputs.
 Shares = Callable[[nn.Module, Tensor], Tensor]
@@ -103,6 +108,64 @@ def third(model: nn.Module, X: Tensor) -> Parts:
     return [u], 0.0
 
 
+def by_jvp(model: nn.Module, X: Tensor) -> Parts:
+    """The Laplacian, forwards, and the value beside it."""
+
+    def slope(x: Tensor, v: Tensor) -> Tensor:
+        return torch.func.jvp(model, (x,), (v,))[1]
+
+    directions = [torch.eye(2)[i].expand_as(X) for i in range(2)]
+    laplace = sum(torch.func.jvp(lambda x, v=v: slope(x, v), (X,), (v,))[1] for v in directions)
+    return [laplace + model(X)], 0.0
+
+
+def by_vmap(model: nn.Module, X: Tensor) -> Parts:
+    """Gradients and Hessians of one sample, mapped over all, with the parameters as arguments."""
+    parameters = dict(model.named_parameters())
+
+    def u(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).squeeze()
+
+    slopes = torch.func.vmap(torch.func.grad(u))(X)
+    hessians = torch.func.vmap(torch.func.hessian(u))(X)
+    return [hessians.diagonal(dim1=1, dim2=2).sum(1) + slopes[:, 0]], 0.0
+
+
+def by_jacrev(model: nn.Module, X: Tensor) -> Parts:
+    return [torch.func.jacrev(lambda x: model(x).sum(0))(X)[0]], 0.0
+
+
+def by_dual_numbers(model: nn.Module, X: Tensor) -> Parts:
+    with forward_ad.dual_level():
+        u, slope = forward_ad.unpack_dual(model(forward_ad.make_dual(X, torch.ones_like(X))))
+    return [u - slope], 0.0
+
+
+def by_functional(model: nn.Module, X: Tensor) -> Parts:
+    jacobian, hvp = torch.autograd.functional.jacobian, torch.autograd.functional.hvp
+    J = jacobian(lambda x: model(x).sum(0), X, create_graph=True)
+    Hv = hvp(lambda x: model(x).sum(), X, torch.ones_like(X), create_graph=True)[1]
+    return [J[0] + Hv], 0.0
+
+
+def batched(model: nn.Module, X: Tensor) -> Parts:
+    X = X.clone().requires_grad_()
+    units = torch.eye(2).unsqueeze(1).expand(2, *X.shape)
+    (H,) = torch.autograd.grad(grad(model(X), X), X, units, is_grads_batched=True, create_graph=True)
+    return [H.diagonal(dim1=0, dim2=2).sum(1)], 0.0
+
+
+class Scales(nn.Module):
+    """No product of matrices before the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.rand(2) + 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x * self.scale).tanh())
+
+
 def shares_of(problem: Problem, model: nn.Module, X: Tensor) -> Tensor:
     """Each sample's share of the loss, ``[N]``."""
     residuals, rest = problem(model, X)
@@ -166,6 +229,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Problem, tuple[int, ...]]] = {
     "penalty-images-dilated": (lambda: images(dilation=2), penalty, (3, 2, 7, 7)),
     "score": (lambda: mlp(nn.Tanh(), out=2), score, (5, 2)),
     "sliced": (lambda: mlp(nn.Tanh()), sliced, (5, 2)),
+    "jvp": (lambda: mlp(nn.Tanh()), by_jvp, (5, 2)),
+    "jvp of scales": (Scales, by_jvp, (5, 2)),
+    "vmap": (lambda: mlp(nn.Tanh()), by_vmap, (5, 2)),
+    "jacrev": (lambda: mlp(nn.GELU()), by_jacrev, (5, 2)),
+    "dual numbers": (lambda: mlp(nn.Tanh()), by_dual_numbers, (5, 2)),
+    "functional": (lambda: mlp(nn.Tanh()), by_functional, (5, 2)),
+    "batched": (lambda: mlp(nn.Tanh()), batched, (5, 2)),
 }
 
 
@@ -479,6 +549,75 @@ def test_interior_and_boundary_curvature() -> None:
         p = model.get_parameter(key)
         torch.testing.assert_close(p.diag_ggn_exact_batch, torch.stack(rows))
         torch.testing.assert_close(p.diag_ggn_exact, sum(rows))
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (5, 5), (3, 5)])
+@pytest.mark.parametrize("problem", [by_jvp, by_vmap, by_jacrev])
+def test_transforms_and_further_samples(problem: Problem, sizes: tuple[int, int]) -> None:
+    """Passes inside of transforms cannot be counted; those of the same samples need not be."""
+    model = mlp(nn.Tanh())
+    X, edge = (torch.rand(size, 2) for size in sizes)
+    alike = sizes[0] == sizes[1]
+
+    def both(model: nn.Module, X: Tensor, edge: Tensor, second: Problem) -> Tensor:
+        return shares_of(problem, model, X).mean() + shares_of(second, model, edge).mean()
+
+    def value(model: nn.Module, X: Tensor) -> Parts:
+        return [model(X)], 0.0
+
+    extended = extend(copy.deepcopy(model))
+    for second in (value, problem):
+        with (
+            backpack(BatchGrad(), forwards="further"),
+            pytest.raises(RuntimeError, match="torch.func.*"),
+        ):
+            both(extended, X, edge, second).backward()
+        with backpack(BatchGrad()):
+            loss = both(extended, X, edge, second)
+            if not alike:
+                with pytest.raises(RuntimeError, match="samples"):
+                    loss.backward()
+                continue
+            loss.backward()
+        for n, (x, e) in enumerate(zip(X.split(1), edge.split(1), strict=True)):
+            found = torch.autograd.grad(both(model, x, e, second), model[2].weight)[0] / len(X)
+            torch.testing.assert_close(extended[2].weight.grad_batch[n], found)
+
+
+@pytest.mark.parametrize("by", ["jvp", "dual numbers"])
+@pytest.mark.parametrize("approx", ["expand", None])
+def test_kronecker_factors_of_the_augmented_network(approx: Any, by: str) -> None:
+    """A layer is used for the value and for its derivative: shared positions of one weight."""
+    model, X = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), torch.rand(5, 2)
+    v = torch.rand_like(X)
+    inputs, outputs = [], []
+    x, dx = X, v
+    for layer, last in ((model[0], False), (model[2], True)):
+        h, dh = layer(x), dx @ layer.weight.T
+        inputs.append((x, dx))
+        outputs.append((h, dh))
+        x, dx = (h, dh) if last else (h.tanh(), (1 - h.tanh() ** 2) * dh)
+    residual = x + dx
+    factors = []
+    for (a, da), (h, dh) in zip(inputs, outputs, strict=True):
+        A = (a.T @ a + da.T @ da) / len(X) / (2 if approx == "expand" else 1)
+        B = torch.zeros(h.shape[1], h.shape[1])
+        for j in range(3):
+            g, dg = torch.autograd.grad(residual[:, j].sum(), (h, dh), retain_graph=True)
+            rows = torch.cat([g, dg]) if approx == "expand" else g + dg
+            B = B + 2 * rows.T @ rows
+        factors.append((B, A))
+    extend(model)
+    with backpack(KFLR(kfac_approx=approx)):
+        if by == "jvp":
+            u, du = torch.func.jvp(model, (X,), (v,))
+        else:
+            with forward_ad.dual_level():
+                u, du = forward_ad.unpack_dual(model(forward_ad.make_dual(X, v)))
+        (u + du).square().sum().backward()
+    for layer, wanted in zip((model[0], model[2]), factors, strict=True):
+        for found, expected in zip(layer.weight.kflr, wanted, strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,13 @@ class Run:
         curvature = any(ext.source.second_order for ext in exts)
         with Nested(self.block):
             graph = survey(roots, curvature)
+            if self.block.owner.forwards == "further" and graph.transformed:
+                raise RuntimeError(
+                    "with forwards='further' the samples of a forward pass inside of a transform "
+                    "(torch.func.jvp, grad, vmap, ...) cannot be counted; take derivatives with "
+                    "torch.autograd.grad(..., create_graph=True) or torch.autograd.forward_ad, or call "
+                    "backward for each forward pass"
+                )
             if self.block.owner.forwards != "same" and several_forwards(graph):
                 self.groups = groups_below(roots)
                 if self.block.owner.forwards == "further":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,11 @@ from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
 from backpack.graph.scaling import Starts, agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Recording, Tap, notes
+from backpack.graph.transformed import transformed
 from backpack.samples.axis import SampleAxis, regular_axis
 
+# Products, and the place of the first of the two among their arguments.
+_PRODUCTS_OF_DATA = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1, "Convolution": 0, "Mul": 0, "Div": 0}
 Refused = list[tuple[Tensor, str, str]]
 Key = tuple[Node, int]
 
@@ -42,9 +45,10 @@ class Region:
 
     Attributes:
         own: parameters that a node reaches other than through a tap.
-        taps: the first taps below a node; its own if it has any.
+        taps: the first taps below a node, its own if it has any, and other products of data.
         numbers: which outputs of a node are used.
         recordings: forward passes that number samples in ways of their own.
+        transformed: passes inside of transforms, by their ids.
     """
 
     def __init__(self, roots: Sequence[GradientEdge]) -> None:
@@ -62,7 +66,16 @@ class Region:
             for node in self.order
             for tap in notes(node).get(TAPS, ())
         }
+        passes = (transformed(leaf) for leaf in set[Tensor]().union(*self.own.values()))
+        self.transformed = {id(each): each for each in passes if each is not None}
+        if any(recording.place is not None for recording in found.values()):
+            self.transformed = {}  # whose samples cannot be among those of all passes
+        found |= {(each.size, None): each for each in self.transformed.values()}
         self.recordings: list[Recording] = list(found.values())
+        for node in self.order:
+            if TAPS not in notes(node):
+                below = (self.taps[child] for child in children_of(node))
+                self.taps[node] = frozenset([node] if self._product(node) else ()).union(*below)
 
     def _enter(self, node: Node) -> None:
         leaf = leaf_of(node)
@@ -74,10 +87,29 @@ class Region:
         else:
             children = children_of(node)
             self.own[node] = frozenset().union(*(self.own[child] for child in children))
-            self.taps[node] = frozenset().union(*(self.taps[child] for child in children))
+            self.taps[node] = frozenset()
             for child, number in node.next_functions:
                 if child is not None:
                     self.numbers.setdefault(child, set()).add(number)
+
+    def _product(self, node: Node) -> bool:
+        """Whether parameters are multiplied with a constant that may have rows for the samples.
+
+        Ones, in the derivative of a sum; the input of a forward pass inside of a transform.
+        """
+        kind = kind_of(node)
+        if kind not in _PRODUCTS_OF_DATA or not self.own[node]:
+            return False
+        first = _PRODUCTS_OF_DATA[kind]
+        children = [child for child, _ in node.next_functions[first : first + 2]]
+        constant = [i for i, child in enumerate(children) if child is None]
+        if len(children) < 2 or not constant:
+            return False
+        unseen = any(map(transformed, self.own[node]))
+        if kind not in ("Mul", "Div"):
+            return unseen or any(True for _ in self.axes(_shape(node, 0)))
+        other: Any = node._saved_other if constant[0] else node._saved_self  # type: ignore[attr-defined]
+        return unseen and other is not None and other.numel() > 1
 
     def bends(self, node: Node) -> bool:
         """Whether an operation is no linear function of data and parameters."""
@@ -221,22 +253,27 @@ def _starts(region: Region, roots: Sequence[GradientEdge]) -> tuple[Starts, set[
 
 
 def named(region: Region, edge: GradientEdge) -> SampleAxis | None:
-    """The axis on which a tensor's rows depend on rows of the same samples at all taps below."""
+    """The axis on which a tensor's rows depend on rows of the same samples at all taps below.
+
+    At a product with constants these may be on any axis.
+    """
     shape = _shape(edge.node, edge.output_nr)
     candidates = list(region.axes(shape)) if prod(shape) else []
-    taps = [tap for node in region.taps[edge.node] for tap in notes(node)[TAPS] if not tap.batch.lost]
-    if not candidates or not taps:
+    places: list[tuple[GradientEdge, list[SampleAxis]]] = []
+    for node in region.taps[edge.node]:
+        taps = [tap for tap in notes(node).get(TAPS, ()) if not tap.batch.lost]
+        places += [(GradientEdge(node, tap.place), [tap.batch]) for tap in taps]
+        if TAPS not in notes(node):
+            places.append((GradientEdge(node, 0), list(region.axes(_shape(node, 0)))))
+    if not candidates or not places:
         return None
-    nodes = [node for node in region.taps[edge.node] for tap in notes(node)[TAPS] if not tap.batch.lost]
-    targets = [GradientEdge(node, tap.place) for node, tap in zip(nodes, taps, strict=True)]
+    targets = [place for place, _ in places]
     plain = pulled([(edge, candidates[0])], targets, None)
     for axis in candidates:
-        if axis.size not in {tap.batch.size for tap in taps}:
-            continue
         scaled = pulled([(edge, axis)], targets, powers)
         reached = [
-            agree(before, after, along(tap.batch, before, powers))
-            for before, after, tap in zip(plain, scaled, taps, strict=True)
+            any(agree(before, after, along(own, before, powers)) for own in axes)
+            for before, after, (_, axes) in zip(plain, scaled, places, strict=True)
             if before is not None and after is not None
         ]
         if reached and all(reached):

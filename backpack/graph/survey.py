@@ -26,6 +26,7 @@ from backpack.graph.taps import (
     Tap,
     notes,
 )
+from backpack.graph.transformed import transformed
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class Graph:
         recordings: the forward passes they belong to.
         within: whether the loss contains derivatives of a model, or other things from inside of it.
         starts: if so, where samples are last apart below the root.
+        transformed: if so, forward passes inside of transforms (``torch.func``) that may take part.
         coupled: if so, whether a curved operation above couples samples.
         kinds: kinds of all nodes, in the order in which they were seen.
     """
@@ -70,6 +72,7 @@ class Graph:
     mixed: str | None = None
     within: bool = False
     starts: Starts = ()
+    transformed: list[Recording] = field(default_factory=list)
     coupled: bool = False
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
@@ -198,8 +201,9 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         graph.outputs, graph.flat = graph.flat, {}
     if graph.outside:
         above: Above | Differentiated = taps_above(roots)
-        if isinstance(above, Above) and above.inner:
-            above = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
+        if isinstance(above, Above) and (above.inner or any(map(transformed, graph.outside))):
+            within = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
+            above = within if above.inner or within.taps or within.refused else above
         if isinstance(above, Differentiated):
             graph.within = True
             _of_residuals(graph, above, roots, curvature)
@@ -214,6 +218,8 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
 def _of_residuals(graph: Graph, found: Differentiated, roots: Sequence[Node], curvature: bool) -> None:
     """The losses of a graph that contains derivatives of a model are those of residuals."""
     graph.outputs, graph.flat, graph.losses, graph.upper, graph.bare = {}, {}, {}, {}, False
+    graph.transformed = list(found.region.transformed.values())
+    graph.recordings += graph.transformed
     graph.starts, graph.coupled = found.starts, found.coupled
     if curvature:
         graph.losses, graph.bent_by = residuals(found, [GradientEdge(root, 0) for root in roots])

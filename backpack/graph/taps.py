@@ -21,6 +21,7 @@ from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
 from backpack.forms.several import Part, Pullback, among, of_one
+from backpack.graph.nodes import IDENTITY, kind_of
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
@@ -532,8 +533,9 @@ def _times(factor: float, form: ToForm) -> ToForm:
 def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool) -> Source:
     """The source at a place of the graph, a parameter or a tensor made from parameters."""
     leaf, flips = leaf_of(edge.node), 0
-    while leaf is None and len(shape) == 2 and _transposes(edge.node):
-        (below, number), flips = edge.node.next_functions[0], flips + 1
+    while leaf is None and len(shape) == 2 and (_renames(edge.node) or _transposes(edge.node)):
+        flips += not _renames(edge.node)
+        below, number = edge.node.next_functions[0]
         assert below is not None
         edge, leaf = GradientEdge(below, number), leaf_of(below)
     if flips % 2:
@@ -541,6 +543,11 @@ def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool)
             leaf, None if leaf is not None else edge, lambda g: of_one(form(g), _transposed), linear
         )
     return Source(leaf, None if leaf is not None else edge, form, linear)
+
+
+def _renames(node: Any) -> bool:
+    """Whether a tensor is the one below by another name."""
+    return kind_of(node) in ("Alias", IDENTITY)
 
 
 def _transposes(node: Any) -> bool:
