@@ -155,6 +155,38 @@ def batched(model: nn.Module, X: Tensor) -> Parts:
     return [H.diagonal(dim1=0, dim2=2).sum(1)], 0.0
 
 
+class Inside(nn.Module):
+    """A model whose output is the residual, of an input that is a leaf in forward."""
+
+    def __init__(self, how: str = "residual") -> None:
+        super().__init__()
+        self.net, self.how = mlp(nn.Tanh())[:5], how
+        self.head = nn.Linear(2, 1) if how == "head" else None
+
+    def forward(self, X: Tensor) -> Any:
+        if self.how == "vmap":
+            return torch.func.vmap(torch.func.grad(lambda x: self.net(x).squeeze()))(X)
+        if self.how == "jvp":
+            return torch.func.jvp(self.net, (X,), (torch.ones_like(X),))[1]
+        X = X if X.requires_grad else X.clone().requires_grad_()
+        u = self.net(X)
+        du = grad(u, X)
+        if self.how == "force":
+            return u, -du
+        if self.how == "head":
+            return self.head(du.tanh())
+        return sum(grad(du[:, i], X)[:, i] for i in range(2)) + u.squeeze(1)
+
+
+def of_outputs(model: nn.Module, X: Tensor) -> Parts:
+    out = model(X)
+    return list(out) if isinstance(out, tuple) else [out], 0.0
+
+
+def of_outputs_at_a_leaf(model: nn.Module, X: Tensor) -> Parts:
+    return of_outputs(model, X.clone().requires_grad_())
+
+
 class Scales(nn.Module):
     """No product of matrices before the end."""
 
@@ -235,6 +267,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Problem, tuple[int, ...]]] = {
     "jacrev": (lambda: mlp(nn.GELU()), by_jacrev, (5, 2)),
     "dual numbers": (lambda: mlp(nn.Tanh()), by_dual_numbers, (5, 2)),
     "functional": (lambda: mlp(nn.Tanh()), by_functional, (5, 2)),
+    "inside": (Inside, of_outputs, (5, 2)),
+    "inside, a force": (lambda: Inside("force"), of_outputs_at_a_leaf, (5, 2)),
+    "inside, a head": (lambda: Inside("head"), of_outputs, (5, 2)),
+    "inside, vmap": (lambda: Inside("vmap"), of_outputs, (5, 2)),
+    "inside, jvp": (lambda: Inside("jvp"), of_outputs, (5, 2)),
     "batched": (lambda: mlp(nn.Tanh()), batched, (5, 2)),
 }
 
@@ -549,6 +586,50 @@ def test_interior_and_boundary_curvature() -> None:
         p = model.get_parameter(key)
         torch.testing.assert_close(p.diag_ggn_exact_batch, torch.stack(rows))
         torch.testing.assert_close(p.diag_ggn_exact, sum(rows))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_penalty_of_the_gradient_of_a_loss(name: str) -> None:
+    """Double backpropagation: the loss is a part of what is differentiated."""
+    torch.manual_seed(0)
+    first = {
+        "linear": nn.Linear(3, 4),
+        "conv": nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 3)),
+    }
+    model = nn.Sequential(first[name], nn.Flatten(), nn.Tanh(), nn.Linear(4, 3))
+    X, y, lossfunc = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), extend(nn.CrossEntropyLoss())
+
+    def parts(X: Tensor, y: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        X = X.clone().requires_grad_()
+        out = model(X)
+        loss = factor * lossfunc(out, y)
+        (gradient,) = torch.autograd.grad(loss, X, create_graph=True)
+        return out, loss, gradient
+
+    wanted, diagonals = {}, {}
+    for key, p in model.named_parameters():
+        rows, diagonal = [], torch.zeros_like(p)
+        for n in range(4):
+            out, loss, gradient = parts(X[n : n + 1], y[n : n + 1], 1 / 4)
+            share = loss + gradient.square().sum()
+            rows.append(torch.autograd.grad(share, p, retain_graph=True)[0])
+            probs = out.softmax(1).flatten()
+            H = (torch.diag(probs) - torch.outer(probs, probs)) / 4
+            J, K = (
+                torch.stack(
+                    [torch.autograd.grad(e, p, retain_graph=True, materialize_grads=True)[0] for e in f]
+                )
+                for f in (out.flatten(), gradient.flatten())
+            )
+            diagonal = diagonal + torch.einsum("i...,ij,j...->...", J, H, J) + 2 * K.square().sum(0)
+        wanted[key], diagonals[key] = torch.stack(rows), diagonal
+    extend(model)
+    with backpack(*first_order(), DiagGGNExact()):
+        _, loss, gradient = parts(X, y, 1.0)
+        (loss + gradient.square().sum()).backward()
+    assert_first_order(model, wanted)
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p.diag_ggn_exact, diagonals[key])
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (5, 5), (3, 5)])

@@ -52,6 +52,9 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     if torch.compiler.is_compiling():  # first of all, so that nothing else is traced
         return
     recorder = _state.recorder
+    if recorder is not None and recorder.live and in_transform():
+        recorder.recording.differentiated = True
+        return _note_transformed(recorder.recording.module(), args, kwargs)
     if recorder is not None:
         recording = recorder.recording
         if recording.module() is module:
@@ -68,7 +71,8 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     if not _recordable():
         return
     if in_transform():
-        return _note_transformed(module, args, kwargs)
+        root = "_backpack_root" in module.__dict__
+        return _note_transformed(module if root else None, args, kwargs)
     _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
@@ -78,11 +82,12 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     _state.recorder.__enter__()
 
 
-def _note_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A call inside of a transform of ``torch.func``: nothing is recorded but the number of samples."""
-    if "_backpack_root" not in module.__dict__:
+def _note_transformed(module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A call inside of a transform of ``torch.func``: only the number of samples is noted."""
+    if module is None:
         return
-    data, dim = next(flatten((*args, *kwargs.values())), None), module.__dict__["_backpack_batch_dim"]
+    data = next(flatten((*args, *kwargs.values())), None)
+    dim = module.__dict__.get("_backpack_batch_dim", 0)
     size = None if data is None else rows_in_transform(data)
     if data is not None and size is None and data.dim() > dim:
         size = data.shape[dim]

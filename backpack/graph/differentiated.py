@@ -26,7 +26,7 @@ from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards
 from backpack.graph.scaling import Starts, agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Recording, Tap, notes
 from backpack.graph.transformed import transformed
-from backpack.samples.axis import SampleAxis, regular_axis
+from backpack.samples.axis import MARK, SampleAxis, regular_axis
 
 # Products, and the place of the first of the two among their arguments.
 _PRODUCTS_OF_DATA = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1, "Convolution": 0, "Mul": 0, "Div": 0}
@@ -130,11 +130,15 @@ class Region:
 
 
 def _inputs(nodes: Sequence[Node]) -> set[Tensor]:
-    """Inputs of the models that require grad, and what these were made from: data, no parameters."""
+    """Inputs of the models that require grad, and what these were made from: data, no parameters.
+
+    So are data that a forward pass has made leaves, to differentiate with respect to them.
+    """
     taps = [tap for node in nodes for tap in notes(node).get(TAPS, ())]
     entries = set[Node]().union(*(tap.recording.entries for tap in taps))
     leaves = [leaf_of(node) for node in walk(entries, _below)]
-    return {leaf for leaf in leaves if leaf is not None and not isinstance(leaf, nn.Parameter)}
+    data = {leaf for leaf in leaves if leaf is not None and not isinstance(leaf, nn.Parameter)}
+    return data | {leaf for node in nodes if hasattr(leaf := leaf_of(node), MARK)}
 
 
 def _shape(node: Node, number: int) -> torch.Size:

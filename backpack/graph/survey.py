@@ -28,6 +28,9 @@ from backpack.graph.taps import (
 )
 from backpack.graph.transformed import transformed
 
+# Where a parameter is met that no tap is about.
+OWN_USE = "its use"
+
 
 @dataclass(eq=False)
 class Graph:
@@ -145,7 +148,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             if inside is None:
                 graph.outside.add(leaf_of(node))
             else:
-                graph.unseen.append((leaf_of(node), "its use"))
+                graph.unseen.append((leaf_of(node), OWN_USE))
             continue
         data = notes(node)
         if inside is not None and kind.__name__ == "CheckpointFunctionBackward":
@@ -199,7 +202,9 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         graph.flat = {node: found for node, found in graph.flat.items() if node not in graph.outputs}
     if not graph.losses and not graph.outputs:
         graph.outputs, graph.flat = graph.flat, {}
-    if graph.outside:
+    if graph.unseen and any(recording.differentiated for recording in graph.recordings):
+        _inside(graph, roots, curvature)
+    elif graph.outside:
         above: Above | Differentiated = taps_above(roots)
         if isinstance(above, Above) and (above.inner or any(map(transformed, graph.outside))):
             within = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
@@ -213,6 +218,14 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         graph.taps = above.taps + graph.taps
         graph.refused = above.refused
     return graph
+
+
+def _inside(graph: Graph, roots: Sequence[Node], curvature: bool) -> None:
+    """Forward takes derivatives itself: what these use of parameters."""
+    found = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
+    graph.unseen = [(leaf, where) for leaf, where in graph.unseen if where != OWN_USE]
+    graph.within, graph.taps, graph.refused = True, found.taps + graph.taps, found.refused
+    _of_residuals(graph, found, roots, curvature)
 
 
 def _of_residuals(graph: Graph, found: Differentiated, roots: Sequence[Node], curvature: bool) -> None:

@@ -220,6 +220,7 @@ class Recording:
         number: how many were begun before.
         place: its first sample among those of all forward passes, and their number, if these count as
             further samples.
+        differentiated: whether forward takes derivatives, whose graphs use parameters again.
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
@@ -238,6 +239,7 @@ class Recording:
     sizes: frozenset[int] = frozenset()
     doubted: bool = False
     doubt: torch.Size | None = None
+    differentiated: bool = False
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None
