@@ -234,9 +234,16 @@ def mlp(activation: nn.Module, width: int = 4, out: int = 1, inputs: int = 2) ->
     return model
 
 
+def signals() -> nn.Module:
+    return nn.Sequential(
+        *(nn.ConvTranspose1d(2, 3, 3, stride=2), nn.Tanh(), nn.Conv1d(3, 4, 3, stride=2)),
+        *(nn.Softplus(), nn.Flatten(), nn.LazyLinear(1)),
+    )
+
+
 def images(**options: Any) -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(2, 3, 3, **options), nn.LeakyReLU(0.2), nn.Conv2d(3, 2, 2), nn.Softplus()),
+        *(nn.Conv2d(2, 4, 3, **options), nn.LeakyReLU(0.2), nn.Conv2d(4, 2, 2), nn.Softplus()),
         *(nn.Flatten(), nn.LazyLinear(1)),
     )
 
@@ -259,6 +266,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Problem, tuple[int, ...]]] = {
     "penalty-points": (lambda: mlp(nn.Tanh()), penalty, (5, 3, 2)),
     "penalty-images": (lambda: images(stride=2, padding=1), penalty, (3, 2, 6, 6)),
     "penalty-images-dilated": (lambda: images(dilation=2), penalty, (3, 2, 7, 7)),
+    "penalty-images-groups": (lambda: images(groups=2, stride=3), penalty, (3, 2, 8, 8)),
+    "penalty-signals": (signals, penalty, (3, 2, 5)),
     "score": (lambda: mlp(nn.Tanh(), out=2), score, (5, 2)),
     "sliced": (lambda: mlp(nn.Tanh()), sliced, (5, 2)),
     "jvp": (lambda: mlp(nn.Tanh()), by_jvp, (5, 2)),
@@ -457,6 +466,35 @@ def test_a_loss_that_mixes_samples() -> None:
     factor = 2 * shares(model, X).mean().item() / len(X)
     for name, g in by_loop(model, shares, X).items():
         torch.testing.assert_close(model.get_parameter(name).grad_batch, factor * g)
+
+
+@pytest.mark.parametrize("kind", ["permuted", "matrix", "index"])
+def test_graphs_that_differ_in_values_only(kind: str) -> None:
+    """What is remembered of a graph must not be taken for another one's."""
+    N, model = 4, mlp(nn.Tanh())
+    X = torch.rand((N, N, 2) if kind == "permuted" else (N, 2))
+    weights = torch.arange(1.0, N + 1).unsqueeze(1)
+    places = [torch.eye(N), torch.eye(N)[[2, 0, 3, 1]]]
+    orders = [(1, 0, 2), (0, 1, 2)]
+
+    def shares(model: nn.Module, turn: int) -> tuple[Tensor, Tensor]:
+        """What is summed up, in whatever order, and the same by samples, ``[N]``."""
+        x = X.clone().requires_grad_()
+        du = grad(model(x), x)
+        if kind == "permuted":
+            moved = du.permute(orders[turn]).square()
+            return moved * weights, (moved * weights).permute(orders[turn]).sum((1, 2))
+        moved = places[turn] @ du if kind == "matrix" else du[places[turn].argmax(1)]
+        return moved.square() * weights, places[turn].T @ (moved.square() * weights).sum(1)
+
+    plain = copy.deepcopy(model)
+    extend(model)
+    for turn in (0, 1, 0):
+        with backpack(BatchGrad()):
+            shares(model, turn)[0].sum().backward()
+        for n, share in enumerate(shares(plain, turn)[1]):
+            (wanted,) = torch.autograd.grad(share, plain[2].weight, retain_graph=True)
+            torch.testing.assert_close(model[2].weight.grad_batch[n], wanted)
 
 
 def test_a_derivative_that_mixes_samples() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph import followed
 from backpack.graph.nodes import children_of, upwards
 from backpack.graph.recognised import outputs_at
 from backpack.graph.scaling import Scale, Starts, agree, along, mask_of, powers, pulled
@@ -84,6 +85,7 @@ def due(graph: Graph, mode: Mode) -> bool:
 def forget() -> None:
     """Certify every graph anew."""
     _passes.clear()
+    followed.forget()
 
 
 def certify(graph: Graph, name: Named) -> list[Tap]:

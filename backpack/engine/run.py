@@ -186,7 +186,8 @@ class Run:
         exts = self.block.owner.extensions
         curvature = any(ext.source.second_order for ext in exts)
         with Nested(self.block):
-            graph = survey(roots, curvature)
+            anew = self.block.owner.certify == "always"
+            graph = survey(roots, curvature, anew)
             if self.block.owner.forwards == "further" and graph.transformed:
                 raise RuntimeError(
                     "with forwards='further' the samples of a forward pass inside of a transform "
@@ -198,7 +199,7 @@ class Run:
                 self.groups = groups_below(roots)
                 if self.block.owner.forwards == "further":
                     number_further(self.groups)
-                    return survey(roots, curvature)
+                    return survey(roots, curvature, anew)
                 if any(ext.per_sample for ext in exts):
                     refuse_open(roots, self.groups)
             return graph

@@ -21,7 +21,9 @@ from backpack.rules.base import RULES
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, entering
 
+# By the number of axes of what they take.
 _CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+_TRANSPOSED = {3: torch.conv_transpose1d, 4: torch.conv_transpose2d, 5: torch.conv_transpose3d}
 
 
 def source_of(node: Node, number: int, place: int, axis: SampleAxis) -> Source:
@@ -64,6 +66,8 @@ def _by_rule(
             return None
         scale = 1 if kind == "Mm" else node._saved_alpha
         return _asked(torch.mm, axis, x, 1, _stand_in(x, shape), scale)
+    if kind == "ConvolutionBackward" and axis.dim == 0 and place == 2:
+        return _convolution_backward(node, axis)
     if kind == "Convolution" and not node._saved_transposed and axis.dim == 0:
         x, weight = node._saved_input, node._saved_weight
         function = _CONVOLUTIONS.get(x.dim())
@@ -73,6 +77,24 @@ def _by_rule(
         bias = weight.new_empty(len(weight))
         return _asked(function, axis, x, place, weight, 1, bias, *options)
     return None
+
+
+def _convolution_backward(node: Any, axis: SampleAxis) -> Callable[[Tensor], Form] | None:
+    """The weight's form of the gradient in a convolution's input: itself a convolution.
+
+    Of the transposed kind, if the convolution was not, with ``grad_output`` as its input.
+    """
+    g, weight, x = node._saved_grad_output, node._saved_weight, node._saved_input
+    function = (_CONVOLUTIONS if node._saved_transposed else _TRANSPOSED).get(g.dim())
+    if function is None:
+        return None
+    stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
+    groups = node._saved_groups
+    if node._saved_transposed:
+        return _asked(function, axis, g, 1, weight, 1, None, stride, padding, dilation, groups)
+    sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    rest = tuple(n - (m - 1) * s + 2 * p - d * (k - 1) - 1 for n, m, k, s, p, d in sizes)
+    return _asked(function, axis, g, 1, weight, 1, None, stride, padding, rest, groups, dilation)
 
 
 def _stand_in(x: Tensor, shape: torch.Size) -> Tensor:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.differentiated import Differentiated, named
+from backpack.graph.differentiated import Differentiated
+from backpack.graph.followed import axis_named
 from backpack.graph.nodes import children_of
 from backpack.graph.recognised import outputs_at, recognised
 from backpack.graph.taps import LOSS, TAPS, LossRecord, ModelOutput, notes
@@ -48,7 +49,7 @@ def residuals(found: Differentiated, roots: Sequence[GradientEdge]) -> Residuals
         seen.add(node)
         record = notes(node).get(LOSS) or recognised(node)
         if record is not None and region.taps[record.edge.node]:
-            record.locate(named(region, record.edge))
+            record.locate(axis_named(region, record.edge))
             if record.known is not None:
                 losses[node] = record, {}
                 continue

@@ -121,10 +121,11 @@ class Graph:
         return outputs, absorbed
 
 
-def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
+def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) -> Graph:
     """Walk the graph below ``roots``, where a backward pass starts or has arrived.
 
-    Without ``curvature`` losses are not asked for their Hessian.
+    Without ``curvature`` losses are not asked for their Hessian. With ``anew`` nothing is remembered of
+    other graphs.
     """
     graph = Graph()
     kinds, nodes, recordings, tapped = graph.kinds, graph.nodes, graph.recordings, set[Node]()
@@ -203,11 +204,11 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     if not graph.losses and not graph.outputs:
         graph.outputs, graph.flat = graph.flat, {}
     if graph.unseen and any(recording.differentiated for recording in graph.recordings):
-        _inside(graph, roots, curvature)
+        _inside(graph, roots, curvature, anew)
     elif graph.outside:
         above: Above | Differentiated = taps_above(roots)
         if isinstance(above, Above) and (above.inner or any(map(transformed, graph.outside))):
-            within = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
+            within = taps_in_derivatives([GradientEdge(root, 0) for root in roots], anew)
             above = within if above.inner or within.taps or within.refused else above
         if isinstance(above, Differentiated):
             graph.within = True
@@ -220,9 +221,9 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
     return graph
 
 
-def _inside(graph: Graph, roots: Sequence[Node], curvature: bool) -> None:
+def _inside(graph: Graph, roots: Sequence[Node], curvature: bool, anew: bool) -> None:
     """Forward takes derivatives itself: what these use of parameters."""
-    found = taps_in_derivatives([GradientEdge(root, 0) for root in roots])
+    found = taps_in_derivatives([GradientEdge(root, 0) for root in roots], anew)
     graph.unseen = [(leaf, where) for leaf, where in graph.unseen if where != OWN_USE]
     graph.within, graph.taps, graph.refused = True, found.taps + graph.taps, found.refused
     _of_residuals(graph, found, roots, curvature)
