@@ -45,6 +45,7 @@ __all__ = [
     "tree_unflatten",
     "uncompiled",
     "uncompiled_calls",
+    "unwrapped",
     "without_torch_function",
 ]
 
@@ -77,6 +78,13 @@ pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 def in_transform() -> bool:
     """Whether the code that asks runs inside of a transform of ``torch.func``."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that transforms have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def rows_in_transform(tensor: Tensor) -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -767,6 +769,51 @@ def test_curvature_that_is_refused(quantity: Any, loss: Callable[[Tensor], Tenso
     for p in model.parameters():
         assert not hasattr(p, field)
         assert hasattr(p, "grad_batch") == (p.grad is not None)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_tasks_in_a_transform(beside: bool) -> None:
+    """Each task takes a step of its own; the parameters of its second pass are made from the first."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    tasks = torch.rand(3, 5, 3)
+
+    def loss(parameters: dict[str, Tensor], task: Tensor) -> Tensor:
+        out = torch.func.functional_call(model, parameters, (task[:, :2],))
+        return (out - task[:, 2:]).square().mean()
+
+    def share(task: Tensor) -> Tensor:
+        parameters = dict(model.named_parameters())
+        slopes = torch.func.grad(loss)(parameters, task)
+        return loss({key: p - 0.1 * slopes[key] for key, p in parameters.items()}, task)
+
+    def total() -> Tensor:
+        shares = torch.func.vmap(share)(tasks)
+        return shares.sum() + (model(tasks[:, 0, :2]).square().sum() if beside else 0)
+
+    rows = []
+    for task in tasks:
+        value = share(task) + (model(task[:1, :2]).square().sum() if beside else 0)
+        rows.append(torch.autograd.grad(value, list(model.parameters())))
+    extend(model)
+    with backpack(*first_order()):
+        total().backward()
+    names = [name for name, _ in model.named_parameters()]
+    wanted = {name: torch.stack(g) for name, g in zip(names, zip(*rows, strict=True), strict=True)}
+    assert_first_order(model, wanted)
+
+
+def test_page() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "derivatives.md").read_text()
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, Any] = {}
+    shapes = []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+        here = re.findall(r"^(\S+\.shape)  # (\[.*?\])", block, re.MULTILINE)
+        shapes += [(str(list(eval(found, names))), shape) for found, shape in here]
+        if "kfac" in block:
+            assert [factor.shape for factor in names["model"][2].weight.kfac] == [(16, 16), (16, 16)]
+    assert len(shapes) == 2 and all(found == shape for found, shape in shapes)
 
 
 def test_hessian_products() -> None:
