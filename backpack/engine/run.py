@@ -37,6 +37,7 @@ from backpack.graph.forwards import (
     number_further,
     refuse_open,
     several_forwards,
+    unseen_group,
 )
 from backpack.graph.survey import Graph, survey
 from backpack.graph.taps import LossRecord, Source, Tap
@@ -188,16 +189,11 @@ class Run:
         with Nested(self.block):
             anew = self.block.owner.certify == "always"
             graph = survey(roots, curvature, anew)
-            if self.block.owner.forwards == "further" and graph.transformed:
-                raise RuntimeError(
-                    "with forwards='further' the samples of a forward pass inside of a transform "
-                    "(torch.func.jvp, grad, vmap, ...) cannot be counted; take derivatives with "
-                    "torch.autograd.grad(..., create_graph=True) or torch.autograd.forward_ad, or call "
-                    "backward for each forward pass"
-                )
-            if self.block.owner.forwards != "same" and several_forwards(graph):
+            several = several_forwards(graph) or bool(graph.transformed)
+            if self.block.owner.forwards != "same" and several:
                 self.groups = groups_below(roots)
                 if self.block.owner.forwards == "further":
+                    self.groups += unseen_group(graph)
                     number_further(self.groups)
                     return survey(roots, curvature, anew)
                 if any(ext.per_sample for ext in exts):

@@ -24,7 +24,7 @@ from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import kind_of
 from backpack.graph.region import Region
 from backpack.graph.scaling import Starts
-from backpack.graph.taps import TAPS, Tap, notes
+from backpack.graph.taps import TAPS, Recording, Tap, notes
 
 Refused = list[tuple[Tensor, str, str]]
 
@@ -38,6 +38,7 @@ class Differentiated(NamedTuple):
         region: the nodes below the roots.
         starts: where samples are last apart.
         coupled: whether that is below a curved operation, which couples samples.
+        transformed: forward passes inside of transforms, of those that depend on no other.
     """
 
     taps: list[tuple[Node, Tap]]
@@ -45,6 +46,7 @@ class Differentiated(NamedTuple):
     region: Region
     starts: Starts = ()
     coupled: bool = False
+    transformed: Sequence[Recording] = ()
 
 
 def taps_in_derivatives(roots: Sequence[GradientEdge], anew: bool = False) -> Differentiated:
@@ -56,7 +58,8 @@ def taps_in_derivatives(roots: Sequence[GradientEdge], anew: bool = False) -> Di
     known = follow(region, roots, anew)
     starts = starts_of(region, known)
     coupled = any(j in known.bent for j, _ in known.starts)
-    found = Differentiated([], [], region, starts, coupled)
+    unseen = [region.recordings[known.starts[place][0]] for place in known.unseen]  # type: ignore[index]
+    found = Differentiated([], [], region, starts, coupled, unseen)
     if not starts:
         every = {leaf for node in region.order for leaf in region.own[node]}
         found.refused.extend((leaf, "its use", "where samples are not apart") for leaf in every)

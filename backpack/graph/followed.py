@@ -41,6 +41,7 @@ class Followed:
         axes: the sample axes of places below that reach parameters other than through a tap.
         arrived: those of them at which cotangents arrive.
         bent: nodes below a curved operation that couples samples.
+        unseen: those starts that depend on passes inside of transforms only.
         mixed: taps of the model in whose rows several samples are mixed.
         certain: whether no other axis fits as well.
         uses: for how many passes it has served.
@@ -50,6 +51,7 @@ class Followed:
     axes: dict[Place, Candidate | None] = field(default_factory=dict)
     arrived: set[Place] = field(default_factory=set)
     bent: set[int] = field(default_factory=set)
+    unseen: list[Place] = field(default_factory=list)
     mixed: list[Place] = field(default_factory=list)
     certain: bool = True
     uses: int = 0
@@ -140,6 +142,8 @@ class _Follower:
                 continue
             axis = found.starts.get(key) or self._named(edge)
             if axis is not None:
+                if key not in found.starts and not any(TAPS in notes(n) for n in region.taps[node]):
+                    found.unseen.append(key)
                 found.starts[key] = axis
             else:
                 curved = curved or region.bends(node)
@@ -149,18 +153,24 @@ class _Follower:
     def _named(self, edge: GradientEdge) -> Candidate | None:
         """The axis on which a tensor's rows depend on rows of the same samples at all taps below.
 
-        At a product with constants these may be on any axis.
+        At a product with constants these may be on any axis. If there are only such products, rows
+        are those of a pass inside of a transform, one for each sample.
         """
         region = self.region
         shape = shape_at(edge.node, edge.output_nr)
         candidates = list(region.axes(shape)) if prod(shape) else []
         places: list[tuple[GradientEdge, list[SampleAxis]]] = []
+        seen = False
         for node in region.taps[edge.node]:
             taps = [tap for tap in notes(node).get(TAPS, ()) if not tap.batch.lost]
             places += [(GradientEdge(node, tap.place), [tap.batch]) for tap in taps]
+            seen = seen or TAPS in notes(node)
             if TAPS not in notes(node):
                 own = [region.among_all(each) for each in region.axes(shape_at(node, 0))]
                 places.append((GradientEdge(node, 0), own))
+        if not seen:
+            first = len(region.recordings) - len(region.transformed)
+            candidates = [each for each in candidates if each[0] >= first and each[1].plain]
         if not candidates or not places:
             return None
         targets = [place for place, _ in places]
@@ -210,7 +220,8 @@ class _Follower:
             for candidate in region.axes(before.shape)
             if agree(before, after, along(region.among_all(candidate), before, powers))
         ]
-        self.found.certain &= some and len(fitting) < 2
+        axes = [region.among_all(candidate) for candidate in fitting]
+        self.found.certain &= some and all(axis.agrees(axes[0]) for axis in axes)
         return fitting[0] if fitting else None
 
 

@@ -36,8 +36,8 @@ class Region:
         own: parameters that a node reaches other than through a tap.
         taps: the first taps below a node, its own if it has any, and other products of data.
         numbers: which outputs of a node are used.
-        recordings: forward passes that number samples in ways of their own.
-        transformed: passes inside of transforms, by their ids.
+        recordings: forward passes that number samples in ways of their own, and those below.
+        transformed: those of them that were inside of transforms, as far as is known.
     """
 
     def __init__(self, roots: Sequence[GradientEdge]) -> None:
@@ -56,12 +56,13 @@ class Region:
             for node in self.order
             for tap in notes(node).get(TAPS, ())
         }
-        passes = (transformed(leaf) for leaf in set[Tensor]().union(*self.own.values()))
-        self.transformed = {id(each): each for each in passes if each is not None}
-        if any(recording.place is not None for recording in found.values()):
-            self.transformed = {}  # whose samples cannot be among those of all passes
-        found |= {(each.size, None): each for each in self.transformed.values()}
         self.recordings: list[Recording] = list(found.values())
+        passes = [p for leaf in set[Tensor]().union(*self.own.values()) for p in transformed(leaf)]
+        counted = any(recording.place is not None for recording in self.recordings)
+        self.transformed = list({id(p): p for p in passes}.values())
+        # Where samples are counted over several passes, those that are not cannot be among them.
+        self.transformed = [p for p in self.transformed if not counted or p.place is not None]
+        self.recordings += self.transformed
         for node in self.order:
             if TAPS not in notes(node):
                 below = (self.taps[child] for child in children_of(node))

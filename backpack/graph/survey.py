@@ -55,7 +55,8 @@ class Graph:
         recordings: the forward passes they belong to.
         within: whether the loss contains derivatives of a model, or other things from inside of it.
         starts: if so, where samples are last apart below the root.
-        transformed: if so, forward passes inside of transforms (``torch.func``) that may take part.
+        transformed: if so, those forward passes inside of transforms (``torch.func``), once for each
+            such place that depends on no other pass.
         coupled: if so, whether a curved operation above couples samples.
         kinds: kinds of all nodes, in the order in which they were seen.
     """
@@ -232,7 +233,7 @@ def _inside(graph: Graph, roots: Sequence[Node], curvature: bool, anew: bool) ->
 def _of_residuals(graph: Graph, found: Differentiated, roots: Sequence[Node], curvature: bool) -> None:
     """The losses of a graph that contains derivatives of a model are those of residuals."""
     graph.outputs, graph.flat, graph.losses, graph.upper, graph.bare = {}, {}, {}, {}, False
-    graph.transformed = list(found.region.transformed.values())
+    graph.transformed = list(found.transformed)
     graph.recordings += graph.transformed
     graph.starts, graph.coupled = found.starts, found.coupled
     if curvature:

@@ -7,26 +7,30 @@ import weakref
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backpack._torch import unwrapped
+from backpack._torch import leaf_of, unwrapped
+from backpack.graph.nodes import walk
 from backpack.graph.taps import Recording
 
-# Of each parameter the last such pass of its model.
+# Of each parameter the last such passes of its model, one for each number of samples.
+_CAPACITY = 8
 _passes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# The last one of all: its parameters may be made from others (``torch.func.functional_call``).
-_last: list[Recording] = []
 
 
 def note_transformed(module: nn.Module, size: int | None) -> None:
     """An extended model is called inside of a transform, for so many samples."""
     recording = Recording(weakref.ref(module), size)
-    _last[:] = [recording]
-    for parameter in module.parameters():
-        _passes[unwrapped(parameter)] = recording
+    # What the module computes with may be made from others (``torch.func.functional_call``).
+    used = [unwrapped(parameter) for parameter in module.parameters()]
+    made = walk({tensor.grad_fn for tensor in used if tensor.grad_fn is not None})
+    for leaf in (*(t for t in used if t.grad_fn is None), *(leaf_of(node) for node in made)):
+        if leaf is not None:
+            passes = _passes.setdefault(leaf, {})
+            passes.pop(size, None)
+            passes[size] = recording
+            if len(passes) > _CAPACITY:
+                del passes[next(iter(passes))]
 
 
-def transformed(parameter: Tensor) -> Recording | None:
-    """The last pass of a parameter's model inside of a transform; of others the last one of all."""
-    found: Recording | None = _passes.get(parameter)
-    if found is None and _last and _last[0].module() is not None:
-        return _last[0]
-    return found
+def transformed(parameter: Tensor) -> list[Recording]:
+    """The last passes of a parameter's model inside of transforms, of different numbers of samples."""
+    return list(_passes.get(parameter, {}).values())
