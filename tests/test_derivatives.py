@@ -270,6 +270,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Problem, tuple[int, ...]]] = {
     "penalty-images-dilated": (lambda: images(dilation=2), penalty, (3, 2, 7, 7)),
     "penalty-images-groups": (lambda: images(groups=2, stride=3), penalty, (3, 2, 8, 8)),
     "penalty-signals": (signals, penalty, (3, 2, 5)),
+    "penalty-linear": (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), penalty, (5, 2)),
+    "sobolev-linear": (lambda: nn.Linear(2, 1), sobolev, (3, 2)),
     "score": (lambda: mlp(nn.Tanh(), out=2), score, (5, 2)),
     "sliced": (lambda: mlp(nn.Tanh()), sliced, (5, 2)),
     "jvp": (lambda: mlp(nn.Tanh()), by_jvp, (5, 2)),
@@ -405,9 +407,10 @@ def test_loop_over_samples() -> None:
     assert_first_order(model, wanted)
 
 
-def test_weight_decay_beside() -> None:
+@pytest.mark.parametrize("name", ["poisson-tanh", "penalty-linear", "jvp"])
+def test_weight_decay_beside(name: str) -> None:
     """What meets no data is no sample's share."""
-    model, shares, X = make("poisson-tanh")
+    model, shares, X = make(name)
     wanted = by_loop(model, shares, X)
     extend(model)
     with backpack(*first_order()):
@@ -416,6 +419,27 @@ def test_weight_decay_beside() -> None:
     for name, g in wanted.items():
         torch.testing.assert_close(model.get_parameter(name).grad_batch, g)
         torch.testing.assert_close(model.get_parameter(name).variance, g.var(0, unbiased=False))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("by", ["grad", "jvp"])
+def test_derivatives_that_are_constant(by: str, size: int) -> None:
+    """A linear critic has the same slope everywhere: each sample has its share of what it costs."""
+    model, X = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.rand(size, 2)
+
+    def penalty(X: Tensor) -> Tensor:
+        if by == "jvp":
+            return torch.func.jvp(model, (X,), (torch.ones_like(X),))[1].square().sum(1)
+        X = X.clone().requires_grad_()
+        return (grad(model(X), X).norm(dim=1) - 1).square()
+
+    wanted = by_loop(model, lambda model, X: penalty(X), X)
+    extend(model)
+    with backpack(*first_order()):
+        penalty(X).sum().backward()
+    assert_first_order(model, wanted)
+    with backpack(BatchGrad()), pytest.warns(UserWarning, match="no extended model"):
+        sum(p.square().sum() for p in model.parameters()).backward()
 
 
 def test_single_precision() -> None:

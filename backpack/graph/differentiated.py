@@ -61,7 +61,8 @@ def taps_in_derivatives(roots: Sequence[GradientEdge], anew: bool = False) -> Di
     unseen = [region.recordings[known.starts[place][0]] for place in known.unseen]  # type: ignore[index]
     found = Differentiated([], [], region, starts, coupled, unseen)
     if not starts:
-        every = {leaf for node in region.order for leaf in region.own[node]}
+        data = [node for node in region.order if region.taps[node]]
+        every = {leaf for node in data for leaf in region.own[node]}
         found.refused.extend((leaf, "its use", "where samples are not apart") for leaf in every)
         return found
     for node in region.order:

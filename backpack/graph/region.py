@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._torch import leaf_of
 from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
 from backpack.graph.taps import TAPS, Recording, notes
-from backpack.graph.transformed import transformed
+from backpack.graph.transformed import differentiated, transformed
 from backpack.samples.axis import MARK, SampleAxis, regular_axis
 
 # Products, and the place of the first of the two among their arguments.
@@ -37,7 +37,7 @@ class Region:
         taps: the first taps below a node, its own if it has any, and other products of data.
         numbers: which outputs of a node are used.
         recordings: forward passes that number samples in ways of their own, and those below.
-        transformed: those of them that were inside of transforms, as far as is known.
+        transformed: those that nobody has seen, as far as is known of them.
     """
 
     def __init__(self, roots: Sequence[GradientEdge]) -> None:
@@ -57,7 +57,8 @@ class Region:
             for tap in notes(node).get(TAPS, ())
         }
         self.recordings: list[Recording] = list(found.values())
-        passes = [p for leaf in set[Tensor]().union(*self.own.values()) for p in transformed(leaf)]
+        leaves = set[Tensor]().union(*self.own.values())
+        passes = [p for leaf in leaves for p in (*transformed(leaf), *differentiated(leaf))]
         counted = any(recording.place is not None for recording in self.recordings)
         self.transformed = list({id(p): p for p in passes}.values())
         # Where samples are counted over several passes, those that are not cannot be among them.

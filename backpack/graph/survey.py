@@ -26,7 +26,7 @@ from backpack.graph.taps import (
     Tap,
     notes,
 )
-from backpack.graph.transformed import transformed
+from backpack.graph.transformed import differentiated, transformed
 
 # Where a parameter is met that no tap is about.
 OWN_USE = "its use"
@@ -55,7 +55,7 @@ class Graph:
         recordings: the forward passes they belong to.
         within: whether the loss contains derivatives of a model, or other things from inside of it.
         starts: if so, where samples are last apart below the root.
-        transformed: if so, those forward passes inside of transforms (``torch.func``), once for each
+        transformed: if so, forward passes that nobody has seen (inside of transforms), once for each
             such place that depends on no other pass.
         coupled: if so, whether a curved operation above couples samples.
         kinds: kinds of all nodes, in the order in which they were seen.
@@ -208,7 +208,7 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
         _inside(graph, roots, curvature, anew)
     elif graph.outside:
         above: Above | Differentiated = taps_above(roots)
-        if isinstance(above, Above) and (above.inner or any(map(transformed, graph.outside))):
+        if isinstance(above, Above) and (above.inner or _may_be_data(graph.outside)):
             within = taps_in_derivatives([GradientEdge(root, 0) for root in roots], anew)
             above = within if above.inner or within.taps or within.refused else above
         if isinstance(above, Differentiated):
@@ -220,6 +220,11 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
         graph.taps = above.taps + graph.taps
         graph.refused = above.refused
     return graph
+
+
+def _may_be_data(outside: Iterable[Tensor]) -> bool:
+    """Whether parameters that enter above the outputs may meet data that nobody has seen."""
+    return any(transformed(leaf) or differentiated(leaf) for leaf in outside)
 
 
 def _inside(graph: Graph, roots: Sequence[Node], curvature: bool, anew: bool) -> None:
