@@ -213,14 +213,18 @@ class _Follower:
     def _axis(self, node: Node, before: Tensor, after: Tensor) -> Candidate | None:
         """The axis of a cotangent with a number for each sample; ``None`` if they are not apart."""
         region, some = self.region, bool(before.any())
-        if not region.taps[node] and (max(r.size or 0 for r in region.recordings) <= 1 or not some):
-            return None  # made from parameters only: nothing tells that its entries are rows
+        # Nothing tells that the entries of what is made from parameters only are rows.
+        constant, several = not region.taps[node], max(r.size or 0 for r in region.recordings) > 1
+        if constant and (not several or not some or node in region.shared):
+            return None
         fitting = [
             candidate
             for candidate in region.axes(before.shape)
             if agree(before, after, along(region.among_all(candidate), before, powers))
         ]
         axes = [region.among_all(candidate) for candidate in fitting]
+        if constant and axes and (axes[0].size == 1 or axes[0].solo is not None):
+            return None
         self.found.certain &= some and all(axis.agrees(axes[0]) for axis in axes)
         return fitting[0] if fitting else None
 

@@ -33,6 +33,7 @@ class Region:
     Attributes:
         order: all of them, those below first.
         index: their numbers in that order.
+        shared: nodes through which taps reach parameters, which are their business.
         own: parameters that a node reaches other than through a tap.
         taps: the first taps below a node, its own if it has any, and other products of data.
         numbers: which outputs of a node are used.
@@ -49,6 +50,7 @@ class Region:
         self.order = upwards((root.node for root in roots), _below)
         self.index = {node: j for j, node in enumerate(self.order)}
         self.inputs = _inputs(self.order)
+        self.shared = _of_taps(self.order)
         for node in self.order:
             self._enter(node)
         found = {
@@ -136,6 +138,22 @@ def _inputs(nodes: Sequence[Node]) -> set[Tensor]:
     leaves = [leaf_of(node) for node in walk(entries, _below)]
     data = {leaf for leaf in leaves if leaf is not None and not isinstance(leaf, nn.Parameter)}
     return data | {leaf for node in nodes if hasattr(leaf := leaf_of(node), MARK)}
+
+
+def _of_taps(nodes: Sequence[Node]) -> set[Node]:
+    """Nodes between taps and their parameters."""
+    found = set[Node]()
+    for node in nodes:
+        taps = notes(node).get(TAPS)
+        if taps:
+            data = {below for tap in taps for below in tap.inputs}
+            stack = [child for child in children_of(node) if child not in data]
+            while stack:
+                here = stack.pop()
+                if here not in found:
+                    found.add(here)
+                    stack += [child for child in children_of(here) if child not in data]
+    return found
 
 
 def shape_at(node: Node, number: int) -> torch.Size:
