@@ -546,6 +546,32 @@ def test_a_derivative_that_mixes_samples() -> None:
     assert not any(hasattr(p, "grad_batch") for p in model.parameters())
 
 
+def test_a_slope_in_another_order() -> None:
+    """Where samples are in no regular order nobody knows whose rows are whose: nothing is guessed."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.scale).sum(1)
+
+    linear, model = Scaled(), mlp(nn.Tanh())
+    X, order = torch.rand(5, 2), torch.tensor([2, 0, 4, 1, 3])
+
+    def shares(X: Tensor, moved: Any, back: Any) -> Tensor:
+        X = X.clone().requires_grad_()
+        slope = grad(linear(X), X)
+        terms = (slope[moved] * grad(model(X), X)[moved]).square().sum(1)
+        return terms[back] + slope.square().sum(1)
+
+    extend(linear), extend(model)
+    with backpack(BatchGrad()), pytest.warns(UserWarning, match="at MulBackward0.*on no axis"):
+        shares(X, order, order.argsort()).sum().backward()
+    assert not hasattr(linear.scale, "grad_batch")
+
+
 def test_a_parameter_where_samples_are_mixed() -> None:
     model, X = mlp(nn.Tanh()), torch.rand(5, 2)
     extend(model)

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._torch import leaf_of
 from backpack.graph.followed import Followed, follow, starts_of
 from backpack.graph.node_rules import source_of
-from backpack.graph.nodes import kind_of
+from backpack.graph.nodes import children_of, kind_of, walk
 from backpack.graph.region import Region
 from backpack.graph.scaling import Starts
 from backpack.graph.taps import TAPS, Recording, Tap, notes
@@ -65,9 +65,10 @@ def taps_in_derivatives(roots: Sequence[GradientEdge], anew: bool = False) -> Di
         every = {leaf for node in data for leaf in region.own[node]}
         found.refused.extend((leaf, "its use", "where samples are not apart") for leaf in every)
         return found
+    apart = _apart(region, known)
     for node in region.order:
         if leaf_of(node) is None and TAPS not in notes(node) and region.own[node]:
-            _look(region, known, node, found)
+            _look(region, known, apart, node, found)
     for j, number in known.mixed:
         for tap in notes(region.order[j])[TAPS]:
             if tap.place == number:
@@ -77,17 +78,29 @@ def taps_in_derivatives(roots: Sequence[GradientEdge], anew: bool = False) -> Di
     return found
 
 
-def _look(region: Region, known: Followed, node: Node, found: Differentiated) -> None:
+def _apart(region: Region, known: Followed) -> set[Node]:
+    """Nodes at which samples are apart, and that are no part of what a tap is about as a whole.
+
+    A tensor made from parameters only is a tap's, with all below it, where samples are not apart in it.
+    """
+    found = {region.order[j] for (j, _), axis in known.axes.items() if axis is not None}
+    covered = region.shared
+    while True:
+        found = {node for node in found if region.taps[node] or node not in covered}
+        uses = [node for node in region.order if region.taps[node] or node in found]
+        whole = {child for node in uses if TAPS not in notes(node) for child in children_of(node)}
+        whole = {child for child in whole if not region.taps[child] and child not in found}
+        if whole <= covered:
+            return found
+        covered = covered.union(walk(whole))
+
+
+def _look(region: Region, known: Followed, apart: set[Node], node: Node, found: Differentiated) -> None:
     """Note the taps at a node, or why there can be none."""
-
-    def apart(here: Node) -> bool:
-        j = region.index[here]
-        return any(known.axes.get((j, number)) is not None for number in region.numbers[here])
-
     places = [
         i
         for i, (child, _) in enumerate(node.next_functions)
-        if child is not None and region.own[child] and not region.taps[child] and not apart(child)
+        if child is not None and region.own[child] and not region.taps[child] and child not in apart
     ]
     if not places:
         return
@@ -97,7 +110,7 @@ def _look(region: Region, known: Followed, node: Node, found: Differentiated) ->
         if region.taps[node] and (j in known.bent or region.bends(node)):
             _refuse(region, node, places, "where samples are summed up or mixed", found)
         return
-    if not region.taps[node] and not apart(node):
+    if not region.taps[node] and node not in apart:
         return  # made from parameters: what uses it is the tap
     for number in numbers:
         candidate = known.axes.get((j, number))

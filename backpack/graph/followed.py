@@ -215,7 +215,7 @@ class _Follower:
         region, some = self.region, bool(before.any())
         # Nothing tells that the entries of what is made from parameters only are rows.
         constant, several = not region.taps[node], max(r.size or 0 for r in region.recordings) > 1
-        if constant and (not several or not some or node in region.shared):
+        if constant and (not several or not some):
             return None
         fitting = [
             candidate
