@@ -31,18 +31,21 @@ __all__ = [
     "current_node",
     "current_task",
     "executes",
+    "in_transform",
     "keeps_graph",
     "leaf_of",
     "pack_padded_sequence",
     "pad_packed_sequence",
     "ran_compiled",
     "reduction_name",
+    "rows_in_transform",
     "static_graphs",
     "storage_users",
     "tree_flatten",
     "tree_unflatten",
     "uncompiled",
     "uncompiled_calls",
+    "unwrapped",
     "without_torch_function",
 ]
 
@@ -70,6 +73,29 @@ without_torch_function: Callable[[], Any] = torch._C.DisableTorchFunction
 # What the functions of these names in ``torch.nn.utils.rnn`` call.
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence
 pad_packed_sequence: Any = torch._VF._pad_packed_sequence
+
+
+def in_transform() -> bool:
+    """Whether the code that asks runs inside of a transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that transforms have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def rows_in_transform(tensor: Tensor) -> int | None:
+    """How many tensors a transform maps over in place of this one; ``None``: over none."""
+    functorch, count = torch._C._functorch, None
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        below = functorch.get_unwrapped(tensor)
+        if functorch.is_batchedtensor(tensor):
+            count = (count or 1) * below.shape[functorch.maybe_get_bdim(tensor)]
+        tensor = below
+    return count
 
 
 def call_at_end(function: Callable[[], None]) -> None:

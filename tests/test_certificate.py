@@ -192,13 +192,13 @@ def test_gradients_of_large_graphs_are_not_held(monkeypatch: pytest.MonkeyPatch)
     """But at the last tap, unless sums of rows differ."""
     monkeypatch.setattr(certificate, "SKETCHED_FROM", -1)
     held: list[int] = []
-    real = certificate._pulled
+    real = certificate.pulled
 
     def pulled(starts: Any, targets: Any, scale: Any) -> Any:
         held.append(len(targets))
         return real(starts, targets, scale)
 
-    monkeypatch.setattr(certificate, "_pulled", pulled)
+    monkeypatch.setattr(certificate, "pulled", pulled)
     run(extend(nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)), nn.Linear(2, 3)).double()))
     assert held == [1, 1]
     held.clear()
@@ -212,9 +212,9 @@ def test_sums_of_rows_are_exact(dtype: torch.dtype) -> None:
     """Numbers of samples leave every digit as it is; one entry that is another's shows."""
     torch.manual_seed(0)
     g, axis = torch.randn(3, 6, 50, dtype=dtype), regular_axis(6, 1)
-    factors = certificate._powers(torch.arange(6), g.real.dtype).reshape(1, -1, 1)
+    factors = certificate.powers(torch.arange(6), g.real.dtype).reshape(1, -1, 1)
     one = certificate._sketch(g, axis, None)
-    assert torch.equal(certificate._sketch(g * factors, axis, certificate._powers), one)
+    assert torch.equal(certificate._sketch(g * factors, axis, certificate.powers), one)
     mixed = g * factors
     mixed[0, 2, 7] = g[0, 2, 7] * factors[0, 3, 0]
-    assert not torch.equal(certificate._sketch(mixed, axis, certificate._powers), one)
+    assert not torch.equal(certificate._sketch(mixed, axis, certificate.powers), one)

@@ -235,22 +235,6 @@ def test_empty_batch_has_no_variance() -> None:
     assert model.weight.variance.isnan().all()
 
 
-@pytest.mark.parametrize("name", ["linear", "conv"])
-def test_penalty_of_a_gradient(name: str) -> None:
-    """Its graph goes through the parameters where there are no taps."""
-    first = {
-        "linear": nn.Linear(3, 4),
-        "conv": nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 3)),
-    }
-    model = extend(nn.Sequential(first[name], nn.Flatten(), nn.Tanh(), nn.Linear(4, 3)))
-    X, lossfunc = torch.randn(4, 3, requires_grad=True), extend(nn.CrossEntropyLoss())
-    loss = lossfunc(model(X), torch.tensor([0, 1, 2, 1]))
-    (gradient,) = torch.autograd.grad(loss, X, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot see"), backpack(BatchGrad()):
-        (loss + gradient.square().sum()).backward()
-    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
-
-
 def test_weight_decay_in_the_loss_is_left_out(data) -> None:
     X, y = data
     model, lossfunc = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())

@@ -97,9 +97,22 @@ class Uses(nn.Module):
             return out, (x @ self.l.weight.t()).square().sum()
 
 
-@pytest.mark.parametrize("kind", ["mapped", "unseen"])
-def test_what_nobody_saw_is_no_penalty(kind: str) -> None:
-    model = extend(Uses(kind))
+def test_what_a_transform_maps_over_samples_is_theirs() -> None:
+    model = Uses("mapped")
+    shares = []
+    for n in range(len(X)):
+        out, term = model(X[n : n + 1])
+        share = F.cross_entropy(out, Y[n : n + 1]) / len(X) + term
+        shares.append(torch.autograd.grad(share, model.l.weight)[0])
+    extend(model)
+    with backpack(E.BatchGrad()):
+        out, term = model(X)
+        (F.cross_entropy(out, Y) + term).backward()
+    torch.testing.assert_close(model.l.weight.grad_batch, torch.stack(shares))
+
+
+def test_what_nobody_saw_is_no_penalty() -> None:
+    model = extend(Uses("unseen"))
     with pytest.raises(RuntimeError, match="cannot see"), backpack(E.BatchGrad()):
         out, penalty = model(X)
         (F.cross_entropy(out, Y) + penalty).backward()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
-from backpack._torch import called_compiled
+from backpack._torch import called_compiled, in_transform, rows_in_transform
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
@@ -28,6 +28,7 @@ from backpack.graph.taps import (
     Recording,
     notes,
 )
+from backpack.graph.transformed import note_transformed
 from backpack.samples.axis import (
     MADE,
     SampleAxis,
@@ -51,6 +52,9 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     if torch.compiler.is_compiling():  # first of all, so that nothing else is traced
         return
     recorder = _state.recorder
+    if recorder is not None and recorder.live and in_transform():
+        recorder.recording.differentiated = True
+        return _note_transformed(recorder.recording.module(), args, kwargs)
     if recorder is not None:
         recording = recorder.recording
         if recording.module() is module:
@@ -66,6 +70,9 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         _forget()
     if not _recordable():
         return
+    if in_transform():
+        root = "_backpack_root" in module.__dict__
+        return _note_transformed(module if root else None, args, kwargs)
     _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
@@ -73,6 +80,18 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     current_inputs.ids = frozenset(map(id, recording.arguments))
     _state.recorder = Recorder(recording, after_forward)
     _state.recorder.__enter__()
+
+
+def _note_transformed(module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A call inside of a transform of ``torch.func``: only the number of samples is noted."""
+    if module is None:
+        return
+    data = next(flatten((*args, *kwargs.values())), None)
+    dim = module.__dict__.get("_backpack_batch_dim", 0)
+    size = None if data is None else rows_in_transform(data)
+    if data is not None and size is None and data.dim() > dim:
+        size = data.shape[dim]
+    note_transformed(module, size)
 
 
 def _axes_of_inputs(

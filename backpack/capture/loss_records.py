@@ -16,6 +16,7 @@ from backpack.graph.taps import (
     Recording,
     notes,
 )
+from backpack.graph.transformed import note_differentiated
 from backpack.losses.base import LOSSES, LossHessian
 from backpack.samples.axis import SampleAxis
 
@@ -100,4 +101,6 @@ def _widened(x: Any) -> Any:
 
 
 def on_backward(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
+    if torch.is_grad_enabled() and recording.taps:
+        note_differentiated(recording)
     reached(recording, loss, grads)

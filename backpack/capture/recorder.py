@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack._torch import pack_padded_sequence, pad_packed_sequence, uncompiled_calls
+from backpack._torch import in_transform, pack_padded_sequence, pad_packed_sequence, uncompiled_calls
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, note_own, tensors_in
 from backpack.graph.taps import (
@@ -91,7 +91,7 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.live:
+        if not self.live or in_transform():
             return func(*args, **kwargs) if kwargs else func(*args)
         route = _ROUTES.get(func)
         if route is not None:
@@ -255,6 +255,22 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             self.recording.entries.add(get_gradient_edge(x).node)
         return out
 
+    def _differentiate(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``torch.autograd.grad``: a gradient's rows are taken for those of what it is about.
+
+        That is tried out when backward starts, with what it uses of parameters
+        (:mod:`backpack.graph.differentiated`).
+        """
+        out = func(*args, **kwargs)
+        self.recording.differentiated = True
+        inputs = args[1] if len(args) > 1 else kwargs.get("inputs", ())
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        for given, gradient in zip(inputs, out, strict=False):
+            axis = sample_axis_of(given) if isinstance(given, Tensor) else None
+            if axis is not None and isinstance(gradient, Tensor) and not axis.bare:
+                mark(gradient, axis.moved(axis.dim + gradient.dim() - given.dim()))
+        return out
+
     def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Packing and padding of sequences: of the results only the first is data."""
         out = func(*args, **kwargs)
@@ -343,5 +359,6 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(OPENED, Recorder._open),
     _DATA: Recorder._data,
     **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), Recorder._begins),  # type: ignore[attr-defined]
+    torch.autograd.grad: Recorder._differentiate,
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Recorder._pack),
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from backpack._torch import (
@@ -304,6 +305,12 @@ class _Watch(TorchFunctionMode):
             if batched or any(isinstance(t, Tensor) and t.dim() for t in outputs):
                 mark_used(self.block.thread)
                 # A Jacobian or Hessian product, not the gradient of a loss.
+                with Nested(self.block):
+                    return func(*args, **kwargs)
+            if kwargs.get("create_graph", args[4] if len(args) > 4 else False) and all(
+                isinstance(t, Tensor) and not isinstance(t, Parameter) for t in inputs
+            ):
+                # A derivative in the model's inputs, which the loss is going to contain.
                 with Nested(self.block):
                     return func(*args, **kwargs)
             wanted = {t for t in inputs if isinstance(t, Tensor)}

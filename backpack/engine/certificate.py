@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack.graph import followed
 from backpack.graph.carry import bytes_at
 from backpack.graph.nodes import children_of, upwards
 from backpack.graph.recognised import outputs_at
+from backpack.graph.scaling import Scale, Starts, agree, along, mask_of, powers, pulled
 from backpack.graph.survey import Graph
 from backpack.graph.taps import ENDS, Tap, notes
 from backpack.samples.axis import SampleAxis
@@ -42,7 +44,6 @@ AGAIN_AFTER = 200
 # Where gradients at all taps take more bytes, weighted sums of them are compared first.
 SKETCHED_FROM = 2**24
 
-Starts = Sequence[tuple[GradientEdge, SampleAxis]]
 Named = Callable[[Tap], str]
 
 _passes: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
@@ -92,6 +93,7 @@ def due(graph: Graph, mode: Mode) -> bool:
 def forget() -> None:
     """Certify every graph anew."""
     _passes.clear()
+    followed.forget()
 
 
 def certify(graph: Graph, name: Named) -> list[Tap]:
@@ -111,16 +113,17 @@ def certify(graph: Graph, name: Named) -> list[Tap]:
     starts = starts_of(graph)
     if not starts or not places:
         return [place.tap for place in places]
-    if bytes_at([place.edge for place in places]) > SKETCHED_FROM:
-        one, two = _sketched(starts, places, None), _sketched(starts, places, _powers)
+    bare = any(place.tap.batch.bare for place in places)
+    if not bare and bytes_at([place.edge for place in places]) > SKETCHED_FROM:
+        one, two = _sketched(starts, places, None), _sketched(starts, places, powers)
         if one.keys() == two.keys() and all(torch.equal(one[place], two[place]) for place in one):
             return [place.tap for place in places if place not in one]
-    plain = _pulled(starts, [place.edge for place in places], None)
-    wrong = _disagreeing(starts, places, plain, _powers)
+    plain = pulled(starts, [place.edge for place in places], None)
+    wrong = _disagreeing(starts, places, plain, powers)
     if wrong:
         # A hook need not be linear; but samples apart vanish together with their own cotangent only.
         digits = (max(axis.size for _, axis in starts) - 1).bit_length()
-        masks = [_mask_of(digit) for digit in range(digits)]
+        masks = [mask_of(digit) for digit in range(digits)]
         wrong = next((w for mask in masks if (w := _disagreeing(starts, places, plain, mask))), [])
     if wrong:
         raise RuntimeError(_explain(graph, starts, wrong[0], name))
@@ -129,36 +132,6 @@ def certify(graph: Graph, name: Named) -> list[Tap]:
 
 # --------------------------------------------------------------------------------------
 # Passes through the graph
-
-# The number of each sample, from the samples of entries.
-Scale = Callable[[Tensor, torch.dtype], Tensor]
-
-
-def _powers(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    """Powers of two without a pattern."""
-    levels = 5 if dtype == torch.float16 else 25
-    mixed = (samples * 2654435761 + (samples >> 3) * 40503 + 12345) % 1000003
-    return torch.pow(2.0, (mixed % levels - levels // 2).to(torch.float64)).to(dtype)
-
-
-def _mask_of(digit: int) -> Scale:
-    return lambda samples, dtype: ((samples >> digit) & 1).to(dtype)
-
-
-def _pulled(
-    starts: Starts, targets: Sequence[GradientEdge], scale: Scale | None
-) -> list[Tensor | None]:
-    """Gradients at some places, of an arbitrary cotangent at the starts, scaled sample by sample."""
-    columns = []
-    for edge, axis in starts:
-        about = edge.node._input_metadata[edge.output_nr]
-        column = generic(about.shape, torch.empty(0, dtype=about.dtype, device=about.device))
-        columns.append(column if scale is None else column * _along(axis, column, scale))
-    found = torch.autograd.grad(
-        *([edge for edge, _ in starts], list(targets), columns), retain_graph=True, allow_unused=True
-    )
-    return list(found)
-
 
 # Numbers of samples times powers of two are as exact as the samples' gradients: so are weighted sums.
 Sketches = dict[Place, Tensor]
@@ -185,7 +158,7 @@ def _sketched(starts: Starts, places: Sequence[Place], scale: Scale | None) -> S
     last = [place for place in places if not leads.get(place.node)]
     handles = [node.register_prehook(partial(take, at[node])) for node in at if leads.get(node)]
     try:
-        ends = _pulled(starts, [place.edge for place in last], scale)
+        ends = pulled(starts, [place.edge for place in last], scale)
     finally:
         for handle in handles:
             handle.remove()
@@ -207,35 +180,19 @@ def _sketch(g: Tensor, axis: SampleAxis, scale: Scale | None) -> Tensor:
     return rows / scale(axis.sample_ids(g.device), rows.dtype)
 
 
-def _along(axis: SampleAxis, like: Tensor, scale: Scale) -> Tensor:
-    ids = scale(axis.sample_ids(like.device), like.real.dtype if like.is_complex() else like.dtype)
-    return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
-
-
 def _disagreeing(
     starts: Starts, places: Sequence[Place], plain: Sequence[Tensor | None], scale: Scale
 ) -> list[Place]:
     """Taps whose gradient is not scaled as their samples are."""
-    scaled = _pulled(starts, [place.edge for place in places], scale)
+    scaled = pulled(starts, [place.edge for place in places], scale)
     found = []
     for place, before, after in zip(places, plain, scaled, strict=True):
         if before is None or after is None:
             continue
-        factors = _along(place.tap.batch, before, scale)
-        if not _agree(before, after, factors):
+        factors = along(place.tap.batch, before, scale)
+        if not agree(before, after, factors):
             found.append(place)
     return found
-
-
-def _agree(before: Tensor, after: Tensor, factors: Tensor) -> bool:
-    """Whether ``after`` is ``factors * before``, compared at the scale of ``before``."""
-    if not before.numel():
-        return True
-    positive = factors > 0
-    error = (after / torch.where(positive, factors, 1) - torch.where(positive, before, 0)).abs()
-    rounding = torch.finfo(error.dtype).eps ** 0.5 * before.abs()
-    largest = rounding.nan_to_num(posinf=0.0).amax()
-    return not bool((error > largest).any())
 
 
 # --------------------------------------------------------------------------------------
@@ -265,7 +222,7 @@ def _first_mixed(graph: Graph, starts: Starts, place: Place) -> Node | None:
     """The operation nearest to the output that hands gradients of several samples to one entry."""
     order = _between(starts, place.node)
     edges = [GradientEdge(node, 0) for node in order]
-    plain, scaled = _pulled(starts, edges, None), _pulled(starts, edges, _powers)
+    plain, scaled = pulled(starts, edges, None), pulled(starts, edges, powers)
     (size,) = {axis.size for _, axis in starts if axis.size == place.tap.batch.size}
     dirty: set[Node] = set()
     for node, before, after in zip(order, plain, scaled, strict=True):
@@ -289,7 +246,7 @@ def _between(starts: Starts, target: Node) -> list[Node]:
 
 def _owned(before: Tensor, after: Tensor, size: int) -> bool:
     """Whether every entry was scaled by the number of one of the samples."""
-    factors = _powers(torch.arange(size, device=before.device), before.dtype).unique()
+    factors = powers(torch.arange(size, device=before.device), before.dtype).unique()
     eps = torch.finfo(before.dtype).eps ** 0.5 * before.abs().amax()
     error = torch.stack([(after / factor - before).abs() for factor in factors]).amin(0)
     return not bool((error > eps).any())

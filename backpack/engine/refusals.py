@@ -15,7 +15,7 @@ from backpack.graph.survey import Graph, leaves_below
 from backpack.graph.taps import Recording, Source, Tap
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.matrix_products import Product
-from backpack.sources.table import AveragedRoot, HessianRoot, RandomSigns
+from backpack.sources.table import AveragedRoot, HessianRoot, OutputBasis, RandomSigns
 
 
 class Names:
@@ -182,7 +182,7 @@ def check(
                 "batch_dim to extend, or say which row belongs to which sample (backpack.mark)"
             )
             refuse(RuntimeError(text), [p for s in tap.sources for p in parameters_of(s)])
-        for ext in second_order if tap.above else ():
+        for ext in second_order if tap.above and not tap.within else ():
             why = _why_not_above(ext, tap in graph.uncovered)
             for parameter in [p for s in tap.sources for p in parameters_of(s)] if why else ():
                 text = f"{ext.savefield}: {names.above(parameter, tap.op, why)}"
@@ -195,6 +195,14 @@ def check(
         )
     if graph.mixing:
         _refuse_mixing(graph.mixing, extensions, refuse)
+    for ext in second_order if graph.within else ():
+        if why := _why_not_within(ext, graph):
+            text = (
+                f"{ext.savefield}: the loss contains derivatives of the model "
+                "(torch.autograd.grad(..., create_graph=True)), or other things from inside of it, "
+                f"{why}"
+            )
+            refuse(NotImplementedError(text), None, [ext])
     products = [ext for ext in second_order if isinstance(ext, Product)]
     if products and not rooted:
         text = (
@@ -236,6 +244,25 @@ def _hidden(fresh: Sequence[tuple[Node, Tap]]) -> list[Tensor]:
             reached = {p for _, tap in fresh for s in tap.sources for p in parameters_of(s)}
             found += [p for p in hidden if p not in reached]
     return found
+
+
+def _why_not_within(ext: BackpropExtension, graph: Graph) -> str:
+    """Why a quantity of a loss that contains derivatives of the model is not known, if it is not."""
+    curvature = ext.curvature if isinstance(ext, Product) else None
+    if curvature == "hessian":
+        return ""
+    if isinstance(ext.source, HessianRoot | RandomSigns):
+        couples = "in which samples are coupled: its Hessian is no sum over samples; use HMP"
+        return couples if graph.coupled else ""
+    if isinstance(ext.source, AveragedRoot | OutputBasis) or curvature == "positive":
+        return "for which this quantity is not defined; use KFAC, DiagGGNExact, GGNMP or HMP"
+    if graph.bent_by is not None:
+        return (
+            f"and is curved (at {graph.bent_by}) above the residuals in a way without a rule. Write it "
+            "as a sum or mean over samples of a function of torch.nn.functional (mse_loss, ...) or of "
+            "squares of residuals (residual ** 2); or use first-order quantities, DiagHessian or HMP"
+        )
+    return ""
 
 
 def _why_not_above(ext: BackpropExtension, uncovered: bool) -> str:

@@ -37,6 +37,7 @@ from backpack.graph.forwards import (
     number_further,
     refuse_open,
     several_forwards,
+    unseen_group,
 )
 from backpack.graph.survey import Graph, survey
 from backpack.graph.taps import LossRecord, Source, Tap
@@ -186,12 +187,15 @@ class Run:
         exts = self.block.owner.extensions
         curvature = any(ext.source.second_order for ext in exts)
         with Nested(self.block):
-            graph = survey(roots, curvature)
-            if self.block.owner.forwards != "same" and several_forwards(graph):
+            anew = self.block.owner.certify == "always"
+            graph = survey(roots, curvature, anew)
+            several = several_forwards(graph) or bool(graph.transformed)
+            if self.block.owner.forwards != "same" and several:
                 self.groups = groups_below(roots)
                 if self.block.owner.forwards == "further":
+                    self.groups += unseen_group(graph)
                     number_further(self.groups)
-                    return survey(roots, curvature)
+                    return survey(roots, curvature, anew)
                 if any(ext.per_sample for ext in exts):
                     refuse_open(roots, self.groups)
             return graph

@@ -8,7 +8,7 @@ sample's share depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,15 +17,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
-from backpack.forms.base import Dense, Form
+from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
 from backpack.graph.recognised import outputs_at
-from backpack.graph.tangents import vector_jacobian
-from backpack.graph.taps import TAPS, ModelOutput, Source, Tap, notes, source_at
+from backpack.graph.taps import TAPS, ModelOutput, Tap, notes
 from backpack.graph.tracing import axis_at, cut
-from backpack.rules.base import RULES
-from backpack.rules.elementwise import reduce_to
-from backpack.samples.axis import SampleAxis, entering, regular_axis
+from backpack.samples.axis import SampleAxis, regular_axis
 from backpack.samples.separability import generic
 
 _CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
@@ -37,10 +34,12 @@ class Above(NamedTuple):
     Attributes:
         taps: taps, with their nodes.
         refused: parameters whose use cannot be one, with the operation and the reason.
+        inner: whether parameters meet what lies inside of a model, by a derivative of it.
     """
 
     taps: list[tuple[Node, Tap]]
     refused: list[tuple[Tensor, str, str]]
+    inner: bool = False
 
 
 class _Walk:
@@ -121,8 +120,10 @@ class _Walk:
 def taps_above(roots: Sequence[Node]) -> Above:
     """The taps above the model's outputs, from where a backward pass starts."""
     walk, found = _Walk(roots), Above([], [])
-    inputs = walk.inputs()
-    for node, places in walk.meetings().items():
+    inputs, meetings = walk.inputs(), walk.meetings()
+    if not walk.inner.isdisjoint(meetings):
+        return Above([], [], True)
+    for node, places in meetings.items():
         axis, why = _axis(walk, node)
         if axis is None:
             below = [walk.leaves[node.next_functions[i][0]] - inputs for i in places]  # type: ignore[index]
@@ -133,7 +134,7 @@ def taps_above(roots: Sequence[Node]) -> Above:
         own = [i for i in places if walk.leaves[node.next_functions[i][0]] - inputs]  # type: ignore[index]
         if not own:
             continue
-        sources = [_source(node, number, i, axis) for i in own]
+        sources = [source_of(node, number, i, axis) for i in own]
         tap = Tap(node.name(), number, axis, (), recording, sources)
         tap.above = True
         found.taps.append((node, tap))
@@ -142,7 +143,7 @@ def taps_above(roots: Sequence[Node]) -> Above:
 
 def _axis(walk: _Walk, node: Node) -> tuple[SampleAxis | None, str]:
     borders = walk.below(node)
-    if node in walk.inner or not borders:
+    if not borders:
         return None, "with data inside of the model, where backpack cannot see it"
     if len(walk.numbers[node]) > 1:
         return None, "in an operation of several results"
@@ -194,94 +195,3 @@ def _by_scaling(
         if known and all(torch.allclose(scaled(own, a), b, rtol=1e-3) for a, b, own in known):
             return axis
     return None
-
-
-def _source(node: Node, number: int, place: int, axis: SampleAxis) -> Source:
-    child, nr = node.next_functions[place]
-    assert child is not None
-    edge = GradientEdge(child, nr)
-    about = child._input_metadata[nr] if not hasattr(child, "variable") else child.variable
-    shape = torch.Size(about.shape)
-    form = _by_rule(node, place, axis, shape)
-    if form is None:
-        return source_at(edge, shape, _one_by_one(node, number, place, axis, shape), False)
-    linear = not (kind_of(node) == "Div" and place == 1)
-    return source_at(edge, shape, form, linear)
-
-
-def _by_rule(
-    node: Any, place: int, axis: SampleAxis, shape: torch.Size
-) -> Callable[[Tensor], Form] | None:
-    """The form of the usual operations, from what their nodes keep."""
-    kind = kind_of(node)
-    if kind in ("Add", "Sub"):
-        factor = 1 if place == 0 else node._saved_alpha if kind == "Add" else -node._saved_alpha
-        return lambda g: reduce_to(axis, g if factor == 1 else factor * g, shape)
-    if kind == "Mul":
-        other = node._saved_self if place else node._saved_other
-        return lambda g: reduce_to(axis, g * other, shape)
-    if kind == "Div":
-        other = node._saved_other
-        if place == 0:
-            return lambda g: reduce_to(axis, g / other, shape)
-        x = node._saved_self
-        return lambda g: reduce_to(axis, -g * x / other**2, shape)
-    if kind == "Addmm" and place == 0:
-        return lambda g: reduce_to(axis, node._saved_beta * g, shape)
-    if kind in ("Mm", "Addmm") and axis.dim == 0 and place == len(node.next_functions) - 1:
-        x = node._saved_self if kind == "Mm" else node._saved_mat1
-        if x is None or node.next_functions[place - 1][0] is None:
-            return None
-        scale = 1 if kind == "Mm" else node._saved_alpha
-        weight = x.new_empty(0).expand(0, *shape)[0] if 0 in shape else x.new_zeros(()).expand(shape)
-        return _asked(torch.mm, axis, x, 1, weight, scale)
-    if kind == "Convolution" and not node._saved_transposed and axis.dim == 0:
-        x, weight = node._saved_input, node._saved_weight
-        function = _CONVOLUTIONS.get(x.dim())
-        if function is None or place == 0:
-            return None
-        options = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
-        bias = weight.new_empty(len(weight))
-        return _asked(function, axis, x, place, weight, 1, bias, *options)
-    return None
-
-
-def _asked(
-    function: Any, axis: SampleAxis, x: Tensor, place: int, weight: Tensor, scale: Any, *more: Any
-) -> Callable[[Tensor], Form] | None:
-    """What the rule of an operation says of its argument at a place (the weight, or the bias)."""
-    x = x.detach() if not torch.is_grad_enabled() else x
-    with entering({id(x): axis}):
-        pairs = RULES[function](axis, x, weight, *more)
-    wanted = weight if place == 1 else more[0]
-    for tensor, form in pairs or ():
-        if tensor is wanted:
-            return form if scale == 1 else _scaled(form, scale)
-    return None
-
-
-def _scaled(form: Callable[[Tensor], Form], scale: Any) -> Callable[[Tensor], Form]:
-    return lambda g: form(scale * g)
-
-
-def _one_by_one(
-    node: Node, number: int, place: int, axis: SampleAxis, shape: torch.Size
-) -> Callable[[Tensor], Form]:
-    """The vector-Jacobian product of the node itself, of one sample's columns after another's."""
-
-    def pulled(c: Tensor) -> Tensor:
-        found = vector_jacobian(node, {number: c}, place)
-        return c.new_zeros(shape) if found is None else found
-
-    def form(g: Tensor) -> Form:
-        if not bool(g.any()):  # the node may be freed
-            return Dense(g.new_zeros(()).expand(len(g), axis.size, *shape))
-        if axis.size == 1:
-            return Dense(torch.stack([pulled(c) for c in g]).unsqueeze(1))
-        ids, found = axis.sample_ids(g.device), []
-        for n in range(axis.size):
-            own = (ids == n).reshape([-1 if d == axis.dim else 1 for d in range(g.dim() - 1)])
-            found.append(torch.stack([pulled(c * own) for c in g]))
-        return Dense(torch.stack(found, 1))
-
-    return form

@@ -87,6 +87,22 @@ def several_forwards(graph: Graph) -> bool:
     return len({id(recording) for recording in graph.recordings if recording.taps}) > 1
 
 
+def unseen_group(graph: Graph) -> list[Group]:
+    """The forward passes inside of a transform as a group.
+
+    Raises:
+        RuntimeError: if several terms depend on such passes, of which none can be told from another.
+    """
+    if len(graph.transformed) > 1:
+        raise RuntimeError(
+            "with forwards='further' the samples of several terms whose forward passes are inside of "
+            "transforms (torch.func.jvp, grad, vmap, ...) cannot be counted: join their points in one "
+            "call, take the derivatives of others with torch.autograd.grad(..., create_graph=True), "
+            "or call backward for each"
+        )
+    return [[recording] for recording in graph.transformed]
+
+
 def number_further(groups: Sequence[Group]) -> None:
     """Samples of all groups one after the other, in the order in which the models were called.
 
@@ -100,6 +116,7 @@ def number_further(groups: Sequence[Group]) -> None:
                 "depend on each other, so that these cannot be numbered; let one extended module do "
                 "all of it"
             )
+    groups = sorted(groups, key=lambda group: min(each.number for each in group))
     sizes = [group[0].size or 0 for group in groups]
     start = 0
     for group, size in zip(groups, sizes, strict=True):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch.autograd.graph import Node
 
+# What forward-mode derivatives put in.
+IDENTITY = "torch::autograd::Identity"
 # Linear and piecewise linear operations, by the names of their nodes: they add no curvature.
 LINEAR = frozenset(
     """Add Sub Rsub Neg View UnsafeView ReshapeAlias Reshape Permute Transpose T Expand Squeeze
@@ -22,7 +24,7 @@ LINEAR = frozenset(
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
     PreluKernel Where MaskedFill MaskedSelect Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu
     Cumsum IndexAdd IndexPut Scatter ScatterAdd Swapaxes Movedim NllLoss NllLoss2D Take""".split()
-)
+) | {IDENTITY}
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
 # Linear in evaluation mode.

@@ -44,7 +44,7 @@ _LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
 # Losses whose model output and target may change places.
 _SYMMETRIC = frozenset({"MseLoss", "HuberLoss", "SmoothL1Loss"})
 # Functions of single entries that losses are written with.
-_ENTRIES = frozenset("Pow Exp Log Softplus LogSigmoid Cosh Logcosh".split())
+_ENTRIES = frozenset("Mul Pow Exp Log Softplus LogSigmoid Cosh Logcosh".split())
 
 
 def recognised(node: Node) -> LossRecord | None:
@@ -53,6 +53,8 @@ def recognised(node: Node) -> LossRecord | None:
     if kind not in _LOSSES and kind not in _ENTRIES and kind not in ("LogSoftmax", "Logsumexp"):
         return None
     children = [(child, nr) for child, nr in node.next_functions if child is not None]
+    if kind == "Mul":  # of a tensor with itself
+        children = children[:1] if len(children) == 2 and children[0] == children[1] else []
     if len(children) != 1:
         return None
     edge = GradientEdge(*children[0])

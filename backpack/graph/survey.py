@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import AccumulateGrad, leaf_of
-from backpack.graph.above import taps_above
+from backpack.graph.above import Above, taps_above
+from backpack.graph.differentiated import Differentiated, taps_in_derivatives
 from backpack.graph.nodes import children_of, walk
 from backpack.graph.recognised import is_nonlinear, known_loss, outputs_at
+from backpack.graph.residuals import residuals
+from backpack.graph.scaling import Starts
 from backpack.graph.taps import (
     MIXES,
     MODEL_OUTPUT,
@@ -23,6 +26,10 @@ from backpack.graph.taps import (
     Tap,
     notes,
 )
+from backpack.graph.transformed import differentiated, transformed
+
+# Where a parameter is met that no tap is about.
+OWN_USE = "its use"
 
 
 @dataclass(eq=False)
@@ -46,6 +53,11 @@ class Graph:
         nodes: all nodes seen.
         mixed: why a model output that has rows has samples no longer apart.
         recordings: the forward passes they belong to.
+        within: whether the loss contains derivatives of a model, or other things from inside of it.
+        starts: if so, where samples are last apart below the root.
+        transformed: if so, forward passes that nobody has seen (inside of transforms), once for each
+            such place that depends on no other pass.
+        coupled: if so, whether a curved operation above couples samples.
         kinds: kinds of all nodes, in the order in which they were seen.
     """
 
@@ -62,6 +74,10 @@ class Graph:
     uncovered: set[Tap] = field(default_factory=set)
     mixing: str | None = None
     mixed: str | None = None
+    within: bool = False
+    starts: Starts = ()
+    transformed: list[Recording] = field(default_factory=list)
+    coupled: bool = False
     nodes: set[Node] = field(default_factory=set)
     recordings: list[Recording] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
@@ -106,10 +122,11 @@ class Graph:
         return outputs, absorbed
 
 
-def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
+def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) -> Graph:
     """Walk the graph below ``roots``, where a backward pass starts or has arrived.
 
-    Without ``curvature`` losses are not asked for their Hessian.
+    Without ``curvature`` losses are not asked for their Hessian. With ``anew`` nothing is remembered of
+    other graphs.
     """
     graph = Graph()
     kinds, nodes, recordings, tapped = graph.kinds, graph.nodes, graph.recordings, set[Node]()
@@ -133,7 +150,7 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
             if inside is None:
                 graph.outside.add(leaf_of(node))
             else:
-                graph.unseen.append((leaf_of(node), "its use"))
+                graph.unseen.append((leaf_of(node), OWN_USE))
             continue
         data = notes(node)
         if inside is not None and kind.__name__ == "CheckpointFunctionBackward":
@@ -187,13 +204,45 @@ def survey(roots: Sequence[Node], curvature: bool = True) -> Graph:
         graph.flat = {node: found for node, found in graph.flat.items() if node not in graph.outputs}
     if not graph.losses and not graph.outputs:
         graph.outputs, graph.flat = graph.flat, {}
-    if graph.outside:
-        above = taps_above(roots)
-        open_to = _open(roots, graph)
-        graph.uncovered = {tap for node, tap in above.taps if node in open_to}
+    if graph.unseen and any(recording.differentiated for recording in graph.recordings):
+        _inside(graph, roots, curvature, anew)
+    elif graph.outside:
+        above: Above | Differentiated = taps_above(roots)
+        if isinstance(above, Above) and (above.inner or _may_be_data(graph.outside)):
+            within = taps_in_derivatives([GradientEdge(root, 0) for root in roots], anew)
+            above = within if above.inner or within.taps or within.refused else above
+        if isinstance(above, Differentiated):
+            graph.within = True
+            _of_residuals(graph, above, roots, curvature)
+        else:
+            open_to = _open(roots, graph)
+            graph.uncovered = {tap for node, tap in above.taps if node in open_to}
         graph.taps = above.taps + graph.taps
         graph.refused = above.refused
     return graph
+
+
+def _may_be_data(outside: Iterable[Tensor]) -> bool:
+    """Whether parameters that enter above the outputs may meet data that nobody has seen."""
+    return any(transformed(leaf) or differentiated(leaf) for leaf in outside)
+
+
+def _inside(graph: Graph, roots: Sequence[Node], curvature: bool, anew: bool) -> None:
+    """Forward takes derivatives itself: what these use of parameters."""
+    found = taps_in_derivatives([GradientEdge(root, 0) for root in roots], anew)
+    graph.unseen = [(leaf, where) for leaf, where in graph.unseen if where != OWN_USE]
+    graph.within, graph.taps, graph.refused = True, found.taps + graph.taps, found.refused
+    _of_residuals(graph, found, roots, curvature)
+
+
+def _of_residuals(graph: Graph, found: Differentiated, roots: Sequence[Node], curvature: bool) -> None:
+    """The losses of a graph that contains derivatives of a model are those of residuals."""
+    graph.outputs, graph.flat, graph.losses, graph.upper, graph.bare = {}, {}, {}, {}, False
+    graph.transformed = list(found.transformed)
+    graph.recordings += graph.transformed
+    graph.starts, graph.coupled = found.starts, found.coupled
+    if curvature:
+        graph.losses, graph.bent_by = residuals(found, [GradientEdge(root, 0) for root in roots])
 
 
 def _is_a_loss(node: Node, outputs: Sequence[ModelOutput]) -> bool:

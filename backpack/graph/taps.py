@@ -21,6 +21,7 @@ from backpack._torch import leaf_of
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
 from backpack.forms.several import Part, Pullback, among, of_one
+from backpack.graph.nodes import IDENTITY, kind_of
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
@@ -97,12 +98,13 @@ class Tap:
         args: arguments of the operation, if it is a plain layer.
         input: its first argument, as long as somebody else holds it.
         above: whether it is above the model's outputs.
+        within: whether it is part of a derivative of a model, inside of the loss.
         read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "own", "inputs", "recording", "released"),
-        *("args", "input", "read", "above", "_version", "_sources", "__weakref__"),
+        *("args", "input", "read", "above", "within", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -127,7 +129,7 @@ class Tap:
         self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
-        self.above = False
+        self.above = self.within = False
 
     @property
     def op(self) -> str:
@@ -218,6 +220,7 @@ class Recording:
         number: how many were begun before.
         place: its first sample among those of all forward passes, and their number, if these count as
             further samples.
+        differentiated: whether forward takes derivatives, whose graphs use parameters again.
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
@@ -236,6 +239,7 @@ class Recording:
     sizes: frozenset[int] = frozenset()
     doubted: bool = False
     doubt: torch.Size | None = None
+    differentiated: bool = False
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None
@@ -530,14 +534,22 @@ def _times(factor: float, form: ToForm) -> ToForm:
 
 def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool) -> Source:
     """The source at a place of the graph, a parameter or a tensor made from parameters."""
-    leaf = leaf_of(edge.node)
-    if leaf is not None:
-        return Source(leaf, None, form, linear)
-    if len(shape) == 2 and _transposes(edge.node):
-        (below, number), leaf = edge.node.next_functions[0], leaf_of(edge.node.next_functions[0][0])
-        place = GradientEdge(below, number) if leaf is None and below is not None else None
-        return Source(leaf, place, lambda g: of_one(form(g), _transposed), linear)
-    return Source(None, edge, form, linear)
+    leaf, flips = leaf_of(edge.node), 0
+    while leaf is None and len(shape) == 2 and (_renames(edge.node) or _transposes(edge.node)):
+        flips += not _renames(edge.node)
+        below, number = edge.node.next_functions[0]
+        assert below is not None
+        edge, leaf = GradientEdge(below, number), leaf_of(below)
+    if flips % 2:
+        return Source(
+            leaf, None if leaf is not None else edge, lambda g: of_one(form(g), _transposed), linear
+        )
+    return Source(leaf, None if leaf is not None else edge, form, linear)
+
+
+def _renames(node: Any) -> bool:
+    """Whether a tensor is the one below by another name."""
+    return kind_of(node) in ("Alias", IDENTITY)
 
 
 def _transposes(node: Any) -> bool:

@@ -147,7 +147,7 @@ class Pass:
     @cached_property
     def outputs(self) -> list[tuple[GradientEdge, SampleAxis]]:
         """Places whose cotangents make up all of the gradient, with their sample axes."""
-        return cotangent_places(self.graph)
+        return list(self.graph.starts) if self.graph.within else cotangent_places(self.graph)
 
     @cached_property
     def model_outputs(self) -> list[tuple[GradientEdge, SampleAxis]]:

@@ -49,7 +49,8 @@ def diagonal(given: Pass, per_sample: bool, summed: bool = False) -> Iterator[Co
     by_output: list[Leaf] = []
     by_entry: list[Leaf] = []
     for leaf in given.leaves:
-        linear, single = path.linear_in(leaf), len(leaf.uses) == 1
+        linear = path.linear_in(leaf) and not given.graph.within
+        single = len(leaf.uses) == 1
         if linear and all(node not in path.curved_above for node, _, _ in leaf.uses):
             clean.append(leaf)
         elif linear and single:
@@ -340,7 +341,8 @@ def sampled(
     """
     create = torch.is_grad_enabled()
     path = CurvatureMap([edge.node for edge, _ in given.roots], given.outputs, given.graph.losses)
-    by_output = [leaf for leaf in given.leaves if path.linear_in(leaf)]
+    linear = [] if given.graph.within else given.leaves
+    by_output = [leaf for leaf in linear if path.linear_in(leaf)]
     taps = {id(tap): (node, tap) for leaf in by_output for node, tap, _ in leaf.uses}
     edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
     found = gradients(given.roots, edges, create_graph=True)
@@ -408,7 +410,7 @@ def _sample_gradients(
     starts: Starts, path: CurvatureMap, leaf: Leaf, place: GradientEdge
 ) -> Iterator[Tensor | None]:
     """Gradients of single samples, by masking the gradient at the model output."""
-    if any(tap.above for _, tap, _ in leaf.uses):
+    if any(tap.above and not tap.within for _, tap, _ in leaf.uses):
         raise NotImplementedError(
             f"the Hessian diagonal of single samples of a parameter of shape "
             f"{tuple(leaf.parameter.shape)}, which is used above the model's output in a way that is "
