@@ -13,8 +13,10 @@ from backpack.cockpit.alarms import (
     DeadUnits,
     Exploding,
     Finding,
+    HardSamples,
     NonFinite,
     Spike,
+    UpdateRatio,
     Vanishing,
 )
 from backpack.cockpit.callbacks import LightningCockpit, TransformersCockpit
@@ -35,6 +37,7 @@ __all__ = [
     "DeadUnits",
     "Exploding",
     "Finding",
+    "HardSamples",
     "History",
     "LightningCockpit",
     "Measure",
@@ -45,6 +48,7 @@ __all__ = [
     "Step",
     "TensorBoard",
     "TransformersCockpit",
+    "UpdateRatio",
     "Vanishing",
     "hess_trace",
     "tic_diag",

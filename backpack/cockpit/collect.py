@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.cockpit.histograms import Counts
+from backpack.cockpit.histograms import Entries, entries_of
 from backpack.cockpit.losses import individual_losses
 from backpack.own import (
     BackpropExtension,
@@ -47,7 +47,8 @@ class Wish:
         keep: keep forms and gradient until the step is over, or else use them at once.
         limit: number of bytes of forms that are kept at most.
         ends: updates to project on, by parameter.
-        counts: how to count entries, if that is wanted.
+        entries: how many entries of each parameter are written down for histograms; ``0``: none.
+        joint: whether the parameter's values are wanted beside them.
         share: the factor of the ``G_n`` of this pass in the step's.
     """
 
@@ -58,7 +59,8 @@ class Wish:
     keep: bool = True
     limit: int = 2**30
     ends: dict[Tensor, Tensor] | None = None
-    counts: Counts | None = None
+    entries: int = 0
+    joint: bool = False
     share: float = 1.0
 
 
@@ -74,7 +76,7 @@ class Piece:
         projections: ``G_n^T g [N]`` on the gradient of this pass alone, if no form is kept.
         ends: ``G_n^T d [N]``.
         activity: sums over inputs and output gradients (:func:`_activity`).
-        counts: counts of entries.
+        entries: some entries of the ``G_n``.
         form: the form, if it is kept.
         gradient: the gradient of this pass.
         versions: of the tensors in the form, when it was kept.
@@ -88,7 +90,7 @@ class Piece:
     projections: Tensor | None = None
     ends: Tensor | None = None
     activity: Tensor | None = None
-    counts: Any = None
+    entries: Entries | None = None
     form: Form | None = None
     gradient: Tensor | None = None
     versions: tuple[int, ...] = ()
@@ -156,9 +158,10 @@ class FirstOrder(BackpropExtension):
             direction = None if wish.ends is None else wish.ends.get(p)
             if direction is not None:
                 state.ends = self._try("ends", lambda: project(form, direction))
-            if wish.counts is not None:
-                counts = wish.counts
-                state.counts = self._try("counts", lambda: counts.of(form, p.detach()))
+            if wish.entries:
+                state.entries = self._try(
+                    "counts", lambda: entries_of(form, p, wish.entries, wish.joint)
+                )
             state.gradient = gradient
             if not (wish.keep and self._keep(state)):
                 state.form = None

@@ -9,7 +9,8 @@ from backpack.cockpit.measures import EPSILON, MEASURES, Measure, Step, _divided
 
 ECONOMY = tuple(
     """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test inner_test
-    ortho_test noise_scale alpha grad_hist activation_rms dead_units output_grad_rms""".split()
+    ortho_test noise_scale alpha hard_samples grad_hist activation_rms dead_units
+    output_grad_rms""".split()
 )
 BUSINESS = (*ECONOMY, *"hess_trace tic_trace tic_diag mean_gsnr early_stopping cabs".split())
 FULL = (*BUSINESS, *"hess_max_ev grad_hist_2d attention_logit".split())

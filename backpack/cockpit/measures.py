@@ -21,8 +21,11 @@ from torch import Tensor
 
 from backpack.cockpit.alpha import End
 from backpack.cockpit.collect import Piece, project
+from backpack.cockpit.histograms import counted
 
 DECAY = 0.9
+# Of the first step's loss: samples above are hard, samples below are learned.
+HARD, LEARNED = 1.5, 0.25
 EPSILON = {"mean_gsnr": 1e-5, "early_stopping": 1e-5, "tic_diag": 1e-7, "tic_trace": 1e-7}
 
 
@@ -328,14 +331,18 @@ class Step:
             rows.append(row)
         return self.groups @ self.group.sum(torch.stack(rows)).cpu()
 
-    def counts(self) -> Tensor:
-        """Counts of entries in bins, of the whole model."""
+    def counts(self, joint: bool = False) -> Tensor:
+        """Counts of entries in bins, of the whole model; against parameters' values if ``joint``."""
         self._need("statistics", "counts")
-        pieces = [piece for passed in self.passes for piece in passed.pieces.values()]
-        found = [piece.counts for piece in pieces if piece.counts is not None]
-        if not found:
+        entries, scales = [], []
+        for passed in self.passes:
+            for piece in passed.pieces.values():
+                if piece.entries is not None:
+                    entries.append(piece.entries)
+                    scales.append(passed.share * self.samples)
+        if not entries:
             raise MissingError("entries were not counted")
-        return self.group.sum(torch.stack(found).sum(0)).cpu()
+        return self.group.sum(counted(entries, scales, joint)).cpu()
 
     # ---------------------------------------------------------------------------------
     # Loss, update
@@ -370,16 +377,22 @@ class Step:
         mean = sums[0] / count
         return mean, max(sums[1] - count * mean**2, 0.0) / (count - 1)
 
-    def end(self, slopes: Tensor, length: float) -> End:
-        """The loss and a slope, from ``G_n^T d [samples]``."""
-        losses = []
+    @property
+    def losses(self) -> Tensor:
+        """Each sample's share of the loss, ``[samples of this process]``."""
+        found = []
         for passed in self.passes:
             if passed.losses is None:
                 raise MissingError(f"each sample's loss cannot be read: {passed.unread}")
-            losses.append(passed.losses.to(slopes) * passed.share)
+            found.append(passed.losses.double() * passed.share)
+        self._need("losses")
+        return torch.cat(found)
+
+    def end(self, slopes: Tensor, length: float) -> End:
+        """The loss and a slope, from ``G_n^T d [samples]``."""
         slope, variance = self.moments(slopes / (length or 1.0))
         # The variance about the mean needs the shares, not the loss itself.
-        _, spread = self.moments(torch.cat(losses))
+        _, spread = self.moments(self.losses.to(slopes))
         return End(self.loss, spread, slope, variance)
 
     def need_update(self, value: Tensor | None) -> Tensor:
@@ -483,6 +496,19 @@ def noise(step: Step) -> Tensor:
     """``tr Sigma = (S - B ||g||^2) / (B - 1)``, the trace of the covariance of the ``g_n``."""
     count = step.several()
     return ((step.S - count * step.squared_norm) / (count - 1)).clamp(min=0)
+
+
+@_measure("losses", layered=False)
+def hard_samples(step: Step) -> Tensor:
+    """The share of samples with a large loss, once most have a small one; not a number before."""
+    losses = step.losses * step.samples
+    first = step.memory.get("first_loss")
+    if first is None:
+        first = step.group.sum(losses.sum()).cpu() / step.samples
+        step.memory["first_loss"] = first
+    counted = torch.stack([losses > HARD * first.item(), losses < LEARNED * first.item()]).sum(1)
+    hard, learned = (step.group.sum(counted.double()) / step.samples).tolist()
+    return _one(hard if learned > 0.5 else torch.nan)
 
 
 @_measure("norms")

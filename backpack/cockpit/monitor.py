@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from backpack.cockpit.collect import Curvature, FirstOrder, KeptColumns, Piece, 
 from backpack.cockpit.configurations import SPECIAL, chosen
 from backpack.cockpit.eigenvalue import TopEigenvalue
 from backpack.cockpit.grouping import Per, grouped, looked_at
-from backpack.cockpit.histograms import Counts, symlog_edges
+from backpack.cockpit.histograms import symlog_edges
 from backpack.cockpit.history import History
 from backpack.cockpit.lossmodules import LossModules
 from backpack.cockpit.measures import Measure, MissingError, Passed, Step
@@ -35,8 +35,8 @@ from backpack.cockpit.sinks import Sink, sink_of
 from backpack.cockpit.utils.schedules import linear
 from backpack.own import BackpropExtension, walk
 
-# Entries that are looked at for a histogram, for each parameter.
-ENTRIES = 2**18
+# Entries that are looked at for a histogram, and how many of a parameter at least.
+ENTRIES, LEAST = 2**15, 2**9
 _EXTENDED = "_backpack_extend"
 # What is no matter of first-order forms.
 # Quantities of which it is worth knowing that they are not a number.
@@ -104,7 +104,7 @@ class Monitor:
         self._before_all: list[Tensor] | None = None
         self._deeper: tuple[int, Any] | None = None
         self._field = f"_cockpit_{id(self)}"
-        self._expected, self._samples = 1, 0
+        self._expected = 1
         self._keep = self._along = True
         self._full = False
         self._generator: torch.Generator | None = None
@@ -163,9 +163,7 @@ class Monitor:
     def _wish(self, share: float) -> Wish:
         ends = self._start.update if self._start else None
         needs = self.needs if self._tracking else frozenset[str]()
-        counts = None
-        if "counts" in needs:
-            counts = self._counts(share)
+        entries = max(LEAST, ENTRIES // len(self._parameters)) if "counts" in needs else 0
         return Wish(
             norms=bool(needs & {"norms", "projections", "squares"}),
             squares="squares" in needs,
@@ -174,16 +172,10 @@ class Monitor:
             keep=self._keep and bool(needs & {"projections", "ends"}),
             limit=self.hold,
             ends=ends,
-            counts=counts,
+            entries=entries,
+            joint="grad_hist_2d" in self.special,
             share=share,
         )
-
-    def _counts(self, share: float) -> Counts:
-        device = self._parameters[0].device
-        edges = torch.tensor(symlog_edges(), dtype=torch.float64, device=device)
-        values = edges if "grad_hist_2d" in self.special else None
-        samples = self._samples if self._expected > 1 or self.processes.size > 1 else None
-        return Counts(edges, values, share, samples, ENTRIES)
 
     # ---------------------------------------------------------------------------------
     # Steps
@@ -486,8 +478,6 @@ class Monitor:
         """Say whether forms are kept in the next tracked step, or used at once."""
         if self._passes:
             self._expected = len(self._passes)
-            with suppress(MissingError):
-                self._samples = step.samples
         several = self._expected > 1 or self.processes.size > 1
         wants = "alpha" in self.special and not self._steps_along()
         self._keep = (several or wants) and not self._full
@@ -620,26 +610,13 @@ class Monitor:
         if slope:
             values["alpha_ggn"] = -step.curvature_along(step.update) / slope - 1
 
-    def _scaled(self, step: Step) -> bool:
-        """Whether the number of samples by which entries were scaled is the step's."""
-        if len(self._passes) == 1 and self._expected == 1 and self.processes.size == 1:
-            return True
-        return self._expected == len(self._passes) and self._samples == step.samples
-
     def _grad_hist(self, step: Step, values: dict[str, Any]) -> None:
-        if not self._scaled(step):
-            return
-        counts = step.counts()
-        if counts.dim() == 2:
-            counts = counts.sum(1)
-        values["grad_hist"] = {"edges": symlog_edges(), "counts": counts.tolist()}
+        counts = step.counts().round().long().tolist()
+        values["grad_hist"] = {"edges": symlog_edges(), "counts": counts}
 
     def _grad_hist_2d(self, step: Step, values: dict[str, Any]) -> None:
-        if not self._scaled(step):
-            return
-        counts = step.counts()
-        edges = symlog_edges()
-        values["grad_hist_2d"] = {"edges": [edges, edges], "counts": counts.tolist()}
+        counts = step.counts(joint=True).round().long().tolist()
+        values["grad_hist_2d"] = {"edges": [symlog_edges()] * 2, "counts": counts}
 
     def _hess_max_ev(self, step: Step, values: dict[str, Any]) -> None:
         assert self.top is not None
