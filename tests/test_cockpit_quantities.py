@@ -637,10 +637,11 @@ def test_many_entries() -> None:
     assert sum(found["counts"]) == pytest.approx(
         50 * sum(p.numel() for p in model.parameters()), rel=1e-3
     )
-    close_to = torch.tensor(found["counts"][1:-1]).double()
-    large = counts > 0.02 * counts.sum()
-    assert large.sum() >= 3
-    torch.testing.assert_close(close_to[large], counts[large], rtol=0.1, atol=0.0)
+    estimated = torch.tensor(found["counts"][1:-1]).double()
+    # Each entry that is looked at in the largest layer stands for so many.
+    weight = 50 * 30000 / 4096
+    assert ((estimated - counts).abs() <= 3 * (weight * counts).sqrt() + 3 * weight).all()
+    assert (counts > 10 * weight).sum() >= 6
     joint = torch.tensor(monitor.history().at(0)["grad_hist_2d"]["counts"])
     assert (joint.sum(1) - torch.tensor(found["counts"])).abs().max() <= len(edges)
 

@@ -9,7 +9,7 @@ from forms that are kept until they are: a layer's inputs and output gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -156,17 +156,23 @@ class FirstOrder(BackpropExtension):
             # Held as it is: a tensor that nobody holds becomes p.grad, which is changed later.
             gradient = gradient.detach() if gradient.requires_grad else gradient
             direction = None if wish.ends is None else wish.ends.get(p)
-            if direction is not None:
-                state.ends = self._try("ends", lambda: project(form, direction))
             if wish.entries:
                 state.entries = self._try(
                     "counts", lambda: entries_of(form, p, wish.entries, wish.joint)
                 )
             state.gradient = gradient
-            if not (wish.keep and self._keep(state)):
+            kept = wish.keep and self._keep(state)
+            if not kept:
                 state.form = None
-                if wish.projections:
-                    state.projections = self._try("projections", lambda: project(form, gradient))
+            # What is not kept is used at once, in one look at the layer's inputs.
+            vectors: dict[str, Tensor] = {}
+            if direction is not None and not kept:
+                vectors["ends"] = direction
+            if wish.projections and not kept:
+                vectors["projections"] = gradient
+            found = self._try("projections", lambda: projected(form, list(vectors.values())))
+            for name, rows in zip(vectors, found if found is not None else (), strict=False):
+                setattr(state, name, rows)
         return state
 
     def _keep(self, piece: Piece) -> bool:
@@ -187,9 +193,13 @@ class FirstOrder(BackpropExtension):
         return piece
 
 
-def project(form: Form, vector: Tensor) -> Tensor:
-    """``G_n^T u`` summed over columns, ``[N]``, in double precision."""
-    return form.project(vector.unsqueeze(0).to(form.like.dtype))[0].sum(0).double()
+def projected(form: Form, vectors: Sequence[Tensor]) -> Tensor:
+    """``G_n^T u`` of several vectors, summed over columns, ``[k, N]``, in double precision."""
+    if not vectors:
+        return form.like.new_zeros(0, form.samples)
+    stacked = torch.stack([vector.to(form.like.dtype) for vector in vectors])
+    products = form.project(stacked)
+    return (products[:, 0] if form.columns == 1 else products.sum(1)).double()
 
 
 def _activity(form: Outer) -> Tensor:
@@ -199,20 +209,29 @@ def _activity(form: Outer) -> Tensor:
     """
     inputs: Any = form.inputs
     if isinstance(inputs, Tensor):
-        squares = inputs.square().double().sum()
-        silent = (inputs == 0).all(2).all(0).sum()
-        count, features = inputs.numel(), inputs.shape[1] * inputs.shape[3]
+        norms, count = _norms(inputs, (2,)), inputs.numel()
     else:
         middle = inputs.windows
         for size in reversed(middle.shape[3 : 3 + inputs.ndim]):
-            middle = middle.select(3 if middle.dim() else 3, size // 2)
-        flat = middle.flatten(3)
-        squares, count = flat.square().double().sum(), flat.numel()
-        silent, features = (flat == 0).all(3).all(0).sum(), flat.shape[1] * flat.shape[2]
+            middle = middle.select(3, size // 2)
+        norms, count = _norms(middle, tuple(range(3, middle.dim()))), middle.numel()
+    silent = (norms == 0).all(0).sum()
     g = form.g
-    numbers = torch.stack([squares, silent.double(), g.square().double().sum()])
-    sizes = numbers.new_tensor([count, features, g.numel()])
-    return torch.stack([numbers, sizes], 1).flatten()
+    numbers = [
+        norms.double().square().sum(),
+        silent,
+        _norms(g, tuple(range(2, g.dim()))).double().square().sum(),
+    ]
+    sizes = [count, norms[0].numel(), g.numel()]
+    return torch.stack(
+        [torch.stack([x.double() for x in numbers]), norms.new_tensor(sizes).double()], 1
+    ).flatten()
+
+
+def _norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Norms along some axes; squares that are added up in single precision are few."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32 if half else None)
 
 
 # --------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def _with_matrix(name: str, matrix: str) -> Measure:
         if name == "tic_trace":
             return _divided(step.S / step.samples, step.trace(matrix) + EPSILON[name])
         return step.over_entries(
-            lambda p, second, g: second.double() / (step.diagonal(matrix, p).double() + EPSILON[name])
+            lambda p, second, g: second / (step.diagonal(matrix, p).to(second.dtype) + EPSILON[name])
         )
 
     return replace(MEASURES[name], value=trace, matrix=matrix)

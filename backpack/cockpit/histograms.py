@@ -6,9 +6,9 @@ is over, all at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from backpack.own import Form, Outer
 GOLDEN = 0.6180339887498949
 # Products that are gathered for some entries; where there would be more, gradients of some samples are
 # written out, unless these are so large that one must do.
-GATHERED, SAMPLES, WRITTEN = 2**16, 4, 2**20
+GATHERED, SAMPLES, WRITTEN = 2**15, 4, 2**20
 
 
 def symlog_edges(largest: int = 2, smallest: int = -12) -> list[float]:
@@ -75,21 +75,34 @@ def _spread(count: int, among: int, device: torch.device) -> Tensor:
     return places.mul_(GOLDEN).frac_().mul_(among).long()
 
 
+@lru_cache(maxsize=64)
+def _places_in(
+    sizes: tuple[int, int, int, int, int, int], most: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where entries come from, the first position of each: in columns, inputs and the matrix."""
+    v, n, q, s, o, i = sizes
+    rest = _spread(most, v * n * q * o * i, device)
+    at = []
+    for size in (i, o, q, n, v):
+        at.append(rest % size)
+        rest = rest.div(size, rounding_mode="floor")
+    i_, o_, q_, n_, v_ = at
+    columns = (((v_ * n + n_) * q + q_) * s) * o + o_
+    return columns, ((n_ * q + q_) * s) * i + i_, (q_ * o + o_) * i + i_
+
+
 def _gathered(form: Outer, parameter: Tensor, most: int, joint: bool) -> tuple[Tensor, Tensor | None]:
     """Entries without writing out others, and the parameter's values there."""
-    v, n, q, _, o = form.g.shape
-    a, sizes = form.a, (v, n, q, o, form.inputs.shape[-1])
-    places = _spread(most, math.prod(sizes), form.g.device)
-    at: list[Tensor] = []
-    for size in reversed(sizes):
-        at.append(places % size)
-        places = places.div(size, rounding_mode="floor")
-    i, o_, q_, n_, v_ = at
-    # Indices on both sides of a slice: what they pick comes first, positions last.
-    values = (form.g[v_, n_, q_, :, o_] * a[n_, q_, :, i]).sum(1)
+    g, a = form.g.detach(), form.a.detach()
+    (q, s, o), i = g.shape[2:], a.shape[3]
+    columns, inputs, matrix = _places_in((*g.shape, i), most, g.device)
+    g, a = g.reshape(-1), a.reshape(-1)
+    values = g[columns] * a[inputs]
+    for k in range(1, s):
+        values += g[columns + k * o] * a[inputs + k * i]
     if not joint:
-        return values.detach(), None
-    return values.detach(), form.layout.load(parameter.detach().unsqueeze(0), q, o)[0][q_, o_, i]
+        return values, None
+    return values, form.layout.load(parameter.detach(), q, o).reshape(-1)[matrix]
 
 
 def counted(entries: Sequence[Entries], scales: Sequence[float], joint: bool) -> Tensor:
@@ -100,19 +113,23 @@ def counted(entries: Sequence[Entries], scales: Sequence[float], joint: bool) ->
         scales: what the values of each are multiplied with.
         joint: whether to count in two dimensions.
     """
-    values = torch.cat([e.values.double() * scale for e, scale in zip(entries, scales, strict=True)])
-    weights = torch.cat(
-        [e.values.new_full((len(e.values),), e.weight, dtype=torch.float64) for e in entries]
-    )
-    edges = torch.tensor(symlog_edges(), dtype=torch.float64, device=values.device)
-    bins, known = len(edges) - 1, ~values.isnan()
-    at = _places(values, edges)
+    device, each = entries[0].values.device, [len(e.values) for e in entries]
+    factors = torch.tensor([scales, [e.weight for e in entries]], dtype=torch.float64, device=device)
+    factors = factors.repeat_interleave(torch.tensor(each, device=device), 1, output_size=sum(each))
+    values = torch.cat([e.values for e in entries])
+    values = (values if values.dtype == torch.float64 else values.float()).mul(factors[0])
+    at = _places(values)
+    bins = len(symlog_edges()) - 1
     if joint:
-        across = torch.cat([e.parameters.double() for e in entries if e.parameters is not None])
-        at = at * bins + _places(across, edges)
-    counts = torch.bincount(at[known], weights[known], minlength=bins**2 if joint else bins)
+        across = torch.cat([e.parameters for e in entries if e.parameters is not None])
+        at = at * bins + _places(across)
+    factors[1].masked_fill_(values.isnan(), 0.0)
+    counts = torch.bincount(at, factors[1], minlength=bins**2 if joint else bins)
     return counts.reshape(bins, bins) if joint else counts
 
 
-def _places(values: Tensor, edges: Tensor) -> Tensor:
-    return (torch.bucketize(values, edges, right=True) - 1).clamp(0, len(edges) - 2)
+def _places(values: Tensor) -> Tensor:
+    edges = torch.tensor(symlog_edges(), dtype=torch.float64, device=values.device)
+    values = values if values.dtype == torch.float64 else values.float()
+    places = torch.bucketize(values, edges.to(values.dtype), right=True)
+    return places.sub_(1).clamp_(0, len(edges) - 2)

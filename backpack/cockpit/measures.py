@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from backpack.cockpit.alpha import End
-from backpack.cockpit.collect import Piece, project
+from backpack.cockpit.collect import Piece, projected
 from backpack.cockpit.histograms import counted
 
 DECAY = 0.9
@@ -98,6 +98,7 @@ class Step:
     Attributes:
         grad_norms: norm of each parameter's gradient, all terms of the loss included.
         update: what the optimizer has added to each parameter.
+        last: what it had added in the step before, if that is to be known.
         update_norms: norms of that.
         parameter_norms: norms of the parameters before the step.
         distances: norms of their distances to where they were when the monitor began.
@@ -121,6 +122,7 @@ class Step:
         self.lost = lost
         self.grad_norms: Tensor | None = None
         self.update: dict[Tensor, Tensor] | None = None
+        self.last: dict[Tensor, Tensor] | None = None
         self.update_norms: Tensor | None = None
         self.parameter_norms: Tensor | None = None
         self.distances: Tensor | None = None
@@ -157,20 +159,20 @@ class Step:
         return self.samples
 
     def _rows(self, part: str, value: Callable[[Piece], Tensor | None], power: int) -> Tensor:
-        """A number for each sample and parameter, ``[parameters, samples of this process]``."""
+        """A number (or several) for each parameter and sample, ``[parameters, ..., samples]``."""
         self._need("statistics", part)
         columns = []
         for passed in self.passes:
-            zeros = torch.zeros(passed.samples, dtype=torch.float64, device=self.parameters[0].device)
-            rows = []
-            for p in self.parameters:
-                piece = passed.pieces.get(p)
-                row = zeros if piece is None else value(piece)
+            found, _ = {}, passed.samples
+            for p, piece in passed.pieces.items():
+                row = value(piece)
                 if row is None:
                     raise MissingError(self.lost.get(part, f"{part} were not computed"))
-                rows.append(row.to(zeros) * passed.share**power)
-            columns.append(torch.stack(rows))
-        return torch.cat(columns, 1)
+                found[p] = row.double()
+            zeros = torch.zeros_like(next(iter(found.values())))
+            rows = [found.get(p, zeros).to(zeros.device) for p in self.parameters]
+            columns.append(torch.stack(rows) * passed.share**power)
+        return torch.cat(columns, -1)
 
     def _numbers(self, values: Sequence[Tensor | None]) -> Tensor:
         """A number for each parameter -> its sum over each group."""
@@ -212,23 +214,40 @@ class Step:
         return self._numbers([_squared(found[p]) if p in found else None for p in self.parameters])
 
     @cached_property
-    def _projected(self) -> Tensor:
+    def along_gradient(self) -> Tensor:
         """``G_n^T g`` for each parameter and sample of this process."""
-        if len(self.passes) == 1 and self.group.size == 1:
-            pieces = self.passes[0].pieces.values()
-            if all(piece.projections is not None for piece in pieces):
-                return self._rows("projections", lambda piece: piece.projections, 2)
-        return self.onto(self.gradients)
+        if len(self.passes) == 1 and self.group.size == 1 and not self.keeps:
+            return self._rows("projections", lambda piece: piece.projections, 2)
+        return self._from_forms["gradient"]
 
-    def onto(self, vectors: dict[Tensor, Tensor]) -> Tensor:
-        """``G_n^T u`` for each parameter and sample, from the forms that were kept."""
+    @property
+    def along_update(self) -> Tensor:
+        """``G_n^T d`` for each parameter and sample, from the forms that were kept."""
+        return self._from_forms["update"]
+
+    @cached_property
+    def along_last(self) -> Tensor:
+        """``G_n^T d`` with the last step's update, at its end."""
+        kept = self.keeps and "last" in self._from_forms
+        return self._from_forms["last"] if kept else self._rows("ends", lambda piece: piece.ends, 1)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are forms to project with."""
+        pieces = [piece for passed in self.passes for piece in passed.pieces.values() if piece.reached]
+        return any(piece.form is not None for piece in pieces)
+
+    @cached_property
+    def _from_forms(self) -> dict[str, Tensor]:
+        """Projections of the ``G_n`` on all that is known, in one look at each layer's inputs."""
+        given = {"gradient": self.gradients, "update": self.update, "last": self.last}
+        known = {name: vectors for name, vectors in given.items() if vectors is not None}
         owners = {id(piece): p for passed in self.passes for p, piece in passed.pieces.items()}
 
         def value(piece: Piece) -> Tensor:
-            vector = vectors.get(owners[id(piece)])
-            device = self.parameters[0].device
-            if vector is None or not piece.reached:
-                return torch.zeros(piece.samples, dtype=torch.float64, device=device)
+            p = owners[id(piece)]
+            if not piece.reached:
+                return p.new_zeros(len(known), piece.samples).double()
             if piece.form is None:
                 raise MissingError(
                     "inputs and output gradients of layers were not kept (they take more memory than "
@@ -236,14 +255,18 @@ class Step:
                 )
             if not piece.intact:
                 raise MissingError("an input of a layer was written to after the backward pass")
-            return project(piece.form, vector)
+            vectors = [known[name].get(p) for name in known]
+            return projected(
+                piece.form, [torch.zeros_like(p).detach() if v is None else v for v in vectors]
+            )
 
-        return self._rows("projections", value, 1)
+        rows = self._rows("projections", value, 1)
+        return dict(zip(known, rows.unbind(1), strict=True))
 
     @cached_property
     def projections(self) -> Tensor:
         """``sum_n r_n^2`` of each group."""
-        rows = self.groups.to(self._projected.device) @ self._projected
+        rows = self.groups.to(self.along_gradient.device) @ self.along_gradient
         squares = self.group.sum(rows.square().sum(1)).cpu()
         return self.samples**2 * squares
 
@@ -273,7 +296,7 @@ class Step:
         numbers = []
         for p in self.parameters:
             found = self._squares(p)
-            numbers.append(None if found is None else value(p, *found).double().sum())
+            numbers.append(None if found is None else value(p, *found).sum().double())
         return self._numbers(numbers)
 
     @cached_property
@@ -594,7 +617,7 @@ def tic_trace(step: Step) -> Tensor:
 def tic_diag(step: Step) -> Tensor:
     epsilon = EPSILON["tic_diag"]
     return step.over_entries(
-        lambda p, second, g: second.double() / (step.diagonal("ggn_mc", p).double() + epsilon)
+        lambda p, second, g: second / (step.diagonal("ggn_mc", p).to(second.dtype) + epsilon)
     )
 
 

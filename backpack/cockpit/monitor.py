@@ -20,7 +20,7 @@ from backpack.cockpit.alarms import Alarm, Finding, alarms_of
 from backpack.cockpit.alpha import End, alpha
 from backpack.cockpit.attention import AttentionLogits
 from backpack.cockpit.budget import Clock
-from backpack.cockpit.collect import Curvature, FirstOrder, KeptColumns, Piece, Probe, Wish, project
+from backpack.cockpit.collect import Curvature, FirstOrder, KeptColumns, Piece, Probe, Wish, projected
 from backpack.cockpit.configurations import SPECIAL, chosen
 from backpack.cockpit.eigenvalue import TopEigenvalue
 from backpack.cockpit.grouping import Per, grouped, looked_at
@@ -36,7 +36,7 @@ from backpack.cockpit.utils.schedules import linear
 from backpack.own import BackpropExtension, walk
 
 # Entries that are looked at for a histogram, and how many of a parameter at least.
-ENTRIES, LEAST = 2**15, 2**9
+ENTRIES, LEAST = 2**14, 2**9
 _EXTENDED = "_backpack_extend"
 # What is no matter of first-order forms.
 # Quantities of which it is worth knowing that they are not a number.
@@ -378,7 +378,7 @@ class Monitor:
         passed.losses, passed.unread = self._losses(call)
         passed.raw = self._probe.raw
         if pieces and self._first.held > self.hold:
-            _settle(pieces.values())
+            _settle(pieces, self._start.update if self._start else {})
             self._full = True
         self._passes.append(passed)
         self._passed_inside = self._inside
@@ -423,13 +423,15 @@ class Monitor:
         self._lost |= self._whole_parts()
         step = Step(self._parameters, self._rows, self._passes, self.processes, self._lost)
         step.memory = self._memory
+        if self._tracking:
+            step.grad_norms, step.plain = self._grad_norms, self._steps_along()
+            self._add_update(step)
         if self._start is not None:
+            step.last = self._start.update
             self._conclude_alpha(step, self._start)
         self._start = None
         if not self._tracking:
             return
-        step.grad_norms, step.plain = self._grad_norms, self._steps_along()
-        self._add_update(step)
         values: dict[str, Any] = {}
         for measure in self.measures:
             self._try(measure.name, lambda: self._measured(measure, step, values))  # noqa: B023
@@ -566,11 +568,8 @@ class Monitor:
     def _slopes(self, step: Step) -> Tensor:
         """``G_n^T d`` at the start of the step, of each sample of this process."""
         assert step.update is not None
-        kept = any(
-            piece.form is not None for passed in self._passes for piece in passed.pieces.values()
-        )
-        if kept or not self._steps_along():
-            return step.onto(step.update).sum(0)
+        if step.keeps or not self._steps_along():
+            return step.along_update.sum(0)
         rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
         gradients = step.gradients
         expected = _norms([gradients.get(p) for p in self._parameters]).cpu()
@@ -582,8 +581,8 @@ class Monitor:
             self._along = False
             raise MissingError("the gradient was changed before the optimizer's step")
         weights = [-factor * rates.get(p, 0.0) for p in self._parameters]
-        projected = step._projected
-        return projected.new_tensor(weights) @ projected
+        along = step.along_gradient
+        return along.new_tensor(weights) @ along
 
     def _alpha(self, step: Step, values: dict[str, Any]) -> None:
         if step.update is None or step.update_norms is None:
@@ -594,8 +593,7 @@ class Monitor:
 
     def _conclude_alpha(self, step: Step, start: _Start) -> None:
         def value() -> None:
-            rows = step._rows("ends", lambda piece: piece.ends, 1)
-            end = step.end(rows.sum(0), start.length)
+            end = step.end(step.along_last.sum(0), start.length)
             found = alpha(start.end, end, start.length)
             if found is not None:
                 self._add(start.step, {"alpha": found})
@@ -721,6 +719,8 @@ class Monitor:
 def _norms(tensors: Sequence[Tensor | None]) -> Tensor:
     """A norm for each tensor, zero where there is none."""
     dense = [t for t in tensors if t is not None and not t.is_sparse]
+    if len(dense) == len(tensors) and len({t.dtype for t in dense}) == 1:
+        return torch.stack(torch._foreach_norm(dense)).double()
     norms = iter(torch._foreach_norm(dense)) if dense else iter(())
     found = []
     like = next(t for t in tensors if t is not None) if any(t is not None for t in tensors) else None
@@ -735,12 +735,13 @@ def _norms(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.stack(found)
 
 
-def _settle(pieces: Iterable[Piece]) -> None:
+def _settle(pieces: dict[Tensor, Piece], last: dict[Tensor, Tensor]) -> None:
     """Use kept forms at once, and let go of them."""
-    for piece in pieces:
+    for p, piece in pieces.items():
         if piece.form is not None and piece.gradient is not None:
+            vectors = [piece.gradient, last.get(p, piece.gradient)]
             with torch.no_grad():
-                piece.projections = project(piece.form, piece.gradient)
+                piece.projections, piece.ends = projected(piece.form, vectors)
             piece.form = None
 
 
