@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from backpack.cockpit.monitor import Monitor, watch
+from backpack.cockpit.monitor import Monitor
+from backpack.cockpit.watching import watch
 
 
 class _Callback:

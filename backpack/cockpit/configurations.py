@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from backpack.cockpit.measures import EPSILON, MEASURES, Measure, Step, _divided
+from backpack.cockpit.measures import EPSILON, MEASURES, Measure, _divided
+from backpack.cockpit.step import Step
 
 ECONOMY = tuple(
     """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test inner_test

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack import disable
-from backpack.cockpit.measures import Group
+from backpack.cockpit.passed import Group
 from backpack.cockpit.passes import Call
 
 # Vectors that are kept, and the residual's length beside the eigenvalue, which is that near; and as its
