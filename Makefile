@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-cockpit bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -67,6 +67,11 @@ support: $(ZOO)/stamp
 # What quantities cost, beside other libraries; options in BENCH, as in `make bench BENCH="--problems mlp"`.
 bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp $(PEERS)/curvlinops/stamp
 	$(BIN)/python -m benchmarks.suite $(BENCH)
+
+# The monitor beside cockpit-for-pytorch: the same numbers, and what they cost.
+bench-cockpit: $(STAMPS)/bench $(PEERS)/cockpit-for-pytorch/stamp
+	$(BIN)/python -m benchmarks.cockpit agree
+	$(BIN)/python -m benchmarks.cockpit cost $(BENCH)
 
 bench-quick: override BENCH += --quick
 bench-quick: bench

@@ -14,7 +14,7 @@ from backpack.cockpit.passes import Call
 
 # Vectors that are kept, and the residual's length beside the eigenvalue, which is that near; and as its
 # error is of second order in the residual's, usually within a thousandth.
-LARGEST, TOLERANCE = 10, 3e-2
+LARGEST, TOLERANCE = 10, 2e-2
 # How often it starts again from the best vector, and the change for which that is not worth while.
 CYCLES, CHANGE = 10, 1e-4
 Vector = list[Tensor]
