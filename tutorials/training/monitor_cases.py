@@ -54,7 +54,7 @@ for name, found in hists.items():
     size = torch.minimum(low.abs(), high.abs())
     ends[name] = float(shares[size >= 1].sum())
     print(f"{name}: loss {found['loss']:.1f}, {ends[name]:.1%} of all entries of size 1 and more")
-    ax.bar(range(len(shares)), shares, alpha=0.5, label=name)
+    ax.bar(range(len(shares)), shares.tolist(), alpha=0.5, label=name)
 ax.set(xlabel="bin, by powers of ten; zero in the middle", ylabel="share of entries", yscale="log")
 ax.legend()
 
