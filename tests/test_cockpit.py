@@ -440,6 +440,30 @@ def test_two_monitors() -> None:
     assert together[0]["loss"] == together[1]["loss"] == pytest.approx(expected["loss"])
 
 
+def test_an_optimizer_in_a_wrapper() -> None:
+    """Its step calls that of the one inside, perhaps not each time."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.count = optimizer, 0
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.count += 1
+            if self.count % 2 == 0:
+                self.optimizer.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            if self.count % 2 == 0:
+                self.optimizer.zero_grad(set_to_none)
+
+    model, optimizer = problem()
+    wrapper = Wrapper(optimizer)
+    with watch(model, wrapper, every=1) as monitor:
+        train(model, wrapper, 6)
+    assert monitor.history().steps == [0, 1, 2] and monitor.left_out == {}
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 def test_some_parameters() -> None:
     model, optimizer = problem()
     model[2].bias.requires_grad_(False)

@@ -39,8 +39,6 @@ class _Callback:
         raise NotImplementedError
 
     def _begin(self, model: Any, optimizer: Any, step: int, **more: Any) -> None:
-        while hasattr(optimizer, "optimizer"):  # a wrapper, which calls the one inside
-            optimizer = optimizer.optimizer
         self._end()
         self.monitor = watch(model, optimizer, **{**more, **self.options})
         if step:

@@ -56,6 +56,9 @@ class Monitor(Concluding):
     ) -> None:
         wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         self.model: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
+        # Of a wrapper that calls another optimizer's step, the one inside.
+        while isinstance(inside := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inside
         self.optimizer = optimizer
         self.per, self.batch_dim, self.hold, self.closure = per, batch_dim, hold, closure
         named = looked_at(self.model, include)

@@ -48,7 +48,8 @@ def watch(
 
     Args:
         model: the module that is called in training; of a parallel wrapper the module inside.
-        optimizer: its steps are the run's steps. With none, write ``with monitor.step(): ...``.
+        optimizer: its steps are the run's steps; of a wrapper such as Accelerate's, those of the one
+            inside. With none, write ``with monitor.step(): ...``.
         quantities: ``"economy"``, ``"business"``, ``"full"``, or a list of names and measures.
         every: an interval, or a function that says of a step whether it is tracked. The first is.
         per: numbers for the whole model and besides for each ``"layer"`` or ``"parameter"``, for the
