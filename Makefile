@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-cockpit bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton test-browser experiments clients zoo support bench bench-quick bench-cockpit bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -43,6 +43,12 @@ test-slow: $(STAMPS)/test
 test-triton: $(TRITON)/stamp
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) -m triton \
 		tests/test_kernels.py
+
+# The monitor's report in a browser: the one in CHROMIUM, or one that playwright fetches.
+test-browser: $(STAMPS)/test
+	$(PIP) playwright
+	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/test_cockpit_browser.py
 
 # Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
 experiments: $(STAMPS)/experiments
