@@ -11,7 +11,8 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton gpu versions experiments clients zoo support bench bench-quick bench-large bench-regressions docs
+.PHONY: demo test smoke wheel test-slow test-triton test-browser gpu versions experiments clients zoo support
+.PHONY: bench bench-quick bench-large bench-cockpit bench-regressions docs
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -57,6 +58,12 @@ gpu:
 	BACKPACK_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -n $(WORKERS) -m gpu tests/gpu
 	$(GPU_PYTHON) -m benchmarks.devices --device $(DEVICE)
 
+# The monitor's report in a browser: the one in CHROMIUM, or one that playwright fetches.
+test-browser: $(STAMPS)/test
+	$(PIP) playwright
+	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/test_cockpit_browser.py
+
 # Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
 experiments: $(STAMPS)/experiments
 	$(BIN)/python -m experiments run --problem digits-logreg digits-cnn --epochs 10 --seeds 3 \
@@ -80,6 +87,11 @@ support: $(ZOO)/stamp
 # What quantities cost, beside other libraries; options in BENCH, as in `make bench BENCH="--problems mlp"`.
 bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp $(PEERS)/curvlinops/stamp
 	$(BIN)/python -m benchmarks.suite $(BENCH)
+
+# The monitor beside cockpit-for-pytorch: the same numbers, and what they cost.
+bench-cockpit: $(STAMPS)/bench $(PEERS)/cockpit-for-pytorch/stamp
+	$(BIN)/python -m benchmarks.cockpit agree
+	$(BIN)/python -m benchmarks.cockpit cost $(BENCH)
 
 bench-quick: override BENCH += --quick
 bench-quick: bench

@@ -56,6 +56,7 @@ def process(rank: int, world: int, port: int, folder: str, passes: int) -> None:
     net = nn.parallel.DistributedDataParallel(model())
     found = train(net, rank, world, f"{folder}/run.jsonl", passes)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # the first, which is asked for addresses, goes last
     torch.distributed.destroy_process_group()
 
 
@@ -74,8 +75,6 @@ def test_two_processes(tmp_path: Path, passes: int) -> None:
     for each in together:
         for found, expected in zip(each["records"], alone["records"], strict=True):
             for key, value in expected.items():
-                if key == "grad_hist" and found["step"] == 0:
-                    continue  # the number of samples was not yet known
                 if key.startswith("hess_max_ev") and passes > 1:
                     continue  # still on its way
                 if isinstance(value, float) and key != "time":

@@ -593,8 +593,6 @@ def test_histograms(factors: tuple[float, ...]) -> None:
     monitor, seen = run(given, factors=factors, quantities=["grad_hist", "grad_hist_2d"])
     for step, (batches, before, _) in enumerate(seen):
         values = monitor.history().at(step)
-        if step == 0 and len(factors) > 1:
-            continue  # its scale was not yet known
         found = values["grad_hist"]
         edges = torch.tensor(found["edges"])
         truth = Truth(given, before, batches)
@@ -620,3 +618,67 @@ def test_a_model_that_returns_its_loss() -> None:
     truth = Truth(problem, copied(model).body, [(X, y, 1.0)])
     for name, value in first_order(truth, truth.names).items():
         close(values[name], value)
+
+
+def test_many_entries() -> None:
+    """Of large layers some are looked at, and stand for all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 300), nn.Tanh(), nn.Linear(300, 10))
+    X, y = torch.randn(50, 100), torch.randint(10, (50,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, quantities=["grad_hist", "grad_hist_2d"], every=1) as monitor:
+        F.cross_entropy(model(X), y).backward()
+        before = copied(model)
+        optimizer.step()
+    found = monitor.history().at(0)["grad_hist"]
+    truth = Truth(Problem(mlp, vectors, classes, F.cross_entropy, entropies), before, [(X, y, 1.0)])
+    edges = torch.tensor(found["edges"])
+    counts = torch.histogram(truth.of(truth.names), edges[1:-1])[0]
+    assert sum(found["counts"]) == pytest.approx(
+        50 * sum(p.numel() for p in model.parameters()), rel=1e-3
+    )
+    estimated = torch.tensor(found["counts"][1:-1]).double()
+    # Each entry that is looked at in the largest layer stands for so many.
+    weight = 50 * 30000 / 4096
+    assert ((estimated - counts).abs() <= 3 * (weight * counts).sqrt() + 3 * weight).all()
+    assert (counts > 10 * weight).sum() >= 6
+    joint = torch.tensor(monitor.history().at(0)["grad_hist_2d"]["counts"])
+    assert (joint.sum(1) - torch.tensor(found["counts"])).abs().max() <= len(edges)
+
+
+def test_hard_samples() -> None:
+    """Those with a loss that is large beside the first step's, once most have a small one."""
+    scale = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([scale], lr=0.0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    model = Model()
+    losses = [[1.0] * 8, [0.2] * 4 + [3.0] * 4, [0.2] * 5 + [1.4, 1.6, 3.0]]
+    with watch(model, optimizer, quantities=["hard_samples"], every=1) as monitor:
+        for each in losses:
+            optimizer.zero_grad()
+            x = torch.tensor(each).sqrt().unsqueeze(1)
+            F.mse_loss(model(x), torch.zeros_like(x)).backward()
+            optimizer.step()
+    steps, found = monitor.history().column("hard_samples")
+    assert steps == [2] and found == [pytest.approx(2 / 8)]
+
+
+@pytest.mark.filterwarnings("ignore:cockpit")
+def test_probabilities_of_samples() -> None:
+    """Where probabilities add up over samples, no loss is a sample's."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, quantities=["loss", "hard_samples"], every=1) as monitor:
+        F.nll_loss(F.log_softmax(model(torch.randn(3, 4)), 0), torch.tensor([0, 1, 2])).backward()
+        optimizer.step()
+    assert "which rows of the loss" in monitor.left_out["hard_samples"]
+    assert monitor.history().at(0).keys() >= {"loss"}

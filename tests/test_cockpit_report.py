@@ -202,6 +202,8 @@ def test_statements() -> None:
     assert said(constant(norm_test=0.95)) == ["The mini-batch gradient is mostly noise."]
     assert said(constant(update_ratio=1e-7)) == ["Parameters hardly move."]
     assert said(constant(early_stopping=0.5)) == ["Gradients can no longer be told from noise."]
+    assert said(constant(hard_samples=0.02)) == ["There is too little to say anything yet."]
+    assert said(constant(hard_samples=0.1))[0].startswith("10 % of the samples stay hard")
     dead = {"dead_units/a": 0.1, "dead_units/b": 0.97}
     assert said(constant(**dead))[0].startswith("97 % of what layer b is given")
     vanishing = {f"output_grad_rms/{k}": 10.0**-k for k in range(5)}

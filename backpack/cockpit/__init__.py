@@ -13,18 +13,23 @@ from backpack.cockpit.alarms import (
     DeadUnits,
     Exploding,
     Finding,
+    HardSamples,
     NonFinite,
     Spike,
+    UpdateRatio,
     Vanishing,
 )
 from backpack.cockpit.callbacks import LightningCockpit, TransformersCockpit
 from backpack.cockpit.cockpit import Cockpit
 from backpack.cockpit.configurations import hess_trace, tic_diag, tic_trace
 from backpack.cockpit.history import History
-from backpack.cockpit.measures import Measure, MissingError, Step
-from backpack.cockpit.monitor import Monitor, watch
+from backpack.cockpit.measures import Measure
+from backpack.cockpit.monitor import Monitor
+from backpack.cockpit.passed import MissingError
 from backpack.cockpit.plotter import CockpitPlotter
 from backpack.cockpit.sinks import CSV, TensorBoard
+from backpack.cockpit.step import Step
+from backpack.cockpit.watching import watch
 
 __all__ = [
     "CSV",
@@ -35,6 +40,7 @@ __all__ = [
     "DeadUnits",
     "Exploding",
     "Finding",
+    "HardSamples",
     "History",
     "LightningCockpit",
     "Measure",
@@ -45,6 +51,7 @@ __all__ = [
     "Step",
     "TensorBoard",
     "TransformersCockpit",
+    "UpdateRatio",
     "Vanishing",
     "hess_trace",
     "tic_diag",

@@ -11,6 +11,13 @@ from backpack.cockpit.history import History
 
 # Steps with which the next is compared: the run has a trend.
 NEAR = 5
+# What was noticed is over after so many tracked steps without it.
+QUIET = 10
+# Logarithms in a quiet run deviate less; but a loss that is not nearly twice as large is no spike, nor
+# is a gradient of less than four times the size: near the edge of stability it swings.
+SPREAD = {"loss": 0.1, "grad_norm": 0.25}
+# Parameters whose norm has grown by more have not found their scale yet.
+GROWTH = 1.5
 
 
 class Finding(NamedTuple):
@@ -43,17 +50,18 @@ class Alarm:
         deeper: tuple[Any, int] | None = None,
     ) -> None:
         self.then, self.deeper = then, deeper
-        self._since: dict[str, int] = {}
+        self._checks = 0
+        self._raised: dict[str, int] = {}
 
     def check(self, step: int, values: dict[str, Any], history: History) -> Finding | None:
         """What is to be said of a step, if anything; the same thing once until it is over."""
+        self._checks += 1
         found = self.find(step, values, history)
         if found is None:
-            self._since.clear()
             return None
-        fresh = found.quantity not in self._since
-        self._since[found.quantity] = step
-        return found if fresh else None
+        last = self._raised.get(found.quantity)
+        self._raised[found.quantity] = self._checks
+        return found if last is None or self._checks - last > QUIET else None
 
     def find(self, step: int, values: dict[str, Any], history: History) -> Finding | None:
         """What there is in these numbers."""
@@ -108,18 +116,15 @@ class Spike(Alarm):
         self.z, self.window, self.least = z, window, least
 
     def find(self, step: int, values: dict[str, Any], history: History) -> Finding | None:
-        for key in ("loss", "grad_norm"):
-            steps, before = history.column(key)
-            logs = [
-                math.log(v) for s, v in zip(steps, before, strict=True) if s < step and 0 < v < math.inf
-            ]
-            logs, value = logs[-self.window :], values.get(key)
+        for key, least in SPREAD.items():
+            before = history.recent(key, self.window, before=step)
+            logs = [math.log(v) for v in before if 0 < v < math.inf]
+            value = values.get(key)
             if len(logs) < max(self.least, NEAR + 1) or value is None or not 0 < value < math.inf:
                 continue
             middle = median(logs[-NEAR:])
             apart = [logs[k] - median(logs[k - NEAR : k]) for k in range(NEAR, len(logs))]
-            # No less than a twentieth: a quiet run has small deviations.
-            spread = max(1.4826 * median(map(abs, apart)), 0.05)
+            spread = max(1.4826 * median(map(abs, apart)), least)
             z = (math.log(value) - middle) / spread
             if z > self.z:
                 return self._found(
@@ -249,7 +254,7 @@ class AlphaRange(Alarm):
         self,
         low: float = -math.inf,
         high: float = 1.0,
-        window: int = 5,
+        window: int = 15,
         then: Callable[[Any, Finding], Any] | None = None,
         deeper: tuple[Any, int] | None = None,
     ) -> None:
@@ -257,15 +262,89 @@ class AlphaRange(Alarm):
         self.low, self.high, self.window = low, high, window
 
     def find(self, step: int, values: dict[str, Any], history: History) -> Finding | None:
-        _, found = history.column("alpha")
+        found = history.recent("alpha", self.window)
         if len(found) < self.window:
             return None
-        middle = median(found[-self.window :])
+        middle = median(found)
         if self.low <= middle <= self.high:
             return None
         what = "beyond the far side of the valley" if middle > self.high else "short of the minimum"
         return self._found(
             "alpha", f"the median alpha of the last {self.window} is {middle:.2f}: steps end {what}"
+        )
+
+
+class UpdateRatio(Alarm):
+    """Steps replace the parameters: the learning rate is several times too large.
+
+    Not while parameters grow from (nearly) nothing, where each first step is large beside them.
+
+    Args:
+        ratio: of an update's norm to the parameters', in the median over some tracked steps.
+        window: number of tracked steps.
+        then: see :class:`Alarm`.
+        deeper: see :class:`Alarm`.
+    """
+
+    kind = "step size"
+
+    def __init__(
+        self,
+        ratio: float = 0.1,
+        window: int = 5,
+        then: Callable[[Any, Finding], Any] | None = None,
+        deeper: tuple[Any, int] | None = None,
+    ) -> None:
+        super().__init__(then, deeper)
+        self.ratio, self.window = ratio, window
+
+    def find(self, step: int, values: dict[str, Any], history: History) -> Finding | None:
+        ratios = history.recent("update_ratio", self.window)
+        norms = history.recent("param_norm", self.window)
+        if min(len(ratios), len(norms)) < self.window:
+            return None
+        middle = median(ratios)
+        grown = norms[-1] / norms[0] if norms[0] else math.inf
+        if not middle > self.ratio or grown > GROWTH:
+            return None
+        return self._found(
+            "update_ratio",
+            f"the last {self.window} steps had {middle:.2g} times the parameters' norm in the median: "
+            "the learning rate is too large",
+        )
+
+
+class HardSamples(Alarm):
+    """Some samples contradict the others: wrong labels, damaged inputs.
+
+    Args:
+        share: of samples that have a large loss although most are learned (``hard_samples``).
+        window: number of tracked steps over which that is averaged.
+        then: see :class:`Alarm`.
+        deeper: see :class:`Alarm`.
+    """
+
+    kind = "hard samples"
+
+    def __init__(
+        self,
+        share: float = 0.06,
+        window: int = 10,
+        then: Callable[[Any, Finding], Any] | None = None,
+        deeper: tuple[Any, int] | None = None,
+    ) -> None:
+        super().__init__(then, deeper)
+        self.share, self.window = share, window
+
+    def find(self, step: int, values: dict[str, Any], history: History) -> Finding | None:
+        found = history.recent("hard_samples", self.window)
+        mean = sum(found) / self.window
+        if len(found) < self.window or mean < self.share:
+            return None
+        return self._found(
+            "hard_samples",
+            f"{100 * mean:.0f} % of the samples have a loss well above the first step's, though most "
+            "are learned: look at their labels and inputs",
         )
 
 
@@ -281,6 +360,8 @@ ALARMS: dict[str, type[Alarm]] = {
     "exploding": Exploding,
     "dead_units": DeadUnits,
     "alpha": AlphaRange,
+    "update_ratio": UpdateRatio,
+    "hard_samples": HardSamples,
 }
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from backpack.cockpit.monitor import Monitor, watch
+from backpack.cockpit.monitor import Monitor
+from backpack.cockpit.watching import watch
 
 
 class _Callback:
@@ -38,8 +39,6 @@ class _Callback:
         raise NotImplementedError
 
     def _begin(self, model: Any, optimizer: Any, step: int, **more: Any) -> None:
-        while hasattr(optimizer, "optimizer"):  # a wrapper, which calls the one inside
-            optimizer = optimizer.optimizer
         self._end()
         self.monitor = watch(model, optimizer, **{**more, **self.options})
         if step:

@@ -9,14 +9,14 @@ from forms that are kept until they are: a layer's inputs and output gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backpack.cockpit.histograms import Counts
+from backpack.cockpit.histograms import Entries, entries_of
 from backpack.cockpit.losses import individual_losses
 from backpack.own import (
     BackpropExtension,
@@ -24,13 +24,9 @@ from backpack.own import (
     ColumnSource,
     Context,
     Dense,
-    ExactRoot,
     Form,
-    HessianRoot,
     Outer,
     Pass,
-    SampledRoot,
-    Together,
     Wanted,
 )
 
@@ -47,7 +43,8 @@ class Wish:
         keep: keep forms and gradient until the step is over, or else use them at once.
         limit: number of bytes of forms that are kept at most.
         ends: updates to project on, by parameter.
-        counts: how to count entries, if that is wanted.
+        entries: how many entries of each parameter are written down for histograms; ``0``: none.
+        joint: whether the parameter's values are wanted beside them.
         share: the factor of the ``G_n`` of this pass in the step's.
     """
 
@@ -58,7 +55,8 @@ class Wish:
     keep: bool = True
     limit: int = 2**30
     ends: dict[Tensor, Tensor] | None = None
-    counts: Counts | None = None
+    entries: int = 0
+    joint: bool = False
     share: float = 1.0
 
 
@@ -74,7 +72,7 @@ class Piece:
         projections: ``G_n^T g [N]`` on the gradient of this pass alone, if no form is kept.
         ends: ``G_n^T d [N]``.
         activity: sums over inputs and output gradients (:func:`_activity`).
-        counts: counts of entries.
+        entries: some entries of the ``G_n``.
         form: the form, if it is kept.
         gradient: the gradient of this pass.
         versions: of the tensors in the form, when it was kept.
@@ -88,7 +86,7 @@ class Piece:
     projections: Tensor | None = None
     ends: Tensor | None = None
     activity: Tensor | None = None
-    counts: Any = None
+    entries: Entries | None = None
     form: Form | None = None
     gradient: Tensor | None = None
     versions: tuple[int, ...] = ()
@@ -154,23 +152,30 @@ class FirstOrder(BackpropExtension):
             # Held as it is: a tensor that nobody holds becomes p.grad, which is changed later.
             gradient = gradient.detach() if gradient.requires_grad else gradient
             direction = None if wish.ends is None else wish.ends.get(p)
-            if direction is not None:
-                state.ends = self._try("ends", lambda: project(form, direction))
-            if wish.counts is not None:
-                counts = wish.counts
-                state.counts = self._try("counts", lambda: counts.of(form, p.detach()))
+            if wish.entries:
+                state.entries = self._try(
+                    "counts", lambda: entries_of(form, p, wish.entries, wish.joint)
+                )
             state.gradient = gradient
-            if not (wish.keep and self._keep(state)):
+            kept = wish.keep and self._keep(state)
+            if not kept:
                 state.form = None
-                if wish.projections:
-                    state.projections = self._try("projections", lambda: project(form, gradient))
+            # What is not kept is used at once, in one look at the layer's inputs.
+            vectors: dict[str, Tensor] = {}
+            if direction is not None and not kept:
+                vectors["ends"] = direction
+            if wish.projections and not kept:
+                vectors["projections"] = gradient
+            found = self._try("projections", lambda: projected(form, list(vectors.values())))
+            for name, rows in zip(vectors, found if found is not None else (), strict=False):
+                setattr(state, name, rows)
         return state
 
     def _keep(self, piece: Piece) -> bool:
         """Keep a form, if there is room for it."""
         assert piece.form is not None
         form = released(piece.form)
-        self.held += _new_bytes(form, self._storages)
+        self.held += new_bytes(form, self._storages)
         if self.held > self.wish.limit:
             return False
         piece.form, piece.versions = form, versions(form)
@@ -184,9 +189,13 @@ class FirstOrder(BackpropExtension):
         return piece
 
 
-def project(form: Form, vector: Tensor) -> Tensor:
-    """``G_n^T u`` summed over columns, ``[N]``, in double precision."""
-    return form.project(vector.unsqueeze(0).to(form.like.dtype))[0].sum(0).double()
+def projected(form: Form, vectors: Sequence[Tensor]) -> Tensor:
+    """``G_n^T u`` of several vectors, summed over columns, ``[k, N]``, in double precision."""
+    if not vectors:
+        return form.like.new_zeros(0, form.samples)
+    stacked = torch.stack([vector.to(form.like.dtype) for vector in vectors])
+    products = form.project(stacked)
+    return (products[:, 0] if form.columns == 1 else products.sum(1)).double()
 
 
 def _activity(form: Outer) -> Tensor:
@@ -196,20 +205,29 @@ def _activity(form: Outer) -> Tensor:
     """
     inputs: Any = form.inputs
     if isinstance(inputs, Tensor):
-        squares = inputs.square().double().sum()
-        silent = (inputs == 0).all(2).all(0).sum()
-        count, features = inputs.numel(), inputs.shape[1] * inputs.shape[3]
+        norms, count = _norms(inputs, (2,)), inputs.numel()
     else:
         middle = inputs.windows
         for size in reversed(middle.shape[3 : 3 + inputs.ndim]):
-            middle = middle.select(3 if middle.dim() else 3, size // 2)
-        flat = middle.flatten(3)
-        squares, count = flat.square().double().sum(), flat.numel()
-        silent, features = (flat == 0).all(3).all(0).sum(), flat.shape[1] * flat.shape[2]
+            middle = middle.select(3, size // 2)
+        norms, count = _norms(middle, tuple(range(3, middle.dim()))), middle.numel()
+    silent = (norms == 0).all(0).sum()
     g = form.g
-    numbers = torch.stack([squares, silent.double(), g.square().double().sum()])
-    sizes = numbers.new_tensor([count, features, g.numel()])
-    return torch.stack([numbers, sizes], 1).flatten()
+    numbers = [
+        norms.double().square().sum(),
+        silent,
+        _norms(g, tuple(range(2, g.dim()))).double().square().sum(),
+    ]
+    sizes = [count, norms[0].numel(), g.numel()]
+    return torch.stack(
+        [torch.stack([x.double() for x in numbers]), norms.new_tensor(sizes).double()], 1
+    ).flatten()
+
+
+def _norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Norms along some axes; squares that are added up in single precision are few."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32 if half else None)
 
 
 # --------------------------------------------------------------------------------------
@@ -235,7 +253,7 @@ def tensors_of(form: Form) -> Iterator[Tensor]:
                 yield value
 
 
-def _new_bytes(form: Form, storages: set[int]) -> int:
+def new_bytes(form: Form, storages: set[int]) -> int:
     """Memory that a form takes besides these storages, to which its own are added."""
     total = 0
     for each in tensors_of(form):
@@ -257,96 +275,6 @@ def released(form: Any) -> Any:
     if inputs is not None and not isinstance(inputs, Tensor) and getattr(inputs, "keep", False):
         return replace(form, inputs=replace(inputs, keep=False, _kept=None))
     return form
-
-
-# --------------------------------------------------------------------------------------
-# Curvature
-
-
-class Curvature(BackpropExtension):
-    """Trace of a parameter's block of a curvature matrix, and its diagonal if that is wanted.
-
-    Args:
-        field: the attribute that holds the value until the pass is over.
-        matrix: ``"hessian"``, ``"ggn"`` or ``"ggn_mc"`` (the GGN, with sampled targets).
-        diagonal: whether the diagonal is wanted.
-        generator: source of randomness, one of the monitor's own: training's is left alone.
-    """
-
-    needs_gradient = False
-    signed = summed = True
-
-    def __init__(
-        self,
-        field: str,
-        matrix: str,
-        diagonal: bool = False,
-        generator: torch.Generator | None = None,
-        draws: int = 1,
-    ) -> None:
-        self.savefield = field
-        self.matrix, self.diagonal = matrix, diagonal
-        self.per_sample = not diagonal
-        if matrix == "ggn_mc":
-            self.source: ColumnSource = SampledRoot(draws, generator)
-        else:
-            self.source = ExactRoot() if matrix == "ggn" else HessianRoot()
-
-    def reduce(self, form: Form, sign: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            if self.diagonal or isinstance(form, Together):
-                diagonal = form.square_sum(sign)
-                return diagonal.double().sum(), diagonal if self.diagonal else None
-            if sign is None:
-                return form.squared_norms().double().sum(), None
-            total = torch.zeros((), dtype=torch.float64, device=form.like.device)
-            for v in range(form.columns):
-                norms = form.take(slice(v, v + 1), slice(None)).squared_norms()
-                total = total + (norms * sign[v]).double().sum()
-            return total, None
-
-    def add(self, state: Any, other: Any) -> Any:
-        diagonal = None if state[1] is None else state[1] + other[1]
-        return state[0] + other[0], diagonal
-
-    def zero(self, context: Context) -> Any:
-        p = context.parameter.detach()
-        nothing = torch.zeros((), dtype=torch.float64, device=p.device)
-        return nothing, torch.zeros_like(p) if self.diagonal else None
-
-
-class KeptColumns(BackpropExtension):
-    """Forms of sampled columns of the GGN, kept until the step's update is known.
-
-    Args:
-        field: the attribute that holds them until the pass is over.
-        generator: source of randomness.
-    """
-
-    needs_gradient = False
-    every_column = True
-
-    def __init__(self, field: str, generator: torch.Generator | None = None) -> None:
-        self.savefield = field
-        self.source: ColumnSource = SampledRoot(1, generator)
-        self.prepare(0)
-
-    def prepare(self, limit: int) -> None:
-        """A pass begins, in which forms may take so many bytes."""
-        self.limit, self.held = limit, 0
-        self._storages: set[int] = set()
-
-    @property
-    def full(self) -> bool:
-        """Whether they took more."""
-        return self.held > self.limit
-
-    def reduce(self, form: Form, sign: Tensor | None = None) -> list[Form]:
-        with torch.no_grad():
-            through = any(hasattr(each, "vjp") for each in nested(form))
-            form = Dense(form.dense()) if through else released(form)
-            self.held += _new_bytes(form, self._storages)
-            return [] if self.full else [form]
 
 
 # --------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from backpack.cockpit.measures import EPSILON, MEASURES, Measure, Step, _divided
+from backpack.cockpit.measures import EPSILON, MEASURES, Measure, _divided
+from backpack.cockpit.step import Step
 
 ECONOMY = tuple(
     """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test inner_test
-    ortho_test noise_scale alpha grad_hist activation_rms dead_units output_grad_rms""".split()
+    ortho_test noise_scale alpha hard_samples grad_hist activation_rms dead_units
+    output_grad_rms""".split()
 )
 BUSINESS = (*ECONOMY, *"hess_trace tic_trace tic_diag mean_gsnr early_stopping cabs".split())
 FULL = (*BUSINESS, *"hess_max_ev grad_hist_2d attention_logit".split())
@@ -37,7 +39,7 @@ def _with_matrix(name: str, matrix: str) -> Measure:
         if name == "tic_trace":
             return _divided(step.S / step.samples, step.trace(matrix) + EPSILON[name])
         return step.over_entries(
-            lambda p, second, g: second.double() / (step.diagonal(matrix, p).double() + EPSILON[name])
+            lambda p, second, g: second / (step.diagonal(matrix, p).to(second.dtype) + EPSILON[name])
         )
 
     return replace(MEASURES[name], value=trace, matrix=matrix)

@@ -244,6 +244,19 @@ def _dead(history: History) -> Iterator[Statement]:
 
 
 @_rule
+def _hard(history: History) -> Iterator[Statement]:
+    values = _late(history, "hard_samples")
+    mean = sum(values) / max(len(values), 1)
+    if mean >= 0.06:
+        yield Statement(
+            "warning",
+            f"{100 * mean:.0f} % of the samples stay hard, though most are learned.",
+            f"losses above 1.5 times the first step's, in the mean over {len(values)} tracked steps",
+            "Look at the labels and inputs of samples with the largest losses.",
+        )
+
+
+@_rule
 def _flow(history: History) -> Iterator[Statement]:
     key = "output_grad_rms"
     layers = history.layers(key)

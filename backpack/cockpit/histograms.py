@@ -1,13 +1,25 @@
-"""Counts of the entries of individual gradients, alone or against the values of parameters."""
+"""Counts of the entries of individual gradients, alone or against the values of parameters.
+
+During a backward pass some entries of each parameter are written down; they are counted when the step
+is over, all at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from backpack.own import Form
+from backpack.own import Form, Outer
+
+# Multiples of it, without their whole parts, are spread evenly, however many there are.
+GOLDEN = 0.6180339887498949
+# Products that are gathered for some entries; where there would be more, gradients of some samples are
+# written out, unless these are so large that one must do.
+GATHERED, SAMPLES, WRITTEN = 2**15, 4, 2**20
 
 
 def symlog_edges(largest: int = 2, smallest: int = -12) -> list[float]:
@@ -22,41 +34,102 @@ def symlog_edges(largest: int = 2, smallest: int = -12) -> list[float]:
 
 
 @dataclass(eq=False)
-class Counts:
-    """How entries of ``scale * G_n`` are counted.
+class Entries:
+    """Some entries of the ``G_n`` of a parameter.
 
     Attributes:
-        edges: of the bins, increasing; the outer ones may be infinite.
-        values: edges of the parameters' values, for counts in two dimensions.
-        scale: what entries are multiplied with, besides the number of samples.
-        samples: that number; by default that of the form.
-        entries: how many entries are looked at for each parameter, those of the first samples.
+        values: the entries, ``[k]``.
+        parameters: the parameter's values there, ``[k]``; ``None`` where they are not wanted.
+        weight: how many entries each of them stands for.
     """
 
-    edges: Tensor
-    values: Tensor | None = None
-    scale: float = 1.0
-    samples: int | None = None
-    entries: int | None = None
-
-    def of(self, form: Form, parameter: Tensor) -> Tensor:
-        """Counts ``[bins]``, or ``[bins, bins of values]``."""
-        scale = self.scale * (form.samples if self.samples is None else self.samples)
-        if self.entries is not None and self.entries < form.samples * parameter.numel():
-            form = form.take(slice(None), slice(0, max(1, self.entries // max(parameter.numel(), 1))))
-        edges = (self.edges / scale).to(form.like)
-        if self.values is None:
-            return form.histogram(edges)
-        rows = torch.bucketize(parameter.flatten(), self.values.to(parameter), right=True) - 1
-        return _joint(form, edges, rows.clamp(0, len(self.values) - 2), len(self.values) - 1)
+    values: Tensor
+    parameters: Tensor | None
+    weight: float
 
 
-def _joint(form: Form, edges: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Counts of gradient entries in bins, for each bin of the parameter's value."""
-    bins = len(edges) - 1
-    total = torch.zeros(bins * count, dtype=torch.long, device=edges.device)
-    for _, _, g in form.blocks():
-        flat = g.reshape(-1, len(rows))
-        at = (torch.bucketize(flat, edges, right=True) - 1).clamp(0, bins - 1)
-        total += torch.bincount((at * count + rows).flatten(), minlength=len(total))
-    return total.reshape(bins, count)
+def entries_of(form: Form, parameter: Tensor, most: int, joint: bool) -> Entries:
+    """At most so many entries, spread over samples; all of them, if there are no more."""
+    size = max(parameter.numel(), 1)
+    every = form.columns * form.samples * size
+    if every <= most:
+        values = form.dense().detach().reshape(-1)
+        beside = parameter.detach().flatten().repeat(len(values) // size) if joint else None
+        return Entries(values, beside, 1.0)
+    if isinstance(form, Outer) and form.positions * most <= GATHERED:
+        values, beside = _gathered(form, parameter, most, joint)
+    else:
+        count = max(-(-most // size), SAMPLES if SAMPLES * size <= WRITTEN else 1)
+        chosen = _spread(min(count, form.samples), form.samples, form.like.device)
+        flat = form.take(slice(None), chosen).dense().detach().reshape(-1)
+        places = _spread(min(most, len(flat)), len(flat), flat.device)
+        values, beside = flat[places], parameter.detach().flatten()[places % size] if joint else None
+    return Entries(values, beside, every / len(values))
+
+
+def _spread(count: int, among: int, device: torch.device) -> Tensor:
+    """So many numbers below another, evenly spread in any part of them; all, if there are no more."""
+    if count >= among:
+        return torch.arange(among, device=device)
+    places = torch.arange(1, count + 1, dtype=torch.float64, device=device)
+    return places.mul_(GOLDEN).frac_().mul_(among).long()
+
+
+@lru_cache(maxsize=64)
+def _places_in(
+    sizes: tuple[int, int, int, int, int, int], most: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where entries come from, the first position of each: in columns, inputs and the matrix."""
+    v, n, q, s, o, i = sizes
+    rest = _spread(most, v * n * q * o * i, device)
+    at = []
+    for size in (i, o, q, n, v):
+        at.append(rest % size)
+        rest = rest.div(size, rounding_mode="floor")
+    i_, o_, q_, n_, v_ = at
+    columns = (((v_ * n + n_) * q + q_) * s) * o + o_
+    return columns, ((n_ * q + q_) * s) * i + i_, (q_ * o + o_) * i + i_
+
+
+def _gathered(form: Outer, parameter: Tensor, most: int, joint: bool) -> tuple[Tensor, Tensor | None]:
+    """Entries without writing out others, and the parameter's values there."""
+    g, a = form.g.detach(), form.a.detach()
+    (q, s, o), i = g.shape[2:], a.shape[3]
+    columns, inputs, matrix = _places_in((*g.shape, i), most, g.device)
+    g, a = g.reshape(-1), a.reshape(-1)
+    values = g[columns] * a[inputs]
+    for k in range(1, s):
+        values += g[columns + k * o] * a[inputs + k * i]
+    if not joint:
+        return values, None
+    return values, form.layout.load(parameter.detach(), q, o).reshape(-1)[matrix]
+
+
+def counted(entries: Sequence[Entries], scales: Sequence[float], joint: bool) -> Tensor:
+    """Counts ``[bins]``, or ``[bins, bins of parameters' values]``, with :func:`symlog_edges`.
+
+    Args:
+        entries: the entries.
+        scales: what the values of each are multiplied with.
+        joint: whether to count in two dimensions.
+    """
+    device, each = entries[0].values.device, [len(e.values) for e in entries]
+    factors = torch.tensor([scales, [e.weight for e in entries]], dtype=torch.float64, device=device)
+    factors = factors.repeat_interleave(torch.tensor(each, device=device), 1, output_size=sum(each))
+    values = torch.cat([e.values for e in entries])
+    values = (values if values.dtype == torch.float64 else values.float()).mul(factors[0])
+    at = _places(values)
+    bins = len(symlog_edges()) - 1
+    if joint:
+        across = torch.cat([e.parameters for e in entries if e.parameters is not None])
+        at = at * bins + _places(across)
+    factors[1].masked_fill_(values.isnan(), 0.0)
+    counts = torch.bincount(at, factors[1], minlength=bins**2 if joint else bins)
+    return counts.reshape(bins, bins) if joint else counts
+
+
+def _places(values: Tensor) -> Tensor:
+    edges = torch.tensor(symlog_edges(), dtype=torch.float64, device=values.device)
+    values = values if values.dtype == torch.float64 else values.float()
+    places = torch.bucketize(values, edges.to(values.dtype), right=True)
+    return places.sub_(1).clamp_(0, len(edges) - 2)

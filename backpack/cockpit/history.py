@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import insort
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class History:
         self.header: dict[str, Any] = {}
         self.events: list[dict[str, Any]] = []
         self._records: dict[int, dict[str, Any]] = {}
+        self._order: list[int] = []
         self._path = None if path is None else Path(path)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +51,14 @@ class History:
     def add(self, step: int, values: dict[str, Any], seconds: float | None = None) -> None:
         """Add numbers of a step."""
         record = dict(values) if seconds is None else {"time": seconds, **values}
-        self._records.setdefault(step, {}).update(record)
+        self._put(step, record)
         self._write({"step": step, **record})
+
+    def _put(self, step: int, record: dict[str, Any]) -> None:
+        if step not in self._records:
+            self._records[step] = {}
+            insort(self._order, step)
+        self._records[step].update(record)
 
     def event(self, step: int, event: str, message: str, **more: Any) -> None:
         """Add an event."""
@@ -60,6 +68,7 @@ class History:
 
     def _forget(self, step: int) -> None:
         self._records = {k: v for k, v in self._records.items() if k < step}
+        self._order = sorted(self._records)
         self.events = [each for each in self.events if each["step"] < step]
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -93,21 +102,20 @@ class History:
         elif "event" in line:
             self.events.append(line)
         elif "step" in line:
-            step = line.pop("step")
-            self._records.setdefault(step, {}).update(line)
+            self._put(line.pop("step"), line)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Records in order, each with its ``step``."""
-        for step in sorted(self._records):
+        for step in self._order:
             yield {"step": step, **self._records[step]}
 
     @property
     def steps(self) -> list[int]:
         """Steps that were tracked."""
-        return sorted(self._records)
+        return list(self._order)
 
     def at(self, step: int) -> dict[str, Any]:
         """The numbers of a step; empty if it was not tracked."""
@@ -119,8 +127,23 @@ class History:
 
     def column(self, key: str) -> tuple[list[int], list[Any]]:
         """The steps at which a key has a value, and the values."""
-        found = [(step, self._records[step][key]) for step in self.steps if key in self._records[step]]
+        found = [(step, self._records[step][key]) for step in self._order if key in self._records[step]]
         return [step for step, _ in found], [value for _, value in found]
+
+    def recent(self, key: str, count: int, before: int | None = None) -> list[Any]:
+        """The last values of a key, the latest last; of steps before one, if that is given.
+
+        Args:
+            key: the key.
+            count: how many at most; as many tracked steps again are looked at for them.
+            before: values of this step and of later ones do not count.
+        """
+        found: list[Any] = []
+        for step in reversed(self._order[-2 * count :]):
+            record = self._records[step]
+            if key in record and (before is None or step < before):
+                found.append(record[key])
+        return found[:count][::-1]
 
     def layers(self, name: str) -> list[str]:
         """Layers (or parameters) for which a quantity has values of its own."""
@@ -151,6 +174,7 @@ class History:
         """Take over what :meth:`state_dict` gave."""
         self.header, self.events = dict(state["header"]), list(state["events"])
         self._records = {int(step): dict(record) for step, record in state["records"].items()}
+        self._order = sorted(self._records)
 
 
 _NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -120,6 +120,13 @@ _LINES = (
         "As it was logged. A training curve that leaves the others behind is learnt by heart.",
     ),
     _Kind(
+        "Hard samples",
+        "performance",
+        ("hard_samples",),
+        "The share of samples with a loss above 1.5 times the first step's, once most are learned. A "
+        "tenth that stays has wrong labels, or damaged inputs.",
+    ),
+    _Kind(
         "Learning rate",
         "performance",
         ("learning_rate",),

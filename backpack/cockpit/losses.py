@@ -177,6 +177,17 @@ def _weights(kind: str, node: Any, gradient: Tensor, values: Tensor) -> Tensor:
     return (gradient / count).expand(values.shape)
 
 
+def _below_softmax(place: GradientEdge) -> tuple[GradientEdge, set[int]]:
+    """Where probabilities come from, and the axes over which they add up to one."""
+    dims: set[int] = set()
+    while kind_of(place.node) in ("LogSoftmax", "Softmax"):
+        node: Any = place.node
+        below, number = node.next_functions[0]
+        dims.add(_signed(node._saved_dim) % len(node._input_metadata[0].shape))
+        place = GradientEdge(below, number)
+    return place, dims
+
+
 def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) -> SampleAxis:
     """Where samples are in the unreduced result."""
     place = edge
@@ -191,7 +202,10 @@ def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) 
         axis = record[0].axis
     if axis is None or axis.size != samples:
         outputs = given.model_outputs
+        place, normalised = _below_softmax(place)
         axis = axis_at(place, outputs) if outputs else None
+        if axis is not None and not axis.lost and axis.dim in normalised:
+            axis = None
     if axis is None or axis.lost or axis.size != samples:
         raise UnreadableError("it is not known which rows of the loss belong to which sample")
     if kind.startswith("NllLoss") and axis.dim:

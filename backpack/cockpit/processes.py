@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backpack.cockpit.measures import Group
+from backpack.cockpit.passed import Group
 
 
 class Distributed(Group):

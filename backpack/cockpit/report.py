@@ -45,7 +45,7 @@ figcaption{color:var(--faint);font-size:.88rem;margin-top:.3rem}
 .legend i{display:inline-block;width:1.4rem;border-top:3px solid var(--c);margin-right:.35rem;
 vertical-align:middle}
 svg{display:block;width:100%;height:auto;margin-top:.3rem}
-svg text{font:12px system-ui,sans-serif;fill:var(--faint)}svg .layer{font-size:11px;fill:var(--ink)}
+svg text{font:12px system-ui,sans-serif;fill:var(--faint)}svg .layer{fill:var(--ink)}
 .grid line.grid,svg .grid{stroke:var(--line);stroke-width:1}
 .rule{stroke:var(--faint);stroke-dasharray:2 3}.event{stroke:var(--severe);stroke-width:1.5;
 stroke-dasharray:4 3}

@@ -151,3 +151,62 @@ def test_data_frames() -> None:
     assert list(frame.index) == [0, 2, 4]
     assert list(frame["loss"]) == monitor.history().column("loss")[1]
     assert "grad_hist" not in frame
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision: str) -> None:
+    """Its prepared model and optimizer; gradients accumulated, then clipped."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(3, (64,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses, norms = [], []
+    with watch(model, optimizer, quantities="business", every=1) as monitor:
+        for X, y in loader:
+            with accelerator.accumulate(model):
+                loss = nn.functional.cross_entropy(model(X), y)
+                accelerator.backward(loss)
+                losses.append(loss.item() / 2)
+                if accelerator.sync_gradients:
+                    norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.1)))
+                optimizer.step()
+                optimizer.zero_grad()
+    history = monitor.history()
+    assert monitor.left_out == {} and history.steps == list(range(4))
+    assert history.column("grad_norm")[1] == pytest.approx(norms, rel=1e-3)
+    sums = [a + b for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert history.column("loss")[1] == pytest.approx(sums, rel=1e-3)
+    assert {"norm_test", "inner_test", "hess_trace", "mean_gsnr", "alpha"} <= set(history.at(1))
+
+
+def test_a_scaler_of_half_precision() -> None:
+    """A loss scaled for fp16, autocast, unscaled before clipping: numbers are of the loss itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    losses, norms = [], []
+    with watch(model, optimizer, quantities="business", every=1) as monitor:
+        for _ in range(4):
+            X, y = torch.randn(16, 4), torch.randint(3, (16,))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.cross_entropy(model(X), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            losses.append(loss.item())
+            scaler.step(optimizer)
+            scaler.update()
+    history = monitor.history()
+    assert monitor.left_out == {} and history.steps == list(range(4))
+    assert history.column("loss")[1] == pytest.approx(losses, rel=1e-3)
+    assert history.column("grad_norm")[1] == pytest.approx(norms, rel=1e-3)
+    assert {"norm_test", "inner_test", "hess_trace", "mean_gsnr", "alpha"} <= set(history.at(1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.cockpit.collect import Curvature
+from backpack.cockpit.curvature import Curvature
 from backpack.cockpit.eigenvalue import lanczos, starting, vector_products
 from backpack.cockpit.quantities import forms
 from backpack.cockpit.quantities.first import _OfSamples

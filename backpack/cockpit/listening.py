@@ -1,0 +1,303 @@
+"""Half a monitor: what it wants of backward passes, and what it takes from them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backpack._torch import leaf_of
+from backpack.cockpit import passes
+from backpack.cockpit.alpha import End
+from backpack.cockpit.attention import AttentionLogits
+from backpack.cockpit.collect import FirstOrder, Piece, Probe, Wish, projected
+from backpack.cockpit.configurations import SPECIAL, chosen
+from backpack.cockpit.curvature import Curvature, KeptColumns
+from backpack.cockpit.eigenvalue import TopEigenvalue
+from backpack.cockpit.history import History
+from backpack.cockpit.lossmodules import LossModules
+from backpack.cockpit.measures import Measure
+from backpack.cockpit.passed import Group, MissingError, Passed
+from backpack.own import BackpropExtension, walk
+
+# Entries that are looked at for a histogram, and how many of a parameter at least.
+ENTRIES, LEAST = 2**14, 2**9
+# What is no matter of first-order forms.
+_OTHERS = {"gradient", "update", "reference", "products", "attention", "columns"}
+
+
+@dataclass
+class Start:
+    """The start of a step whose end is not yet known."""
+
+    step: int
+    end: End
+    length: float
+    update: dict[Tensor, Tensor]
+
+
+class Listening:
+    """Listens to calls of ``backward``; :class:`~backpack.cockpit.monitor.Monitor` is the whole."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    closure: Callable[[], Any] | None
+    processes: Group
+    hold: int
+    step_count: int
+    groups: list[str]
+    attention: AttentionLogits | None
+    loss_modules: LossModules | None
+    _parameters: list[Tensor]
+    _among: frozenset[Tensor]
+    _rows: Tensor
+    _field: str
+    _refused: dict[str, str]
+    _history: History
+    _generator: torch.Generator | None
+    _start: Start | None
+    _tracking: bool
+    _listening: bool
+    _keep: bool
+    _full: bool
+
+    def close(self) -> None:
+        """Take every hook off again."""
+        raise NotImplementedError
+
+    def _try(self, name: str, function: Callable[[], None]) -> None:
+        """Leave a quantity out if it cannot be computed."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------
+    # What is wanted
+
+    def _choose(self, quantities: str | Sequence[str | Measure]) -> None:
+        self.quantities = quantities
+        self.measures, self.special = chosen(quantities)
+        self.needs = frozenset().union(
+            *(measure.needs for measure in self.measures), *(SPECIAL[name] for name in self.special)
+        )
+        self._made: list[BackpropExtension] | None = None
+        self._curvatures: dict[str, Curvature] = {}
+        for listener in (self.attention, self.loss_modules):
+            if listener is not None:
+                listener.listen(False)
+        second = any(m.matrix is not None for m in self.measures) or "columns" in self.needs
+        self.loss_modules = LossModules() if second else None
+        self.top = TopEigenvalue(self.processes) if "hess_max_ev" in self.special else None
+        self.attention = AttentionLogits() if "attention_logit" in self.special else None
+
+    def _make(self) -> list[BackpropExtension]:
+        """The extensions, those of curvature first."""
+        if self._made is None:
+            device = self._parameters[0].device
+            self._generator = torch.Generator(device).manual_seed(0)
+            matrices: dict[str, bool] = {}
+            for measure in self.measures:
+                if measure.matrix is not None:
+                    diagonal = "diagonal" in measure.needs
+                    matrices[measure.matrix] = matrices.get(measure.matrix, False) or diagonal
+            self._curvatures = {
+                matrix: Curvature(f"{self._field}_{matrix}", matrix, diagonal, self._generator)
+                for matrix, diagonal in matrices.items()
+            }
+            self._first = FirstOrder(self._field, self._part_failed)
+            self._probe = Probe(f"{self._field}_probe")
+            self._columns = KeptColumns(f"{self._field}_columns", self._generator)
+            self._made = [*self._curvatures.values(), self._columns, self._probe, self._first]
+        return self._made
+
+    def _wish(self, share: float) -> Wish:
+        ends = self._start.update if self._start else None
+        needs = self.needs if self._tracking else frozenset[str]()
+        entries = max(LEAST, ENTRIES // len(self._parameters)) if "counts" in needs else 0
+        return Wish(
+            norms=bool(needs & {"norms", "projections", "squares"}),
+            squares="squares" in needs,
+            projections="projections" in needs,
+            activity="activity" in needs,
+            keep=self._keep and bool(needs & {"projections", "ends"}),
+            limit=self.hold,
+            ends=ends,
+            entries=entries,
+            joint="grad_hist_2d" in self.special,
+            share=share,
+        )
+
+    # ---------------------------------------------------------------------------------
+    # Backward passes
+
+    def _reset(self) -> None:
+        """Forget what was seen of the current step."""
+        self._passes: list[Passed] = []
+        self._grad_norms: Tensor | None = None
+        self._before: list[Tensor] | None = None
+        self._inside = False
+        self._passed_inside = False
+        self._lost: dict[str, str] = {}
+        self._versions: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> Collection[Tensor]:
+        """The parameters that are looked at."""
+        return self._among
+
+    def begins(self, call: passes.Call) -> list[BackpropExtension]:
+        """A backward pass begins."""
+        self._concerned = self._listening and not self._passed_inside and self._reached(call)
+        if not self._concerned:
+            return []
+        if self._passes and self._was_zeroed():
+            inside, before = self._inside, self._before
+            self._reset()
+            self._inside, self._before = inside, before
+        share = 1.0 / (call.scale * self.processes.size)
+        if self._tracking and self.top is not None and call.finite:
+            self._try("hess_max_ev", lambda: self._top(call, share))
+        made = self._make()
+        self._first.prepare(self._wish(share))
+        self._probe.prepare()
+        wanted: list[BackpropExtension] = []
+        if self._tracking:
+            wanted += self._curvatures.values()
+        if self._tracking and "columns" in self.needs:
+            self._columns.prepare(self.hold)
+            wanted.append(self._columns)
+        ends, needs = self._start is not None, self.needs if self._tracking else frozenset()
+        if ends or needs & {"losses", "activity"}:
+            wanted.append(self._probe)
+        if ends or needs - _OTHERS:
+            wanted.append(self._first)
+        return [ext for ext in made if ext in wanted and ext.savefield not in self._refused]
+
+    def _top(self, call: passes.Call, share: float) -> None:
+        assert self.top is not None
+        self.top.look(call, self._parameters, share, first=not self._passes)
+
+    def _reached(self, call: passes.Call) -> bool:
+        """Whether the graph of a loss comes to the parameters that are looked at."""
+        root = call.root.grad_fn
+        leaves = map(leaf_of, walk([root] if root is not None else []))
+        return any(leaf is not None and leaf in self._among for leaf in leaves)
+
+    def _was_zeroed(self) -> bool:
+        """Whether gradients were set to zero since the last pass: another step has begun.
+
+        A scaler skips steps whose gradients overflow; an error may end one in the middle.
+        """
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if self._inside:
+            return False
+        if not grads:
+            return True
+        if tuple(g._version for g in grads) == self._versions:
+            return False
+        return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+
+    def refused(self, ext: BackpropExtension, error: Exception) -> None:
+        """A quantity cannot be computed on this model."""
+        self._refused[ext.savefield] = str(error)
+
+    def failed(self) -> None:
+        """A backward pass raised an error."""
+        self._collect()
+        inside, before = self._inside, self._before
+        self._reset()
+        self._inside, self._before = inside, before
+
+    def broke(self, error: Exception) -> None:
+        """An error of the monitor's own: a warning, and training goes on unwatched."""
+        reason = f"{type(error).__name__}: {error}"
+        self._history.event(self.step_count, "left out", f"everything: {reason}", quantity="all")
+        self.close()
+        warnings.warn(f"cockpit: the monitor is closed, as it raised {reason}", stacklevel=2)
+
+    def ended(self, call: passes.Call) -> None:
+        """A backward pass is over."""
+        if not self._concerned:
+            return
+        if not call.finite:
+            self._lost["statistics"] = "the loss is not finite"
+        share = 1.0 / (call.scale * self.processes.size)
+        found = self._collect()
+        pieces: dict[Tensor, Piece] = found.pop(self._field, {})
+        passed = Passed(call.loss.cpu(), share, pieces)
+        for matrix in self._curvatures:
+            field = f"{self._field}_{matrix}"
+            if field in found:
+                passed.curvature[matrix] = found[field]
+        if self._columns.savefield in found and not self._columns.full:
+            passed.columns = found[self._columns.savefield]
+        passed.losses, passed.unread = self._losses(call)
+        passed.raw = self._probe.raw
+        if pieces and self._first.held > self.hold:
+            _settle(pieces, self._start.update if self._start else {})
+            self._full = True
+        self._passes.append(passed)
+        self._passed_inside = self._inside
+        with torch.no_grad():
+            self._note_gradients(call.scale)
+
+    def _losses(self, call: passes.Call) -> tuple[Tensor | None, Exception | None]:
+        losses, probe = self._probe.losses, self._probe
+        if losses is None:
+            refused = self._refused.get(probe.savefield)
+            return None, MissingError(refused) if refused else probe.reason
+        total, whole = float(losses.sum()) / call.scale, float(call.loss)
+        if probe.complete and abs(total - whole) > 1e-3 * max(abs(whole), float(losses.abs().sum())):
+            return None, MissingError("what the graph tells does not add up to the loss")
+        return losses, None
+
+    def _collect(self) -> dict[str, dict[Tensor, Any]]:
+        """Take from the parameters what extensions have left there."""
+        found: dict[str, dict[Tensor, Any]] = {}
+        for ext in self._made or ():
+            for p in self._parameters:
+                if ext.savefield in p.__dict__:
+                    found.setdefault(ext.savefield, {})[p] = p.__dict__.pop(ext.savefield)
+        return found
+
+    def _note_gradients(self, scale: float) -> None:
+        """Norms of the gradients as they are now, before anybody clips them."""
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        self._versions = tuple(g._version for g in grads)
+        if "gradient" not in self.needs or not self._tracking or not grads:
+            return
+        self._grad_norms = norms_of([p.grad for p in self._parameters]) / scale
+
+    def _part_failed(self, part: str, error: Exception) -> None:
+        self._lost[part] = str(error) or type(error).__name__
+
+
+def norms_of(tensors: Sequence[Tensor | None]) -> Tensor:
+    """A norm for each tensor, zero where there is none."""
+    dense = [t for t in tensors if t is not None and not t.is_sparse]
+    if len(dense) == len(tensors) and len({t.dtype for t in dense}) == 1:
+        return torch.stack(torch._foreach_norm(dense)).double()
+    norms = iter(torch._foreach_norm(dense)) if dense else iter(())
+    found = []
+    like = next(t for t in tensors if t is not None) if any(t is not None for t in tensors) else None
+    zero = torch.zeros(()) if like is None else torch.zeros((), device=like.device)
+    for t in tensors:
+        if t is None:
+            found.append(zero.double())
+        elif t.is_sparse:
+            found.append(t.coalesce().values().norm().double())
+        else:
+            found.append(next(norms).double())
+    return torch.stack(found)
+
+
+def _settle(pieces: dict[Tensor, Piece], last: dict[Tensor, Tensor]) -> None:
+    """Use kept forms at once, and let go of them."""
+    for p, piece in pieces.items():
+        if piece.form is not None and piece.gradient is not None:
+            vectors = [piece.gradient, last.get(p, piece.gradient)]
+            with torch.no_grad():
+                piece.projections, piece.ends = projected(piece.form, vectors)
+            piece.form = None

@@ -1,0 +1,358 @@
+"""A step of the optimizer, of which quantities are functions; letters as in its measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from backpack.cockpit.alpha import End
+from backpack.cockpit.collect import Piece, projected
+from backpack.cockpit.histograms import counted
+from backpack.cockpit.passed import Group, MissingError, Passed
+
+
+class Step:
+    """One step of the optimizer, as far as it was seen.
+
+    Args:
+        parameters: those that are looked at.
+        groups: rows of zeros and ones, ``[groups, parameters]``; the first is the whole model.
+        passes: its backward passes.
+        group: the processes that train together.
+        lost: parts that could not be computed, and why.
+
+    Attributes:
+        grad_norms: norm of each parameter's gradient, all terms of the loss included.
+        update: what the optimizer has added to each parameter.
+        last: what it had added in the step before, if that is to be known.
+        update_norms: norms of that.
+        parameter_norms: norms of the parameters before the step.
+        distances: norms of their distances to where they were when the monitor began.
+        rates: learning rates of the optimizer's groups.
+        plain: whether the optimizer is plain SGD.
+        memory: what measures remember from step to step.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        groups: Tensor,
+        passes: Sequence[Passed],
+        group: Group,
+        lost: dict[str, str],
+    ) -> None:
+        self.parameters = list(parameters)
+        self.groups = groups
+        self.passes = list(passes)
+        self.group = group
+        self.lost = lost
+        self.grad_norms: Tensor | None = None
+        self.update: dict[Tensor, Tensor] | None = None
+        self.last: dict[Tensor, Tensor] | None = None
+        self.update_norms: Tensor | None = None
+        self.parameter_norms: Tensor | None = None
+        self.distances: Tensor | None = None
+        self.rates: list[float] | None = None
+        self.plain = False
+        self.memory: dict[str, Tensor] = {}
+
+    # ---------------------------------------------------------------------------------
+    # Sums over samples
+
+    def _need(self, *parts: str) -> None:
+        for part in parts:
+            if part in self.lost:
+                raise MissingError(self.lost[part])
+        if not self.passes:
+            raise MissingError("no backward call was seen")
+
+    @cached_property
+    def samples(self) -> int:
+        """``B``."""
+        self._need("statistics")
+        count = sum(passed.samples for passed in self.passes)
+        device = self.parameters[0].device
+        return int(self.group.sum(torch.tensor(count, dtype=torch.float64, device=device)))
+
+    def several(self) -> int:
+        """``B``, if that is more than one.
+
+        Raises:
+            MissingError: if it is not.
+        """
+        if self.samples < 2:
+            raise MissingError("a variance over samples needs two of them")
+        return self.samples
+
+    def _rows(self, part: str, value: Callable[[Piece], Tensor | None], power: int) -> Tensor:
+        """A number (or several) for each parameter and sample, ``[parameters, ..., samples]``."""
+        self._need("statistics", part)
+        columns = []
+        for passed in self.passes:
+            found, _ = {}, passed.samples
+            for p, piece in passed.pieces.items():
+                row = value(piece)
+                if row is None:
+                    raise MissingError(self.lost.get(part, f"{part} were not computed"))
+                found[p] = row.double()
+            zeros = torch.zeros_like(next(iter(found.values())))
+            rows = [found.get(p, zeros).to(zeros.device) for p in self.parameters]
+            columns.append(torch.stack(rows) * passed.share**power)
+        return torch.cat(columns, -1)
+
+    def _numbers(self, values: Sequence[Tensor | None]) -> Tensor:
+        """A number for each parameter -> its sum over each group."""
+        like = self.parameters[0]
+        zero = torch.zeros((), dtype=torch.float64, device=like.device)
+        stacked = torch.stack([zero if v is None else v.detach().double() for v in values])
+        return self.groups @ stacked.cpu()
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """``sum_n ||G_n||^2`` of each group."""
+        norms = self._rows("norms", lambda piece: piece.norms, 2)
+        return self.groups @ self.group.sum(norms.sum(1)).cpu()
+
+    @property
+    def S(self) -> Tensor:
+        """``sum_n ||g_n||^2``."""
+        return self.samples**2 * self.norms
+
+    @cached_property
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """The gradient of the data term of the loss, for each parameter that has one."""
+        self._need("statistics")
+        found: dict[Tensor, Tensor] = {}
+        for passed in self.passes:
+            for p, piece in passed.pieces.items():
+                if piece.gradient is None:
+                    raise MissingError("the gradient was not kept")
+                part = piece.gradient if passed.share == 1 else piece.gradient * passed.share
+                found[p] = found[p] + part if p in found else part
+        if self.group.size > 1:  # all processes in the same order, whatever took part in each
+            found = {p: found.get(p, torch.zeros_like(p)) for p in self.parameters}
+        return {p: self.group.sum(g) for p, g in found.items()}
+
+    @cached_property
+    def squared_norm(self) -> Tensor:
+        """``||g||^2`` of each group."""
+        found = self.gradients
+        return self._numbers([_squared(found[p]) if p in found else None for p in self.parameters])
+
+    @cached_property
+    def along_gradient(self) -> Tensor:
+        """``G_n^T g`` for each parameter and sample of this process."""
+        if len(self.passes) == 1 and self.group.size == 1 and not self.keeps:
+            return self._rows("projections", lambda piece: piece.projections, 2)
+        return self._from_forms["gradient"]
+
+    @property
+    def along_update(self) -> Tensor:
+        """``G_n^T d`` for each parameter and sample, from the forms that were kept."""
+        return self._from_forms["update"]
+
+    @cached_property
+    def along_last(self) -> Tensor:
+        """``G_n^T d`` with the last step's update, at its end."""
+        kept = self.keeps and "last" in self._from_forms
+        return self._from_forms["last"] if kept else self._rows("ends", lambda piece: piece.ends, 1)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are forms to project with."""
+        pieces = [piece for passed in self.passes for piece in passed.pieces.values() if piece.reached]
+        return any(piece.form is not None for piece in pieces)
+
+    @cached_property
+    def _from_forms(self) -> dict[str, Tensor]:
+        """Projections of the ``G_n`` on all that is known, in one look at each layer's inputs."""
+        given = {"gradient": self.gradients, "update": self.update, "last": self.last}
+        known = {name: vectors for name, vectors in given.items() if vectors is not None}
+        owners = {id(piece): p for passed in self.passes for p, piece in passed.pieces.items()}
+
+        def value(piece: Piece) -> Tensor:
+            p = owners[id(piece)]
+            if not piece.reached:
+                return p.new_zeros(len(known), piece.samples).double()
+            if piece.form is None:
+                raise MissingError(
+                    "inputs and output gradients of layers were not kept (they take more memory than "
+                    "`hold` allows)"
+                )
+            if not piece.intact:
+                raise MissingError("an input of a layer was written to after the backward pass")
+            vectors = [known[name].get(p) for name in known]
+            return projected(
+                piece.form, [torch.zeros_like(p).detach() if v is None else v for v in vectors]
+            )
+
+        rows = self._rows("projections", value, 1)
+        return dict(zip(known, rows.unbind(1), strict=True))
+
+    @cached_property
+    def projections(self) -> Tensor:
+        """``sum_n r_n^2`` of each group."""
+        rows = self.groups.to(self.along_gradient.device) @ self.along_gradient
+        squares = self.group.sum(rows.square().sum(1)).cpu()
+        return self.samples**2 * squares
+
+    # ---------------------------------------------------------------------------------
+    # Sums over entries
+
+    def _squares(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``1/B sum_n g_n^2`` and ``g`` of a parameter."""
+        self._need("squares")
+        total: Tensor | None = None
+        for passed in self.passes:
+            piece = passed.pieces.get(p)
+            if piece is None:
+                continue
+            if piece.squares is None:
+                raise MissingError(self.lost.get("squares", "squares were not computed"))
+            part = piece.squares * passed.share**2
+            total = part if total is None else total + part
+        if total is None:
+            return None
+        second, g = self.group.sum(total) * self.samples, self.gradients[p]
+        half = second.dtype in (torch.float16, torch.bfloat16)
+        return (second.float(), g.float()) if half else (second, g)
+
+    def over_entries(self, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The sum over entries of ``value(p, second moment, g)``, of each group."""
+        numbers = []
+        for p in self.parameters:
+            found = self._squares(p)
+            numbers.append(None if found is None else value(p, *found).sum().double())
+        return self._numbers(numbers)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """Number of entries of the parameters that have a gradient, of each group."""
+        sizes = [float(p.numel()) if p in self.gradients else 0.0 for p in self.parameters]
+        return self.groups @ torch.tensor(sizes, dtype=torch.float64)
+
+    def _curvature(self, matrix: str, p: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        total: tuple[Tensor, Tensor | None] | None = None
+        for passed in self.passes:
+            if matrix not in passed.curvature:
+                raise MissingError(self.lost.get(matrix, f"the curvature ({matrix}) was not computed"))
+            state = passed.curvature[matrix].get(p)
+            if state is None:
+                continue
+            trace = state[0] * passed.share
+            diagonal = None if state[1] is None else state[1] * passed.share
+            if total is not None:
+                trace = total[0] + trace
+                diagonal = None if diagonal is None else total[1] + diagonal
+            total = trace, diagonal
+        return total
+
+    def trace(self, matrix: str) -> Tensor:
+        """The trace of each group's block of a curvature matrix."""
+        self._need(matrix)
+        found = [self._curvature(matrix, p) for p in self.parameters]
+        return self._numbers([None if x is None else self.group.sum(x[0]) for x in found])
+
+    def diagonal(self, matrix: str, p: Tensor) -> Tensor:
+        """The diagonal of a parameter's block of a curvature matrix."""
+        self._need(matrix)
+        found = self._curvature(matrix, p)
+        if found is None or found[1] is None:
+            raise MissingError(f"the diagonal of the curvature ({matrix}) was not computed")
+        return self.group.sum(found[1])
+
+    @cached_property
+    def activity(self) -> Tensor:
+        """Sums over inputs and output gradients of the layers of each group, ``[groups, 6]``."""
+        self._need("statistics", "activity")
+        zeros = torch.zeros(6, dtype=torch.float64, device=self.parameters[0].device)
+        rows = []
+        for p in self.parameters:
+            row = zeros
+            for passed in self.passes:
+                piece = passed.pieces.get(p)
+                if piece is not None and piece.activity is not None:
+                    part = piece.activity.to(zeros).clone()
+                    if p in passed.raw:
+                        part[2:4] = 0
+                    part[4] *= passed.share**2
+                    row = row + part
+            rows.append(row)
+        return self.groups @ self.group.sum(torch.stack(rows)).cpu()
+
+    def counts(self, joint: bool = False) -> Tensor:
+        """Counts of entries in bins, of the whole model; against parameters' values if ``joint``."""
+        self._need("statistics", "counts")
+        entries, scales = [], []
+        for passed in self.passes:
+            for piece in passed.pieces.values():
+                if piece.entries is not None:
+                    entries.append(piece.entries)
+                    scales.append(passed.share * self.samples)
+        if not entries:
+            raise MissingError("entries were not counted")
+        return self.group.sum(counted(entries, scales, joint)).cpu()
+
+    # ---------------------------------------------------------------------------------
+    # Loss, update
+
+    @property
+    def loss(self) -> float:
+        """The step's loss: the sum of those whose backward was called."""
+        self._need()
+        return float(self.group.sum(sum(passed.loss for passed in self.passes)) / self.group.size)  # type: ignore[arg-type]
+
+    def curvature_along(self, update: dict[Tensor, Tensor]) -> float:
+        """``d^T G d``, an unbiased estimate."""
+        self._need("columns")
+        total = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        for passed in self.passes:
+            if passed.columns is None:
+                raise MissingError("columns of the GGN were not kept (see `hold`)")
+            sums: list[Tensor] = []
+            for p, forms in passed.columns.items():
+                direction = update[p].unsqueeze(0)
+                for k, form in enumerate(forms):
+                    part = form.project(direction.to(form.like.dtype))[0].double()
+                    sums[k : k + 1] = [sums[k] + part if k < len(sums) else part]
+            total = total + sum(x.square().sum() for x in sums) * passed.share
+        return float(self.group.sum(total))
+
+    def moments(self, rows: Tensor) -> tuple[float, float]:
+        """Mean and unbiased variance over all samples of ``B x_n``, for shares ``x_n``."""
+        count = self.several()
+        x = rows * count
+        sums = self.group.sum(torch.stack([x.sum(), (x * x).sum()])).tolist()
+        mean = sums[0] / count
+        return mean, max(sums[1] - count * mean**2, 0.0) / (count - 1)
+
+    @property
+    def losses(self) -> Tensor:
+        """Each sample's share of the loss, ``[samples of this process]``."""
+        found = []
+        for passed in self.passes:
+            if passed.losses is None:
+                raise MissingError(f"each sample's loss cannot be read: {passed.unread}")
+            found.append(passed.losses.double() * passed.share)
+        self._need("losses")
+        return torch.cat(found)
+
+    def end(self, slopes: Tensor, length: float) -> End:
+        """The loss and a slope, from ``G_n^T d [samples]``."""
+        slope, variance = self.moments(slopes / (length or 1.0))
+        # The variance about the mean needs the shares, not the loss itself.
+        _, spread = self.moments(self.losses.to(slopes))
+        return End(self.loss, spread, slope, variance)
+
+    def need_update(self, value: Tensor | None) -> Tensor:
+        """Squares of norms that are known once the optimizer has stepped, summed over groups."""
+        if value is None:
+            raise MissingError("the optimizer's step was not seen")
+        return self.groups @ value.double().cpu().square()
+
+
+def _squared(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
