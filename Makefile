@@ -11,6 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
+.PHONY: coverage sdist
 .PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
 .PHONY: lint format clean
 
@@ -35,6 +36,23 @@ wheel: $(STAMPS)/test
 		"import backpack; assert 'build/wheel/site' in backpack.__file__, backpack.__file__"
 	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q \
 		-c /dev/null --rootdir . -p no:cacheprovider tests
+
+# From the source distribution, whose tests must find all they read.
+sdist: $(STAMPS)/test $(STAMPS)/release
+	rm -rf build/sdist && mkdir -p build/sdist/unpacked
+	$(BIN)/python -m build --sdist --outdir build/sdist .
+	tar -xzf build/sdist/*.tar.gz --strip-components 1 --directory build/sdist/unpacked
+	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -c \
+		"import backpack; assert 'build/sdist' in backpack.__file__, backpack.__file__"
+	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q --collect-only -n 0 \
+		| tail -1
+	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q -n 0 \
+		tests/test_smoke.py tests/test_layout.py tests/test_pages.py tests/test_howto.py tests/test_support.py
+
+# Which lines of the library no test reaches: a table, and htmlcov/index.html.
+coverage: $(STAMPS)/test $(STAMPS)/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=backpack --cov-report=term:skip-covered \
+		--cov-report=html $(COVERED)
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -93,7 +111,7 @@ format: $(STAMPS)/lint
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) $(ZOO) $(TRITON) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
-	rm -rf docs/tutorials .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf docs/tutorials htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: empty files that are newer than what they were installed from.
@@ -106,7 +124,7 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	@mkdir -p $(STAMPS) && touch $@
 
-EXTRAS := demo test lint bench docs experiments
+EXTRAS := demo test lint bench docs experiments coverage release
 $(EXTRAS:%=$(STAMPS)/%): $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
 	$(PIP) --editable ".[$*]"
 	@touch $@
