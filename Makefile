@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: coverage sdist
+.PHONY: check-site coverage sdist
 .PHONY: demo test smoke wheel test-slow test-triton experiments clients zoo support bench bench-quick bench-regressions docs
 .PHONY: lint format clean
 
@@ -100,6 +100,12 @@ docs: $(STAMPS)/docs
 	rm -rf docs/_build docs/tutorials
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build
 
+# The built site: links, images, formulas; in a headless Chromium also scripts, search, both widths, light and dark.
+# CHROMIUM is the program's path; without it playwright fetches one.
+check-site: docs $(STAMPS)/site
+	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium-headless-shell
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -n 0 tests/site_check.py
+
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -124,7 +130,7 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	@mkdir -p $(STAMPS) && touch $@
 
-EXTRAS := demo test lint bench docs experiments coverage release
+EXTRAS := demo test lint bench docs experiments coverage release site
 $(EXTRAS:%=$(STAMPS)/%): $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
 	$(PIP) --editable ".[$*]"
 	@touch $@

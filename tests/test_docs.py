@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,32 @@ def test_public_names_are_on_api_pages() -> None:
     public = runpy.run_path(str(DOCS / "undocumented.py"))["public_names"]()
     assert len(public) > 50
     assert public - set(directives) == set()
+    for name in directives:
+        resolve(name)
+
+
+def resolve(name: str) -> Any:
+    """What a full name stands for, with as many parts as can be imported taken for modules."""
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[size:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_names_exist(page: Path) -> None:
+    """Full names in the text, with arguments or without, lead to something."""
+    for name in re.findall(r"`(backpack(?:\.\w+)+)[`(]", page.read_text()):
+        try:
+            resolve(name)
+        except (AttributeError, ModuleNotFoundError) as error:
+            raise AssertionError(f"{name} is on {page.name} only") from error
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
