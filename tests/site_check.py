@@ -72,6 +72,12 @@ def test_names_lead_to_the_api(read: dict[str, Reader]) -> None:
     assert "../api/quantities.html#backpack.extensions.KFLR" in read["howto/laplace.html"].addresses
 
 
+def test_every_tutorial_has_a_picture_of_its_own(read: dict[str, Reader]) -> None:
+    addresses = {each for each in read["tutorials/index.html"].addresses if "_thumb." in each}
+    pictures = [(SITE / "tutorials" / each).read_bytes() for each in addresses]
+    assert len(pictures) > 20 and len(set(pictures)) == len(pictures)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright

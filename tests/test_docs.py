@@ -73,6 +73,26 @@ def test_first_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == printed
 
 
+def test_numbers_of_the_readme() -> None:
+    """The comparison has the numbers of the page on costs, in its columns for 3C3D."""
+    rows = {}
+    for line in (DOCS / "costs.md").read_text().partition("3C3D, 32 images")[2].splitlines():
+        name, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        rows.setdefault(
+            name.strip("`"), dict(zip(("original", "others", "ours"), values, strict=False))
+        )
+    table = (DOCS.parent / "README.md").read_text().partition("3C3D, 32 images")[2].partition("\n\n")[0]
+    quantity = {"norms": "BatchL2Grad", "variance": "Variance", "KFAC": "KFAC"}
+    column = {"this one": "ours", "backpack-for-pytorch 1.7": "original"}
+    found = 0
+    for line in table.splitlines()[2:]:
+        who, *_, cell = (each.strip() for each in line.strip("|").split("|"))
+        for name, value in re.findall(r"(norms|variance|KFAC) ([\d.]+)", cell):
+            assert rows[quantity[name]][column.get(who, "others")] == value, (who, name)
+            found += 1
+    assert found == 9
+
+
 def test_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
