@@ -75,12 +75,10 @@ def test_first_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_numbers_of_the_readme() -> None:
     """The comparison has the numbers of the page on costs, in its columns for 3C3D."""
-    rows = {}
-    for line in (DOCS / "costs.md").read_text().partition("3C3D, 32 images")[2].splitlines():
-        name, *values = (cell.strip() for cell in line.strip("|").split("|"))
-        rows.setdefault(
-            name.strip("`"), dict(zip(("original", "others", "ours"), values, strict=False))
-        )
+    part = (DOCS / "costs.md").read_text().partition("### 3C3D, 32 images\n")[2].partition("\n### ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    rows = {name: dict(zip(cells[0][1:], values, strict=True)) for name, *values in cells[2:]}
     table = (DOCS.parent / "README.md").read_text().partition("3C3D, 32 images")[2].partition("\n\n")[0]
     quantity = {"norms": "BatchL2Grad", "variance": "Variance", "KFAC": "KFAC"}
     column = {"this one": "ours", "backpack-for-pytorch 1.7": "original"}
