@@ -11,8 +11,8 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel test-slow test-triton test-browser gpu versions experiments clients zoo support
-.PHONY: bench bench-quick bench-large bench-cockpit bench-regressions docs
+.PHONY: demo test smoke wheel sdist coverage test-slow test-triton test-browser gpu versions experiments clients zoo support
+.PHONY: bench bench-quick bench-large bench-cockpit bench-regressions docs check-site
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -36,6 +36,23 @@ wheel: $(STAMPS)/test
 		"import backpack; assert 'build/wheel/site' in backpack.__file__, backpack.__file__"
 	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q \
 		-c /dev/null --rootdir . -p no:cacheprovider tests
+
+# From the source distribution, whose tests must find all they read.
+sdist: $(STAMPS)/test $(STAMPS)/release
+	rm -rf build/sdist && mkdir -p build/sdist/unpacked
+	$(BIN)/python -m build --sdist --outdir build/sdist .
+	tar -xzf build/sdist/*.tar.gz --strip-components 1 --directory build/sdist/unpacked
+	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -c \
+		"import backpack; assert 'build/sdist' in backpack.__file__, backpack.__file__"
+	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q --collect-only -n 0 \
+		| tail -1
+	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q -n 0 \
+		tests/test_smoke.py tests/test_layout.py tests/test_pages.py tests/test_howto.py tests/test_support.py
+
+# Which lines of the library no test reaches: a table, and htmlcov/index.html.
+coverage: $(STAMPS)/test $(STAMPS)/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=backpack --cov-report=term:skip-covered \
+		--cov-report=html $(COVERED)
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -111,6 +128,12 @@ docs: $(STAMPS)/docs
 	rm -rf docs/_build docs/tutorials
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build
 
+# The built site: links, images, formulas; in a headless Chromium also scripts, search, both widths, light and dark.
+# CHROMIUM is the program's path; without it playwright fetches one.
+check-site: docs $(STAMPS)/site
+	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium-headless-shell
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -n 0 tests/site_check.py
+
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -122,7 +145,7 @@ format: $(STAMPS)/lint
 
 clean:
 	rm -rf $(VENV) .venv-versions $(CLIENTS) $(ZOO) $(TRITON) $(PEERS) build dist *.egg-info demo/output experiments/output docs/_build
-	rm -rf docs/tutorials .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf docs/tutorials htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: empty files that are newer than what they were installed from.
@@ -135,7 +158,7 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	@mkdir -p $(STAMPS) && touch $@
 
-EXTRAS := demo test lint bench docs experiments
+EXTRAS := demo test lint bench docs experiments coverage release site
 $(EXTRAS:%=$(STAMPS)/%): $(STAMPS)/%: pyproject.toml $(STAMPS)/torch
 	$(PIP) --editable ".[$*]"
 	@touch $@

@@ -16,11 +16,21 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_gallery.gen_gallery",
     "myst_parser",
+    "sphinx_design",
+    "sphinx_copybutton",
     "undocumented",
+    "maths",
+    "names",
+    "grid",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_logo = html_favicon = "_static/logo.svg"
+html_math_renderer = "mathml"
+html_show_sourcelink = False
 pygments_style = "friendly"
 
 autodoc_member_order = "bysource"
@@ -28,6 +38,7 @@ autodoc_typehints = "none"  # docstrings name shapes; the signatures' types say 
 autodoc_preserve_defaults = True
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath", "colon_fence"]
 
 sphinx_gallery_conf = {
     "examples_dirs": "../tutorials",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")])
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("howto/*.md"), *DOCS.parent.glob("*.md")])
 
 
 def test_public_names_are_on_api_pages() -> None:
@@ -20,6 +22,32 @@ def test_public_names_are_on_api_pages() -> None:
     public = runpy.run_path(str(DOCS / "undocumented.py"))["public_names"]()
     assert len(public) > 50
     assert public - set(directives) == set()
+    for name in directives:
+        resolve(name)
+
+
+def resolve(name: str) -> Any:
+    """What a full name stands for, with as many parts as can be imported taken for modules."""
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[size:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_names_exist(page: Path) -> None:
+    """Full names in the text, with arguments or without, lead to something."""
+    for name in re.findall(r"`(backpack(?:\.\w+)+)[`(]", page.read_text()):
+        try:
+            resolve(name)
+        except (AttributeError, ModuleNotFoundError) as error:
+            raise AssertionError(f"{name} is on {page.name} only") from error
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -29,11 +57,11 @@ def test_links(page: Path) -> None:
         if link.startswith("http"):
             continue
         place = page.parent / link
-        if link.startswith("tutorials/"):
-            place = DOCS.parent / f"{link}.py"
+        if link.startswith(("tutorials/", "../tutorials/")):
+            place = DOCS.parent / f"{link.removeprefix('../')}.py"
         if link != "tutorials/index":
             # The site has no pages for folders; the repository's own pages may lead to them.
-            assert place.is_file() or (place.is_dir() and page.parent != DOCS), link
+            assert place.is_file() or (place.is_dir() and DOCS not in page.parents), link
 
 
 def test_first_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +71,24 @@ def test_first_example(capsys: pytest.CaptureFixture[str]) -> None:
     (printed,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == printed
+
+
+def test_numbers_of_the_readme() -> None:
+    """The comparison has the numbers of the page on costs, in its columns for 3C3D."""
+    part = (DOCS / "costs.md").read_text().partition("### 3C3D, 32 images\n")[2].partition("\n### ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    rows = {name: dict(zip(cells[0][1:], values, strict=True)) for name, *values in cells[2:]}
+    table = (DOCS.parent / "README.md").read_text().partition("3C3D, 32 images")[2].partition("\n\n")[0]
+    quantity = {"norms": "BatchL2Grad", "variance": "Variance", "KFAC": "KFAC"}
+    column = {"this one": "ours", "backpack-for-pytorch 1.7": "original"}
+    found = 0
+    for line in table.splitlines()[2:]:
+        who, *_, cell = (each.strip() for each in line.strip("|").split("|"))
+        for name, value in re.findall(r"(norms|variance|KFAC) ([\d.]+)", cell):
+            assert rows[quantity[name]][column.get(who, "others")] == value, (who, name)
+            found += 1
+    assert found == 9
 
 
 def test_quick_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ torch's, it is differentiated twice for the generalized Gauss-Newton matrix (GGN
 written here: one that has all quantities, one whose GGN does not exist, and one that mixes samples.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/thumbs/any_loss.svg"
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits

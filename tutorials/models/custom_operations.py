@@ -11,6 +11,8 @@ The example is a layer with a circulant matrix ``W[i, j] = w[(i - j) mod d]``. I
 vector is a circular convolution, ``W x = ifft(fft(w) * fft(x))``.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/thumbs/custom_operations.svg"
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

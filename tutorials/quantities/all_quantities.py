@@ -7,6 +7,8 @@ the backward pass saves its value to every parameter, beside ``.grad``. This pag
 them on a small convolutional network, and checks the numbers with plain autograd.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/thumbs/all_quantities.svg"
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn

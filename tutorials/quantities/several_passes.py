@@ -8,6 +8,8 @@ quantity is always that of the last backward pass inside a ``with backpack(...)`
 adds up, as usual.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/thumbs/several_passes.svg"
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

@@ -7,6 +7,8 @@ computed for some of its samples only, while ``.grad`` is that of the whole batc
 are computed for a part of the batch by a forward pass with that part.
 """
 
+# sphinx_gallery_thumbnail_path = "_static/thumbs/subsampling.svg"
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
