@@ -170,3 +170,23 @@ def test_an_input_that_is_known_decides() -> None:
     for p in (*first.parameters(), *second.parameters()):
         assert p.grad_batch.shape == (3, *p.shape)
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_an_input_that_leads_nowhere_is_asked_about(rows: int) -> None:
+    """The output is made from the second input alone, whose rows are not as many as the first's."""
+
+    def forward(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        m.l(a).tanh()  # of no consequence
+        return m.o(b)
+
+    model = extend(_features(forward))
+    loss = F.mse_loss(model(torch.randn(3, D), torch.randn(rows, D)), torch.zeros(rows, 3))
+    with pytest.raises(RuntimeError, match="cannot tell which input"), backpack(BatchGrad()):
+        loss.backward()
+    model = extend(_features(forward), samples=1)
+    loss = F.mse_loss(model(torch.randn(3, D), torch.randn(rows, D)), torch.zeros(rows, 3))
+    with backpack(BatchGrad()):
+        loss.backward()
+    for p in model.o.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)

@@ -252,13 +252,18 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
             # What the loss takes is data, whatever its targets look like.
             axis = axis if axis.lost else axis.certain()
             mark(tensor, axis)
-        elif recording.taps and is_own(tensor) and recording.size not in tensor.shape:
-            continue  # a penalty, which is no output but a term of the loss without data
+        elif recording.contest is None and _is_penalty(recording, tensor):
+            continue
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
         border, kept = ModelOutput(recording, tensor.output_nr, axis, tensor.shape), notes(node)
         kept.setdefault(MODEL_OUTPUT, []).append(border)
         if LOSS not in kept:  # which is listened to
             node.register_prehook(lambda grads: on_backward(recording, None, grads))
+
+
+def _is_penalty(recording: Recording, output: Tensor) -> bool:
+    """Whether this is no output, but a term of the loss without data."""
+    return bool(recording.taps) and is_own(output) and recording.size not in output.shape
 
 
 def _doubt(recording: Recording, output: Tensor, axis: SampleAxis | None) -> torch.Size | None:
