@@ -108,14 +108,15 @@ def limits(device: str, problem: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--problems", nargs="+", default=["mlp", "3c3d", "allcnnc"])
+    parser.add_argument("--problems", nargs="+", help="by default three, of which one on a CPU")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    problems = given.problems or ["mlp", "3c3d", "allcnnc"][: 1 if given.device == "cpu" else None]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = {
         "device": torch.cuda.get_device_name() if given.device != "cpu" else "cpu",
         "products": [r for d in (torch.float32, torch.float64) for r in products(given.device, d)],
-        "limits": [row for problem in given.problems for row in limits(given.device, problem)],
+        "limits": [row for problem in problems for row in limits(given.device, problem)],
     }
     if given.output:
         given.output.write_text(json.dumps(found, indent=1))
