@@ -405,7 +405,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    page = (Path(__file__).parents[2] / "docs/trainers.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
     names: dict[str, Any] = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)
