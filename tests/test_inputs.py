@@ -190,3 +190,19 @@ def test_an_input_that_leads_nowhere_is_asked_about(rows: int) -> None:
         loss.backward()
     for p in model.o.parameters():
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_layers_as_many_as_samples(kind: Any) -> None:
+    """States of zeros, whose first axis is that of layers, beside inputs of which one is of no use."""
+    forward = lambda m, a, x: m.l(x.reshape(2, 2, 1))[0]  # noqa: E731
+    model = extend(Apply(forward, l=kind(1, 4, num_layers=2, batch_first=True)))
+    a, x = torch.randn(2, 2, 2, 2), torch.randn(2, 2)
+    with backpack(BatchGrad()):
+        model(a, x).square().sum().backward()
+    found = {n: p.grad_batch.clone() for n, p in model.named_parameters()}
+    for n in range(2):
+        model.zero_grad()
+        model(a, x)[n].square().sum().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name][n], p.grad)

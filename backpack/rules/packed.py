@@ -42,7 +42,8 @@ def packed_axes(
     """
     chosen: SampleAxis | None = None
     demoted: list[Tensor] = []
-    for tensor, axis in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+    order = sorted(marked, key=lambda p: (p[1].tentative > 0, p[1].lost is None, p[0] is not data))
+    for tensor, axis in order:
         if tensor is data or axis.lost:
             here = axis_of_sequences(axis, sizes, data.device)
         elif not any(tensor is state for state in states):

@@ -38,7 +38,9 @@ def recurrent_axis(
     dim = 0 if batch_first else 1
     chosen: SampleAxis | None = None
     demoted: list[Tensor] = []
-    for tensor, axis in sorted(marked, key=lambda pair: (pair[1].tentative, pair[1].lost is None)):
+    # A state of zeros may look like samples by its number of layers: the input speaks first.
+    order = sorted(marked, key=lambda p: (p[1].tentative > 0, p[1].lost is None, p[0] is not input))
+    for tensor, axis in order:
         place = dim if tensor is input else 1
         if axis.lost:
             here = axis
