@@ -134,3 +134,19 @@ def test_no_samples() -> None:
         torch.zeros(0, 4).long(), torch.rand(1, 0, 4, 3), torch.Size((6, 3))
     ).centred_square_sum()
     assert centre is None and torch.equal(squares, torch.zeros(6, 3))
+
+
+@pytest.mark.parametrize(
+    "table", [nn.Embedding(5, 3, padding_idx=1), nn.EmbeddingBag(5, 3, mode="sum", padding_idx=1)]
+)
+def test_padding_is_zero_where_derivatives_are_not_finite(table: nn.Module) -> None:
+    """The norm of a padding row has no second derivative; nobody asks for it."""
+    model = extend(Apply(lambda m, x: m.t(x).norm(dim=-1), t=table.double()))
+    data = torch.tensor([[0], [1], [4]])
+    with backpack(E.DiagHessian(), E.BatchGrad()):
+        model(data).square().sum().backward()
+    (weight,) = model.parameters()
+    truth = torch.zeros_like(weight)
+    truth[[0, 4]] = 2
+    torch.testing.assert_close(weight.diag_h, truth)
+    torch.testing.assert_close(weight.grad_batch.sum(0), weight.grad)

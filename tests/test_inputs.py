@@ -192,6 +192,28 @@ def test_an_input_that_leads_nowhere_is_asked_about(rows: int) -> None:
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
 
 
+ONE_OR_TWO: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "rows": lambda m, a, b: m.o((b / a).expand(2, D)).tanh(),
+    "turned": lambda m, a, b: m.o((b / a).expand(2, D)).tanh().t(),
+    "first of no use": lambda m, a, b: m.o(b.expand(2, D).repeat_interleave(2, 0))[[1]],
+}
+
+
+@pytest.mark.parametrize("name", ONE_OR_TWO)
+def test_one_sample_or_as_many_as_the_second_input_has(name: str) -> None:
+    """A first input of one row may be all of a batch of one, or what a batch of two shares."""
+    data = torch.randn(1, 1), torch.randn(2, 1)
+    model = extend(_features(ONE_OR_TWO[name]))
+    with pytest.raises(RuntimeError, match="cannot tell which input"), backpack(BatchGrad()):
+        model(*data).sum().backward()
+    model = extend(_features(ONE_OR_TWO[name]), samples=1)
+    with backpack(BatchGrad()):
+        model(*data).square().sum().backward()
+    for p in model.o.parameters():
+        assert len(p.grad_batch) == 2
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_layers_as_many_as_samples(kind: Any) -> None:
     """States of zeros, whose first axis is that of layers, beside inputs of which one is of no use."""

@@ -29,6 +29,13 @@ N = 3
 PERM = torch.tensor([2, 0, 1])
 SAME = [0, 1, 2]
 
+
+def _assigned(x: Tensor, index: Any, rows: Tensor) -> Tensor:
+    x = x.clone()
+    x[index] = rows
+    return x
+
+
 # Inputs that are moved: the samples that rows belong to.
 MOVED: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "flip": (lambda x: x.flip(0), [2, 1, 0]),
@@ -42,6 +49,13 @@ MOVED: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "there and back": (lambda x: x[PERM][PERM.argsort()], SAME),
     "sorted": (lambda x: x[(i := x[:, 0].argsort())][i.argsort()], SAME),
     "copied": (lambda x: torch.zeros_like(x).copy_(x.flip(0)), [2, 1, 0]),
+    "overwritten": (lambda x: x.clone().copy_(x.flip(0)), [2, 1, 0]),
+    "assigned": (lambda x: _assigned(x, slice(None), x.flip(0)), [2, 1, 0]),
+    "shifted": (lambda x: _assigned(x, slice(1, None), x[:-1]), [0, 0, 1]),
+    "row assigned": (lambda x: _assigned(x, 2, x[0]), [0, 1, 0]),
+    "row copied": (lambda x: x.index_copy(0, torch.tensor([2]), x[:1]), [0, 1, 0]),
+    "row scattered": (lambda x: x.select_scatter(x[0], 0, 2), [0, 1, 0]),
+    "rows scattered": (lambda x: x.slice_scatter(x[1:2], 0, 0, 1), [1, 1, 2]),
 }
 # Inputs that are mixed, but have a row for each sample.
 MIXED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,6 +83,15 @@ def _first(f: Callable[[Tensor], Tensor]) -> nn.Module:
 def test_inputs_that_moved(name: str) -> None:
     f, owners = MOVED[name]
     compare(_first(f), [torch.randn(N, 4)], owners)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_second_inputs_that_moved(name: str) -> None:
+    """Of an input that is a guess because another comes first."""
+    f, owners = MOVED[name]
+    layers = {"l": nn.Linear(4, 4), "o": nn.Linear(4, 3)}
+    model = Apply(lambda m, _, x: m.o(m.l(f(x)).tanh()), **layers)
+    compare(model, [torch.randn(N, 2, 2), torch.randn(N, 4)], owners)
 
 
 @pytest.mark.parametrize("name", MIXED)

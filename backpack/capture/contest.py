@@ -62,7 +62,7 @@ def contested(
     for output, axis in zip(outputs, axes, strict=True):
         if not output.requires_grad or output.dim() <= dim or axis is None or axis.lost:
             continue
-        if not axis.fits(output.shape) or axis.dim != dim:
+        if not axis.fits(output.shape) or axis.dim != dim or axis.tentative:
             continue
         if recording.size == 1 and output.shape[dim] != 1:
             continue

@@ -239,7 +239,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
         recorder.__exit__(None, None, None)
         outputs = [output] if type(output) is Tensor else list(flatten(output))
         axes = [_last_axis(recorder, tensor) for tensor in outputs]
-        recording.contest = recording.contest or contested(recorder.met, recording, outputs, axes)
+        known = [sample_axis_of(tensor) for tensor in outputs]
+        recording.contest = recording.contest or contested(recorder.met, recording, outputs, known)
         recorder.forget_adopted()
     finally:
         _forget()
@@ -269,7 +270,13 @@ def _is_penalty(recording: Recording, output: Tensor) -> bool:
 def _doubt(recording: Recording, output: Tensor, axis: SampleAxis | None) -> torch.Size | None:
     """The shape of an output that speaks for another input as the one that carries the batch."""
     dim = recording.batch_dim
-    if not recording.inputs or output.dim() <= dim or output.shape[dim] not in recording.sizes:
+    if not recording.inputs:
+        return None
+    if recording.size == 1 and axis is not None and not axis.lost and axis.fits(output.shape):
+        # The rows of one sample, wherever they lie, may be the other input's samples.
+        if not axis.bare and output.shape[axis.dim] in recording.sizes - {1}:
+            return output.shape
+    if output.dim() <= dim or output.shape[dim] not in recording.sizes:
         return None
     if axis is None or axis.lost or not axis.fits(output.shape):
         return output.shape

@@ -58,8 +58,8 @@ class Lookup(Positioned):
 
     @property
     def read(self) -> Tensor:
-        """``g`` at the positions that read the table, zero at others."""
-        return self.g if self.reads is None else self.g * self.reads.unsqueeze(-1)
+        """``g`` at the positions that read the table, zero at others, also where it is not finite."""
+        return self.g if self.reads is None else self.g.masked_fill(~self.reads.unsqueeze(-1), 0)
 
     def take(self, columns: slice, samples: slice | Tensor) -> Lookup:
         reads, counts = (x if x is None else x[samples] for x in (self.reads, self.counts))

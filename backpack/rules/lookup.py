@@ -61,8 +61,9 @@ def embedding_bag(
     def form(g: Tensor) -> Form:
         bags, index = _bags(input, offsets, g.shape[1]), input.flatten()
         share = g.new_ones(index.shape)
-        if padding_idx is not None:
-            share = (index != padding_idx % weight.shape[0]).to(g.dtype)
+        padding = None if padding_idx is None else index == padding_idx % weight.shape[0]
+        if padding is not None:
+            share = share.masked_fill(padding, 0)
         if mode == "mean":
             sizes = g.new_zeros(g.shape[1]).index_add(0, bags, share)
             share = share / sizes.clamp(min=1)[bags]
@@ -71,7 +72,10 @@ def embedding_bag(
         if scale_grad_by_freq:
             share = share / torch.bincount(index, minlength=weight.shape[0]).clamp(min=1)[index]
         at = picked_axis(batch.sample_ids(g.device)[bags], batch.size)
-        return _looked_up(at, at, index, g[:, bags] * share.unsqueeze(1), weight.shape)
+        rows = g[:, bags] * share.unsqueeze(1)
+        if padding is not None:  # a row that is not finite, too
+            rows = rows.masked_fill(padding.unsqueeze(1), 0)
+        return _looked_up(at, at, index, rows, weight.shape)
 
     return [(weight, form)]
 

@@ -8,6 +8,7 @@ they differ, the target's axis is found anew from all its entries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,12 +87,15 @@ def assigned(
 
     if own is not None and fits(own):
         return own if source.tentative else own.certain()
-    if source.tentative:
-        return own if own is None or not own.tentative else source.losing(_LOST)
+    # A row that all may look at is its sample's where it takes the place of a whole row.
+    common = source.solo is not None and own is not None and not own.tentative and own.size > 1
+    if source.tentative and not common and (own is None or not own.tentative):
+        return own
     # Where parameters were written to a tentative axis, it is part of the graph.
-    if own is None or (own.tentative and not target.requires_grad):
-        candidates = [regular_axis(source.size, d) for d in range(target.dim())]
-        for known in (*current_inputs.stated, source):
+    if own is None or (own.tentative > source.tentative and not target.requires_grad):
+        guess = source.tentative
+        candidates = [regular_axis(source.size, d, tentative=guess) for d in range(target.dim())]
+        for known in (*(() if guess else current_inputs.stated), source):
             candidates += [known.moved(d) for d in range(target.dim())]
         for axis in candidates:
             if fits(axis):
@@ -100,7 +104,10 @@ def assigned(
     free = torch.full(target.shape, FREE, dtype=torch.float32, device=target.device)
     before = free if own is None or not own.fits(target.shape) else coded(own, target)
     found = _written(before, index, owners.to(torch.float32) + 1, adds)
-    return (None if found is None else decoded(found, source.size)) or source.losing(_LOST)
+    after = None if found is None else decoded(found, source.size)
+    if common and source.tentative:
+        return own if after is None or after.solo is not None else after
+    return replace(after or source.losing(_LOST), tentative=source.tentative)
 
 
 def _written(samples: Tensor, index: Any, values: Tensor, adds: bool) -> Tensor | None:

@@ -168,7 +168,10 @@ def _judged(case: Case, truths: list[Truth], rng: random.Random) -> Verdict:
         return Verdict("agree by other rows", what=what)
     if built.reordered and not built.apart:
         return Verdict("nobody's rows", what=what)
-    wrong = "; ".join(f"{text}" for text in outcome.values() if text.startswith("wrong"))
+    faults = {name: text for name, text in outcome.items() if text.startswith("wrong")}
+    if faults.keys() <= HESSIANS.keys() and not _has_hessian(case):
+        return Verdict("not twice", what=what)
+    wrong = "; ".join(faults.values())
     return Verdict("WRONG", f"{wrong} (gradient={gradient})", what)
 
 
@@ -178,6 +181,16 @@ def _has_finite_hessians(truth: Truth) -> bool:
         return all(bool(b.isfinite().all()) for b in truth.bends.values())
     except RuntimeError:
         return False
+
+
+def _has_hessian(case: Case) -> bool:
+    """Whether autograd's own Hessian is finite: that of a norm at zero is NaN, for all it meets."""
+    parameters = [p for p in case.built.program.parameters() if p.requires_grad]
+    loss = case.above.loss(case.outputs())
+    grads = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    each = [g for grad in grads if grad.requires_grad for g in grad.flatten()]
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in each]
+    return all(bool(block.isfinite().all()) for row in rows for block in row)
 
 
 def _consistent(case: Case, truth: Truth, backward: Callable[[], None]) -> bool:
