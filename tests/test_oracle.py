@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from backpack import extensions as E
 from backpack.engine.run import Run
 from backpack.testing.oracle import Report, check
+from tests.cases import Apply
 
 
 def report(*extensions: E.BackpropExtension, lossfunc: nn.Module | None = None) -> Report:
@@ -87,3 +88,45 @@ def test_a_wrong_value(ext, change: Callable[[Tensor], Any]) -> None:
 def test_all_samples_are_compared() -> None:
     with pytest.raises(ValueError, match="subsampling"):
         report(E.BatchGrad(subsampling=[0, 2]))
+
+
+def _halves(m: Any, x: Tensor) -> Tensor:
+    """The second half of the samples comes first."""
+    first, second = m.l(x).tanh().chunk(2)
+    return torch.cat([m.o(second), m.p(first)])
+
+
+X = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+LAYERS = {"l": lambda: nn.Linear(4, 4), "o": lambda: nn.Linear(4, 2), "p": lambda: nn.Linear(4, 2)}
+ROWS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "halves": _halves,
+    "tiles": lambda m, x: torch.cat([m.o(m.l(x)), m.p(m.l(x))]),
+    "repeats": lambda m, x: torch.stack([m.o(m.l(x)), m.p(m.l(x))], 1).flatten(0, 1),
+    "picked": lambda m, x: m.o(m.l(x).tanh())[[2, 0, 0, 3, 1]],
+    "turned": lambda m, x: m.o(m.l(x).tanh()).t(),
+}
+
+
+def _of_rows(forward: Callable[[Any, Tensor], Tensor], **options: Any) -> Report:
+    torch.manual_seed(0)
+    model = Apply(forward, **{name: layer() for name, layer in LAYERS.items()})
+    y = torch.rand(model(X).shape)
+    return check(model, nn.MSELoss(), X, y, [E.BatchGrad(), E.BatchDiagGGNExact()], **options)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_the_output_are_their_samples(name: str) -> None:
+    found = _of_rows(ROWS[name], output_dim=1 if name == "turned" else 0)
+    assert found.ok, found
+
+
+def test_rows_that_must_be_said() -> None:
+    """How many there are depends on the data."""
+    picked = lambda m, x: m.o(m.l(x).tanh()[:, None].expand(-1, 4, -1)[x > 0.4])  # noqa: E731
+    owners = (X > 0.4).nonzero()[:, 0]
+    assert _of_rows(picked, sample_of_row=owners).ok
+    assert not _of_rows(picked, sample_of_row=owners.flip(0)).ok
+    with pytest.raises(ValueError, match="pass sample_of_row"):
+        _of_rows(picked)
+    with pytest.raises(ValueError, match=r"sample_of_row has shape \(99,\)"):
+        _of_rows(picked, sample_of_row=range(99))
