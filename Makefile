@@ -12,7 +12,7 @@ ZOO := .venv-zoo
 TRITON := .venv-triton
 
 .PHONY: demo test smoke wheel sdist coverage test-slow test-triton test-browser gpu versions experiments clients zoo support
-.PHONY: bench bench-quick bench-large bench-cockpit bench-regressions docs check-site
+.PHONY: bench bench-quick bench-large bench-cockpit bench-vivit bench-regressions docs check-site
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -109,6 +109,10 @@ bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp
 bench-cockpit: $(STAMPS)/bench $(PEERS)/cockpit-for-pytorch/stamp
 	$(BIN)/python -m benchmarks.cockpit agree
 	$(BIN)/python -m benchmarks.cockpit cost $(BENCH)
+
+# Low-rank curvature beside vivit-for-pytorch and Lanczos with curvlinops.
+bench-vivit: $(STAMPS)/bench $(PEERS)/vivit-for-pytorch/stamp $(PEERS)/curvlinops/stamp
+	$(BIN)/python -m benchmarks.vivit --largest $(BENCH)
 
 bench-quick: override BENCH += --quick
 bench-quick: bench

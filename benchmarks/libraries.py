@@ -298,7 +298,10 @@ LIBRARIES: dict[str, type[Library]] = {
     "curvlinops": Curvlinops,
 }
 # The folder that a library is installed in; the others come with the environment.
-FOLDERS = {"opacus-ghost": "opacus", "torch.func": "", "ours": "", "ours-no-gradient": ""}
+FOLDERS = {
+    **{"opacus-ghost": "opacus", "torch.func": "", "ours": "", "ours-no-gradient": ""},
+    **{"low-rank": "", "lanczos": "curvlinops"},
+}
 
 
 def distance(found: Values, expected: Values) -> tuple[float, int]:

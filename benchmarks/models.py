@@ -159,6 +159,26 @@ def wide_resnet(classes: int = 10) -> nn.Module:
     )
 
 
+def resnet_32(classes: int = 10) -> nn.Module:
+    """ResNet-32 of modules that branch, as the original library takes it, for ``[N, 3, 32, 32]``."""
+    from backpack.custom_module.branching import Parallel
+
+    def block(inside: int, outside: int, stride: int) -> list[nn.Module]:
+        same = inside == outside and stride == 1
+        shortcut = nn.Identity() if same else nn.Conv2d(inside, outside, 1, stride, bias=False)
+        first = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outside)
+        second = nn.Conv2d(outside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside)
+        return [Parallel(shortcut, nn.Sequential(*first, nn.ReLU(), *second)), nn.ReLU()]
+
+    widths = [16] * 6 + [32] * 5 + [64] * 5
+    pairs = zip(widths, widths[1:], strict=False)
+    blocks = [each for a, b in pairs for each in block(a, b, 1 if a == b else 2)]
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks),
+        *(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, classes)),
+    )
+
+
 class CharLSTM(nn.Module):
     """DeepOBS's character model: ids ``[N, T]`` to logits ``[N, characters, T]``."""
 

@@ -41,6 +41,7 @@ PROBLEMS = {
     "2c2d": Problem(models.net_2c2d, (1, 28, 28), 10, (32, 128)),
     "3c3d": Problem(models.net_3c3d, (3, 32, 32), 10, (32, 128)),
     "allcnnc": Problem(models.all_cnn_c, (3, 32, 32), 100, (4, 256)),
+    "resnet-32": Problem(models.resnet_32, (3, 32, 32), 10, (16, 128)),
     "wrn-16-4": Problem(models.wide_resnet, (3, 32, 32), 10, (8, 128)),
     "char-lstm": Problem(models.CharLSTM, (50,), 83, (50, 50), True, COLUMNS | ENTRIES),
     "gpt2": Problem(

@@ -51,6 +51,7 @@ ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".venv-peers"
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-3
+OURS = "ours", "low-rank"  # what the others are compared with
 SWEPT = (GRADIENT, *FIRST_ORDER, "DiagGGNMC", "DiagGGNExact", "KFAC")
 SWEPT_LIBRARIES = ("ours", "backpack-for-pytorch")
 QUICK = {"mlp": 32, "3c3d": 4, "char-lstm": 8}
@@ -159,7 +160,7 @@ class Measurement:
         """Run every pair once, and compare; those that work."""
         pairs: list[Pair] = []
         # The one that all others are compared with comes first.
-        for library in sorted(self.handles, key=lambda name: name != "ours"):
+        for library in sorted(self.handles, key=lambda name: name not in OURS):
             try:
                 self.open(library)
             except WorkerError as error:
@@ -177,7 +178,7 @@ class Measurement:
                 cell: dict[str, Any] = {}
                 self.cells[library][quantity] = cell
                 path = f"{self.reference}-{quantity}.pt"
-                answer = self.ask(library, "check", quantity, reference=path, save=library == "ours")
+                answer = self.ask(library, "check", quantity, reference=path, save=library in OURS)
                 if "failed" in answer:
                     continue
                 pairs.append((library, quantity))

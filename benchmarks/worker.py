@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
+from benchmarks import low_rank
 from benchmarks.libraries import GRADIENT, LIBRARIES, SAMPLED, Library, distance
 from benchmarks.problems import Setting, make
 
@@ -77,7 +78,7 @@ class Worker:
         torch.manual_seed(1)
         self.seconds(quantity)
         found: Answer = {}
-        if quantity not in (GRADIENT, *SAMPLED):
+        if quantity not in (GRADIENT, *SAMPLED, *low_rank.SAMPLED):
             values = self.library.values(quantity)
             if save:
                 torch.save(values, reference)

@@ -150,3 +150,35 @@ def test_data_begins_to_require_a_gradient(forward: Callable[..., Tensor], hook:
         model = _by_hook(model)
     report = check(model, nn.CrossEntropyLoss(), torch.rand(6, 4), torch.arange(6) % 3)
     assert report.ok and len({name for name, _ in report.errors}) == 2, report
+
+
+class Attention(nn.Module):
+    def __init__(self, weights: bool, **options: Any) -> None:
+        super().__init__()
+        self.m, self.weights = nn.MultiheadAttention(4, 2, **options), weights
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.m(x, x, x, need_weights=self.weights)
+
+
+OPENED: dict[str, Callable[[bool], nn.Module]] = {
+    "attention": lambda first: Attention(True, batch_first=first),
+    "attention without weights": lambda first: Attention(False, batch_first=first),
+    "encoder": lambda first: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=first),
+    "rnn": lambda first: nn.RNN(4, 3, 2, batch_first=first),
+    "lstm": lambda first: nn.LSTM(4, 3, bidirectional=True, batch_first=first),
+    "lstm with projections": lambda first: nn.LSTM(4, 3, 2, proj_size=2, batch_first=first),
+    "gru": lambda first: nn.GRU(4, 3, 2, bidirectional=True, batch_first=first),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", OPENED)
+def test_results_lie_in_memory_as_without(name: str, first: bool) -> None:
+    """Views that a program takes of them (``h.view(-1, d)``) are possible, or not, as ever."""
+    model, x = OPENED[name](first), torch.randn(3, 5, 4)
+    wanted = list(tracker.flatten(model(x)))
+    found = list(tracker.flatten(extend(model, batch_dim=0 if first else 1)(x)))
+    for one, other in zip(wanted, found, strict=True):
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other)

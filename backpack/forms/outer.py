@@ -307,12 +307,15 @@ class Outer(Positioned):
         if self._writes(len(weights)):
             return super().combine(weights)
         (q, o), i = (self.g.shape[2], self.g.shape[-1]), self.inputs.shape[-1]
-        result, w = self.g.new_zeros(len(weights), q, o, i), weights.to(self.g.dtype)
+        result, w = None, weights.to(self.g.dtype)
         for k, n, a, g in self._parts(len(w)):
             sides = torch.einsum("kvn,vnqso->qnsko", w[k, :, n], g).flatten(3).flatten(1, 2)
-            sums = (sides.mT @ a).unflatten(1, (k.stop - k.start, o))
-            result[k] = result[k] + sums.transpose(0, 1)
-        return self.layout.store(result)
+            sums = (sides.mT @ a).unflatten(1, (k.stop - k.start, o)).transpose(0, 1)
+            if result is None and len(sums) == len(w) and n.stop == self.samples:
+                return self.layout.store(sums)
+            result = self.g.new_zeros(len(w), q, o, i) if result is None else result
+            result[k] += sums
+        return self.layout.store(self.g.new_zeros(len(w), q, o, i) if result is None else result)
 
     def inner(self, other: Form) -> Tensor:
         """By products of inputs and of columns, where that costs less than rows of ``G``."""

@@ -69,12 +69,19 @@ def _layers(kind: Any) -> Callable[..., Any]:
                 outputs.append(output.flip(time) if direction else output)
                 for found, state in zip(finals, final, strict=True):
                     found.append(state)
-            input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            input = outputs[0] if directions == 1 else _beside(outputs, batch_first)
             if dropout and train and layer < num_layers - 1:
                 input = F.dropout(input, dropout, True)
         return (input, *(torch.cat(found, 0) for found in finals))
 
     return layer_by_layer
+
+
+def _beside(outputs: list[Tensor], batch_first: bool) -> Tensor:
+    """Both directions' features, in memory as torch's: time first in any case."""
+    if not batch_first:
+        return torch.cat(outputs, -1)
+    return torch.cat([output.transpose(0, 1) for output in outputs], -1).transpose(0, 1)
 
 
 for _kind in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
@@ -138,10 +145,11 @@ def multi_head_attention_forward(
     else:
         weights = None
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    output = F.linear(mixed.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    # In memory as torch's: whoever takes a view of it finds what he expects.
+    output = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)
-    return output.transpose(0, 1), weights
+    return output, weights
 
 
 def _project(

@@ -164,7 +164,9 @@ def _judged(case: Case, truths: list[Truth], rng: random.Random) -> Verdict:
             kind = "agree" if truth is truths[0] else "agree by rows of the output"
             return _refused(case, truths[0], outcome, what) or Verdict(kind, what=what)
     built = case.built
-    if (built.reordered or not built.apart) and _consistent(case, truths[0], backward):
+    # A sample that was overwritten owns nothing, though rows may be in its place.
+    gone = built.by_sample is not None and len(built.by_sample.unique()) < built.samples
+    if (built.reordered or not built.apart or gone) and _consistent(case, truths[0], backward):
         return Verdict("agree by other rows", what=what)
     if built.reordered and not built.apart:
         return Verdict("nobody's rows", what=what)

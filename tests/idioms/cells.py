@@ -53,6 +53,9 @@ class Cell(NamedTuple):
         # Every loss has columns of its own.
         taken = sum(f.numel() for f in idiom.apply(truth.at.outputs))
         columns = max(len(truth.at.owner), taken) // truth.at.samples
+        if loss.terms > 1 and self.way != "extended":
+            # Each of its functions of the output counts as a loss.
+            columns *= loss.terms
         # Rows of two passes beside each other may be either.
         options = {"forwards": "same"} if idiom.name == "cat" else {}
         return Comparison(truth, model, backward, ends_linear, columns=columns, options=options)

@@ -26,6 +26,7 @@ class Loss:
         rows: whether it takes ``[N, C]`` only.
         plain: the same in operations that torch can differentiate twice, if its own cannot.
         reductions: the reductions it has.
+        terms: how many functions of an output it is written with, where it is not extended.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Loss:
     rows: bool = False
     plain: Callable[..., Tensor] | None = None
     reductions: tuple[str, ...] = ("mean", "sum", "none")
+    terms: int = 1
 
     def chosen(self, f: Tensor) -> dict[str, Any]:
         """The options for what the loss is applied to."""
@@ -185,7 +187,7 @@ LOSSES = [
     Loss("huber", nn.HuberLoss, F.huber_loss, near, {"delta": 0.4}),
     Loss("smooth-l1", nn.SmoothL1Loss, F.smooth_l1_loss, near, {"beta": 0.6}),
     Loss("soft-margin", nn.SoftMarginLoss, F.soft_margin_loss, signs),
-    Loss("multilabel-soft-margin", *_SOFT, bits, {"weight": by_last}),
+    Loss("multilabel-soft-margin", *_SOFT, bits, {"weight": by_last}, terms=2),
     Loss("multi-margin-1", *_MARGIN, labels, classes=True, rows=True, plain=multi_margin),
     Loss("multi-margin-2", *_MARGIN, labels, {"p": 2}, classes=True, rows=True, plain=multi_margin),
     Loss(
