@@ -172,13 +172,15 @@ def test_an_input_that_is_known_decides() -> None:
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_an_input_that_leads_nowhere_is_asked_about(rows: int) -> None:
+def test_an_input_that_leads_nowhere_is_asked_about(rows: int, joined: bool) -> None:
     """The output is made from the second input alone, whose rows are not as many as the first's."""
 
     def forward(m: Any, a: Tensor, b: Tensor) -> Tensor:
         m.l(a).tanh()  # of no consequence
-        return m.o(b)
+        parts = b.split(3, 1)
+        return m.o(torch.cat(parts, 1) if joined else b)
 
     model = extend(_features(forward))
     loss = F.mse_loss(model(torch.randn(3, D), torch.randn(rows, D)), torch.zeros(rows, 3))

@@ -40,15 +40,26 @@ class Met:
 
     def look(self, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call: what is computed from a rival is one too, until a parameter meets it."""
-        if not isinstance(out, Tensor):
-            return
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        found = _tensors((out,))
+        given = _tensors((*args, *kwargs.values())) if found else []
         if not any(id(a) in self.rivals or hasattr(a, _RIVAL) for a in given):
             return
-        if not out.requires_grad:
-            setattr(out, _RIVAL, True)
-        elif not any(sample_axis_of(a) is not None for a in given):
-            self.places.append((get_gradient_edge(out), out.shape))
+        for each in found:
+            if not each.requires_grad:
+                setattr(each, _RIVAL, True)
+            elif not any(sample_axis_of(a) is not None for a in given):
+                self.places.append((get_gradient_edge(each), each.shape))
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """Those among arguments or results, and in their lists."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (tuple, list)):
+            found += _tensors(each)
+    return found
 
 
 def contested(
