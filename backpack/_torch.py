@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ __all__ = [
     "current_node",
     "current_task",
     "executes",
+    "fakes",
+    "has_values",
     "in_transform",
     "keeps_graph",
     "leaf_of",
@@ -39,6 +42,7 @@ __all__ = [
     "ran_compiled",
     "reduction_name",
     "rows_in_transform",
+    "shows",
     "static_graphs",
     "storage_users",
     "tree_flatten",
@@ -46,6 +50,7 @@ __all__ = [
     "uncompiled",
     "uncompiled_calls",
     "unwrapped",
+    "without_autocast",
     "without_torch_function",
 ]
 
@@ -182,3 +187,23 @@ def static_graphs(roots: Iterable[Node]) -> list[Any]:
                 seen.add(child)
                 stack.append(child)
     return found
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers in a tensor: not on the meta device."""
+    return not tensor.is_meta
+
+
+def fakes() -> bool:
+    """Whether a ``FakeTensorMode`` is entered, in which no tensor has numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def shows(condition: Tensor, otherwise: bool = False) -> bool:
+    """Whether a condition holds; ``otherwise`` is the answer where there are no numbers."""
+    return bool(condition) if has_values(condition) else otherwise
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Precision as it is written, on devices of a kind."""
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

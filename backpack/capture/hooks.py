@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
-from backpack._torch import called_compiled, in_transform, rows_in_transform
+from backpack._torch import called_compiled, fakes, in_transform, rows_in_transform
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
@@ -193,7 +193,7 @@ def current_recorder() -> Recorder | None:
 
 def _recordable() -> bool:
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return disable.should_store_io() and torch.is_grad_enabled() and not tracing
+    return disable.should_store_io() and torch.is_grad_enabled() and not tracing and not fakes()
 
 
 # Compiled models of which was said that they run uncompiled.

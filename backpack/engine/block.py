@@ -19,6 +19,8 @@ from backpack._torch import (
     call_at_end,
     current_node,
     current_task,
+    fakes,
+    has_values,
     keeps_graph,
     leaf_of,
     uncompiled_calls,
@@ -333,8 +335,16 @@ class _Watch(TorchFunctionMode):
         plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
         if block.nested or not plain or not block.owner.active or current_block() is not block:
             return func(*args, **kwargs)
+        if fakes():
+            raise NotImplementedError(
+                "tables of where samples are, which backpack keeps between passes, must not be made in "
+                "a FakeTensorMode; to plan without numbers, move model and data to the meta device "
+                "(model.to('meta')), or see backpack.plan"
+            )
         for t in outputs:
-            if not (math.isfinite(t.item()) if t.numel() == 1 else bool(torch.isfinite(t).all())):
+            if has_values(t) and not (
+                math.isfinite(t.item()) if t.numel() == 1 else bool(torch.isfinite(t).all())
+            ):
                 raise ValueError(
                     f"backpack: the loss is not finite ({t.detach().flatten()[:3].tolist()}); look "
                     "for NaN in the inputs or a learning rate that is too large"
@@ -359,6 +369,13 @@ class _Watch(TorchFunctionMode):
             begins = partial(_run_begins, block)
             handles = [edge.node.register_prehook(begins) for edge, _ in block.roots]
             return func(*args, **kwargs)
+        except RuntimeError as error:
+            if all(map(has_values, outputs)):
+                raise
+            raise RuntimeError(
+                f"{error} (On the meta device nothing can be tried out, nor read from an index: "
+                "backpack.plan(...) tells what a pass takes, from one forward pass with numbers)"
+            ) from error
         finally:
             block.roots, block.wanted, block.complete = outer
             for handle in handles:

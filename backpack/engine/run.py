@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack._torch import current_node, current_task, executes, ran_compiled, static_graphs
+from backpack._torch import (
+    current_node,
+    current_task,
+    executes,
+    has_values,
+    ran_compiled,
+    static_graphs,
+)
 from backpack.engine import certificate
 from backpack.engine.collect import Leaf, form_of_source, form_of_zeros, reduce
 from backpack.engine.debug import Stopwatch, print_forms, print_outputs, print_taps
@@ -175,6 +182,8 @@ class Run:
     def _certify(self, graph: Graph) -> None:
         """Try out that samples are apart, if that is due and any quantity asks for samples."""
         if graph.mixing or not (self.first_order or self.by_source):
+            return
+        if not all(has_values(gradient) for _, gradient in self.block.roots or ()):
             return
         if not certificate.due(graph, self.block.owner.certify):
             return

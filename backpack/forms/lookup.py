@@ -9,6 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from backpack._torch import has_values
 from backpack.forms.base import (
     LARGEST_FACTOR,
     Factor,
@@ -80,6 +81,8 @@ class Lookup(Positioned):
         """Rows each sample reads, duplicates summed: sorted ``n * rows + row [u]``, ``g [v, u, d]``."""
         samples = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
         keys = samples * self.shape[0] + self.index
+        if not has_values(keys):  # as many as there may be
+            return keys.flatten(), self.read.flatten(1, 2)
         unique, inverse = torch.unique(keys.flatten(), return_inverse=True)
         g = self.g.new_zeros(self.columns, len(unique), self.shape[1])
         return unique, g.index_add_(1, inverse, self.read.flatten(1, 2))

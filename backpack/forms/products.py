@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from backpack._torch import has_values
 from backpack.forms.memory import fresh
 
 # On a CPU, products of a matrix with itself of so many multiplications are done by halves.
@@ -41,6 +42,7 @@ def products_kept() -> Iterator[None]:
 def gram(x: Tensor) -> Tensor:
     """``x^T x``, a new tensor."""
     known = _grams.known if x.shape[1] <= LARGEST_KEPT and not torch.is_grad_enabled() else None
+    known = known if has_values(x) else None
     for y, product in known or ():
         if (y.data_ptr(), y.shape, y.stride()) == (x.data_ptr(), x.shape, x.stride()):
             return product.clone()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from backpack._torch import has_values
 from backpack.graph.nodes import children_of, walk
 from backpack.samples.separability import generic
 
@@ -128,6 +129,8 @@ def _carried_at_once(
         found = _carried(starts, targets, columns, batched=True)
     except RuntimeError:
         return None
+    if not all(map(has_values, columns)):
+        return found  # there is nothing to try out
     uses = _uses[key] = _uses.get(key, -1) + 1
     if key in _batchable and uses % _AGAIN_AFTER:
         return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack._torch import leaf_of
+from backpack._torch import leaf_of, shows
 from backpack.graph.carry import pull_back
 from backpack.graph.nodes import children_of, kind_of, upwards
 from backpack.samples.separability import generic
@@ -41,7 +41,7 @@ def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
     expected = (found * weights).detach()
     eps = torch.finfo(parameter.dtype).eps ** 0.75
     alike = (weighted.detach() - expected).abs() <= eps * expected.abs()
-    return found if bool(alike.all()) else None
+    return found if shows(alike.all(), True) else None
 
 
 def _way(start: Node, parameter: Tensor) -> list[Node]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack._torch import leaf_of
+from backpack._torch import leaf_of, without_autocast
 from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
 from backpack.forms.several import Part, Pullback, among, of_one
@@ -339,7 +339,7 @@ class LossRecord:
         if self.axis is None or self.axis.lost:
             return None
         if self._known is None:
-            with torch.autocast(self.device, enabled=False):
+            with without_autocast(self.device):
                 self._known = self.axis, self.rule(self.axis)
         return self._known[1]
 

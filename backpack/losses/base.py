@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack._torch import reduction_name
+from backpack._torch import reduction_name, shows
 from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 
@@ -163,7 +163,7 @@ class LossHessian(ABC):
 
 
 def _incoming_root(grad: Tensor) -> Tensor:
-    if bool((grad < 0).any()):
+    if shows((grad < 0).any()):
         raise ValueError(
             "the loss is not convex in the model output (the gradient that arrives at a term of it is "
             "negative: a loss times a negative number, negative weights or advantages): its "
@@ -174,7 +174,7 @@ def _incoming_root(grad: Tensor) -> Tensor:
 
 
 def root_of_curvature(curvature: Tensor) -> Tensor:
-    if bool((curvature < 0).any()):
+    if shows((curvature < 0).any()):
         raise ValueError(
             "the loss is not convex in the model output (targets or weights outside their range?): "
             "its generalized Gauss-Newton has no square root"
@@ -194,7 +194,7 @@ def fits_output(f: Tensor, *others: Tensor | None) -> bool:
 
 def any_negative(*weights: Tensor | None) -> bool:
     """Whether a weight is negative: the loss is then not convex."""
-    return any(w is not None and bool((w < 0).any()) for w in weights)
+    return any(w is not None and shows((w < 0).any()) for w in weights)
 
 
 def reduction_scale(reduction: str, shape: torch.Size) -> float:

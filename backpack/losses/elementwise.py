@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack._torch import shows
 from backpack.losses.base import (
     LossHessian,
     NoCurvature,
@@ -50,7 +51,7 @@ class _Elementwise(LossHessian):
 
     def blocks(self, grad: Tensor, signed: bool = False) -> HessianBlocks | None:
         curvature, grad = self.second(self.f) * self.scale, self.incoming(grad)
-        if bool((curvature < 0).any()) or not (signed or bool((grad >= 0).all())):
+        if shows((curvature < 0).any()) or not (signed or shows((grad >= 0).all(), True)):
             return None
         return HessianBlocks((curvature * grad).expand(self.f.shape))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack._torch import shows
 from backpack.losses.base import LossHessian, NoCurvature, any_negative, loss_rule, root_of_curvature
 from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
@@ -46,7 +47,7 @@ class _Softmax(LossHessian):
 
     def blocks(self, grad: Tensor, signed: bool = False) -> HessianBlocks | None:
         grad = self.incoming(grad)
-        if bool((self.weight < 0).any()) or not (signed or bool((grad >= 0).all())):
+        if shows((self.weight < 0).any()) or not (signed or shows((grad >= 0).all(), True)):
             return None
         dim = self.block[0]
         weight = (self.weight * grad).expand(self.f.select(dim, 0).unsqueeze(dim).shape)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack._torch import shows
 from backpack.forms.products import spectrum
 from backpack.losses.base import LossHessian, normal_draws
 from backpack.samples.axis import SampleAxis
@@ -34,7 +35,7 @@ def signed_columns(
         root = replace(loss, signs=None) if signed else loss
         for j, parts in enumerate(root.columns(grad, chunk)):
             yield parts, None if signs is None else signs[j]
-    elif signed and bool((grad < 0).any()):
+    elif signed and shows((grad < 0).any()):
         for part, sign in ((grad, 1.0), (-grad, -1.0)):
             for columns in loss.columns(part.clamp(min=0), chunk):
                 yield [columns], columns.new_full((len(columns), loss.batch.size), sign)
@@ -173,7 +174,7 @@ def differentiate_twice(
     n, o = (torch.arange(length).to(exact) for length in (samples, size))
     factors = torch.cos(7 * n + 1).unsqueeze(1) * torch.cos(5 * o + 2)
     apart = row(flat * factors).detach() - torch.einsum("nc,ncd->nd", factors, exact)
-    if bool(apart.abs().amax() > 10 * (eps**0.5 * exact.abs().amax() + eps)):
+    if shows(apart.abs().amax() > 10 * (eps**0.5 * exact.abs().amax() + eps)):
         raise ValueError(
             "the loss mixes the samples of a batch (its Hessian couples their outputs), so that its "
             "generalized Gauss-Newton is no sum over samples"
@@ -188,5 +189,5 @@ def differentiate_twice(
         inverse = vectors * torch.where(values.abs().unsqueeze(1) > noise, 1 / scale, 0)
         change = (hessian - exact) @ (inverse * signs.unsqueeze(1))
         roots = roots + change - roots @ (inverse.mT @ change) / 2
-    indefinite = bool((signs < 0).any())
+    indefinite = shows((signs < 0).any())
     return Differentiated(roots.movedim(2, 0), outputs, signs.T if indefinite else None)

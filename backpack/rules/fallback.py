@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack._torch import tree_flatten, tree_unflatten
+from backpack._torch import shows, tree_flatten, tree_unflatten
 from backpack.forms.base import Dense, Form
 from backpack.rules.base import Pairs, ToForm
 from backpack.samples.axis import SampleAxis, sample_axis_of
@@ -102,7 +102,7 @@ def fallback(
             """The operation on the whole batch, once for each sample's columns."""
             vjp, ids, found = pullback(), batch.sample_ids(g.device), []
             for n in range(batch.size):
-                if not bool((ids == n).any()):
+                if not shows((ids == n).any(), True):
                     found.append(g.new_zeros(len(g), *source.shape))
                     continue
                 own = (ids == n).reshape([-1 if d == batch.dim else 1 for d in range(g.dim() - 1)])
@@ -120,7 +120,7 @@ def fallback(
                 total = torch.stack([vjp(c)[0] for c in g])
                 error, largest = (found.sum(1) - total).abs(), found.abs().sum(1)
                 agree = error <= torch.finfo(error.dtype).eps ** 0.5 * largest.amax()
-            return found if bool((agree | total.isnan()).all()) else whole(g)
+            return found if shows((agree | total.isnan()).all(), True) else whole(g)
 
         def form(g: Tensor) -> Form:
             for x, axis, version in zip(leaves, axes, versions, strict=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
-from backpack._torch import tree_flatten, tree_unflatten, without_torch_function
+from backpack._torch import has_values, tree_flatten, tree_unflatten, without_torch_function
 from backpack.samples.axis import SampleAxis, owners_of
 
 _verdicts: dict[Any, Any] = {}
@@ -52,6 +52,8 @@ def is_sample_separable(
     """
     if not torch.is_grad_enabled():
         return True
+    if not all(has_values(tensor) for tensor, _ in data):
+        return True  # nothing can be tried out, and no value be wrong
     axes = {id(tensor): found for tensor, found in data}
     leaves, spec = tree_flatten((args, kwargs))
     if not any(id(x) in axes and _differentiable(x) and x.numel() for x in leaves):

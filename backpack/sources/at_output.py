@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from backpack._torch import leaf_of
+from backpack._torch import leaf_of, shows
 from backpack.forms.at_output import AtOutput
 from backpack.forms.base import LARGEST_FACTOR, Dense, Form
 from backpack.forms.outer import Outer
@@ -132,8 +132,8 @@ class _Layer:
         if found is None:
             return None
         total = torch.stack([digit.long() * base**j for j, digit in enumerate(found)]).sum(0)
-        alike = int((total > 0).sum()) == f.numel() == int(total.amax())
-        return total - 1 if alike else None
+        all_there = ((total > 0).sum() == f.numel()) & (total.amax() == f.numel())
+        return total - 1 if shows(all_there, True) else None
 
     def at_layer(self, x: Tensor) -> Tensor:
         """Numbers at the loss's entries, at the layer's; zero at others."""
@@ -161,11 +161,13 @@ class _Layer:
         form = source.to_form(along.expand(self.shape)[None])
         if isinstance(form, Outer):
             g = form.g
-            return g.shape[2] == 1 and g.shape[-1] == size and bool((g == numbers).all())
+            return g.shape[2] == 1 and g.shape[-1] == size and shows((g == numbers).all(), True)
         if not isinstance(form, Dense) or form.shape != (size,):
             return False
         wanted = numbers * (self.shape.numel() // size)
-        return torch.allclose(form.values.sum((0, 1)).to(dtype), wanted, rtol=1e-3, atol=0)
+        return shows(
+            torch.isclose(form.values.sum((0, 1)).to(dtype), wanted, rtol=1e-3, atol=0).all(), True
+        )
 
     def _has_classes(self) -> bool:
         """Whether the layer's outputs at a position are the classes at one of the loss's."""
@@ -183,7 +185,7 @@ class _Layer:
         first = entry[..., :1]
         there = entry == first + inner * torch.arange(shape[classes], device=entry.device)
         there &= first // inner % shape[classes] == 0
-        return bool((there & (first >= 0) | (entry < 0) & (first < 0)).all())
+        return shows((there & (first >= 0) | (entry < 0) & (first < 0)).all(), True)
 
     def summed(self) -> Tensor:
         """See :class:`~backpack.forms.at_output.BlockSums`."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack._torch import shows
 from backpack.forms.base import Form
 from backpack.graph.carry import columns_at_once, differentiable_twice
 from backpack.graph.survey import Graph
@@ -197,7 +198,7 @@ class Pass:
             small = sum(_numbers(b.shape, b.batch) for borders in below.values() for b in borders)
             if record.weigh is None or weight is None or not shared or small > LARGEST_OUTPUT:
                 continue
-            if bool((weight < 0).any()):
+            if shows((weight < 0).any()):
                 found.append(node)
         return found
 

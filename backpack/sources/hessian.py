@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack._torch import has_values, shows
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.graph.nodes import BATCH_NORMS, LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
 from backpack.graph.recognised import second_derivative
@@ -193,7 +194,7 @@ def _columns(
         if not rest:
             continue
         for part, sign in ((grad, 1), (None if grad is None else -grad, -1)):
-            if part is not None and bool((part > 0).any()):
+            if part is not None and shows((part > 0).any(), sign > 0):
                 count = given.at_once([record.edge, *targets], part.device.type)
                 for chunk in record.hessian.columns(part.clamp(min=0), count):
                     signs = part.new_full((len(chunk), record.hessian.batch.size), sign)
@@ -207,7 +208,10 @@ def _columns(
         below, residual = found
         flat = batch.split(residual).flatten(1)
         count = given.at_once([below, *targets], flat.device.type)
-        for k in _chunks(flat.abs().amax(0).nonzero().flatten(), count):
+        entries = torch.arange(flat.shape[1], device=flat.device)
+        if has_values(flat):
+            entries = flat.abs().amax(0).nonzero().flatten()
+        for k in _chunks(entries, count):
             picked = torch.zeros(len(k), *flat.shape, dtype=flat.dtype, device=flat.device)
             rows = torch.arange(len(k), device=flat.device)
             picked[rows, :, k] = flat[:, k].T.abs().sqrt()
@@ -258,7 +262,7 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
     for (_, axis), once, after in zip(outputs, product(columns), scaled, strict=True):
         if once.dim():
             eps, apart = torch.finfo(once.dtype).eps, along(axis, once) * once - after
-            if bool(apart.abs().amax() > 10 * (eps**0.5 * once.abs().amax() + eps)):
+            if shows(apart.abs().amax() > 10 * (eps**0.5 * once.abs().amax() + eps)):
                 raise NotImplementedError(
                     "the loss mixes the samples of a batch (its Hessian couples their outputs), so "
                     "that the Hessian diagonal is no sum over samples; use HMP"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack._torch import shows
 from backpack.forms.products import spectrum
 from backpack.graph.carry import carry
 from backpack.graph.nodes import children_of, upwards
@@ -107,7 +108,7 @@ def _through(matrix: Tensor, above: GradientEdge, below: GradientEdge, samples: 
     probe = matrix.new_zeros(1, samples, len(matrix))
     probe[:, 0] = torch.linspace(1, 2, len(matrix)).to(matrix)
     (moved,) = carry(above, [below], probe.reshape(1, *shape))
-    if moved is not None and bool((_rows(moved, samples)[:, 1:] != 0).any()):
+    if moved is not None and shows((_rows(moved, samples)[:, 1:] != 0).any()):
         raise NotImplementedError(_refusal(f"{_name(above)} moves the samples"))
     rows = matrix.unsqueeze(1).expand(-1, samples, -1)
     (once,) = carry(above, [below], rows.reshape(len(rows), *shape))
