@@ -649,7 +649,7 @@ def test_input_and_output_of_other_layers() -> None:
     index, seen = torch.randint(5, (N, 3)), {}
 
     def hook(module: nn.Module) -> None:
-        if hasattr(module, "input0"):
+        if hasattr(module, "input0") and not isinstance(module, nn.CrossEntropyLoss):
             seen[module] = module.input0, module.output
 
     with backpack(BatchGrad(), extension_hook=hook):
@@ -700,6 +700,44 @@ def test_input_and_output_in_a_hook(problem) -> None:
         torch.testing.assert_close(module(seen[module][0]), seen[module][1])
         assert not hasattr(module, "input0") and not hasattr(module, "output")
     torch.testing.assert_close(seen[layers[0]][0], X)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "gone"])
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "alone"])
+@pytest.mark.parametrize(
+    "loss, target",
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), torch.randint(3, (N,))),
+        (nn.CrossEntropyLoss(weight=torch.rand(3), reduction="sum"), torch.rand(N, 3)),
+        (nn.MSELoss(), torch.randn(N, 3)),
+        (nn.L1Loss(), torch.randn(N, 3)),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.rand(3)), torch.rand(N, 3)),
+    ],
+    ids=["ce", "ce-soft", "mse", "l1", "bce"],
+)
+def test_a_loss_has_its_inputs_in_a_hook(
+    loss: nn.Module, target: Tensor, gradient: bool, kept: bool
+) -> None:
+    model, X, seen = extend(nn.Linear(4, 3)), torch.randn(N, 4), {}
+
+    def hook(module: nn.Module) -> None:
+        seen[type(module)] = module.input0, getattr(module, "input1", None), module.output
+
+    lossfunc = extend(loss)
+    output = model(X)
+    expected = output.detach().clone()
+    value = lossfunc(output, target=target) if gradient else lossfunc(output, target)
+    if not kept:
+        del output
+    with backpack(BatchGrad(), extension_hook=hook, gradient=gradient):
+        value.backward()
+    f, y, again = seen[type(loss)]
+    # The logits themselves, or what stands for them in a cross-entropy.
+    known = expected if kept or not isinstance(loss, nn.CrossEntropyLoss) else expected.log_softmax(1)
+    torch.testing.assert_close(f, known)
+    assert y is target
+    torch.testing.assert_close(again, value.detach())
+    assert not any(hasattr(loss, name) for name in ("input0", "input1", "output"))
 
 
 def test_no_warnings(problem) -> None:

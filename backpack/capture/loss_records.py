@@ -46,18 +46,22 @@ def note_loss(
     f: Tensor = args[0] if args else kwargs["input"]
     if not f.requires_grad:
         return
-    rule = _without_logits(func, args, kwargs, node)
+    rule, first = _without_logits(func, args, kwargs, node)
     record = LossRecord(rule, get_gradient_edge(f), module, axis, f.device.type, recording=recording)
+    if module is not None:
+        named = [kwargs[name] for name in ("input", "target") if name in kwargs]
+        _, *others = [t for t in (*args, *named) if isinstance(t, Tensor)]
+        record.inputs = lambda: (first(), *others)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: on_backward(recording, record, grads))
 
 
 def _without_logits(
     func: Any, args: tuple, kwargs: dict[str, Any], node: Node
-) -> Callable[[SampleAxis], LossHessian | None]:
-    """The rule of a loss, holding no more than autograd does.
+) -> tuple[Callable[[SampleAxis], LossHessian | None], Callable[[], Tensor]]:
+    """The rule of a loss and its first argument, holding no more than autograd does.
 
-    Cross-entropy saves log-probabilities and lets the logits go; they are as good for its Hessian.
+    Cross-entropy saves log-probabilities and lets the logits go; they are as good for the loss.
     """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     versions = [t._version for t in tensors[1:]]
@@ -66,24 +70,27 @@ def _without_logits(
     while below is not None and below is not logits_node and below.name() != "LogSoftmaxBackward0":
         below = below.next_functions[0][0] if below.next_functions else None
     if below is None or below is logits_node or below.next_functions[0][0] is not logits_node:
-        first = tensors[0]._version
+        all_versions = [tensors[0]._version, *versions]
 
         def by_arguments(axis: SampleAxis) -> LossHessian | None:
-            _refuse_changed(func, tensors, [first, *versions])
+            _refuse_changed(func, tensors, all_versions)
             return LOSSES[func](axis, *map(_widened, args), **kwargs)
 
-        return by_arguments
+        return by_arguments, lambda: tensors[0]
     logits, rest, saved, version = weakref.ref(args[0]), args[1:], below, args[0]._version
     others = tensors[1:]
 
-    def rule(axis: SampleAxis) -> LossHessian | None:
-        _refuse_changed(func, others, versions)
+    def first() -> Tensor:
         f = logits()
         if f is None or f._version != version:
-            f = saved._saved_result  # type: ignore[attr-defined]
-        return LOSSES[func](axis, _widened(f), *rest, **kwargs)
+            return saved._saved_result  # type: ignore[attr-defined]
+        return f
 
-    return rule
+    def rule(axis: SampleAxis) -> LossHessian | None:
+        _refuse_changed(func, others, versions)
+        return LOSSES[func](axis, _widened(first()), *rest, **kwargs)
+
+    return rule, first
 
 
 def _refuse_changed(func: Any, tensors: list[Tensor], versions: list[int]) -> None:

@@ -68,7 +68,9 @@ class backpack:  # noqa: N801
             to the same field the later counts.
         extension_hook: called with every module that owns parameters as soon as their quantities are
             saved, and before that with an extended loss module. Torch's own layers (recurrent ones and
-            attention aside) have ``input0`` and ``output`` during the call.
+            attention aside) have ``input0`` and ``output`` during the call, its losses also ``input1``,
+            the targets. (Where nobody holds the logits of a cross-entropy any more, their
+            log-probabilities stand for them: of these the loss is the same.)
         debug: print what was captured.
         retain_graph: keep what was captured although ``backward`` frees the graph's buffers.
         chunk_size: number of second-order columns carried through the graph at a time; by default

@@ -1,15 +1,15 @@
-"""What an extension hook finds on a layer while it looks at it: ``input0`` and ``output``."""
+"""What an extension hook finds on a layer or a loss while it looks at it: inputs and ``output``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 def passes_its_input_on(module: nn.Module) -> bool:
-    """Whether a module's operation has the module's own input: layers of torch."""
+    """Whether a module's operation has the module's own inputs: layers and losses of torch."""
     if not type(module).__module__.startswith("torch.nn.modules"):
         return False
     several = isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear))
@@ -17,26 +17,28 @@ def passes_its_input_on(module: nn.Module) -> bool:
 
 
 class LayerIO:
-    """``module.input0`` and ``module.output`` while an extension hook looks at a layer.
+    """``module.input0``, ... and ``module.output`` while an extension hook looks at a module.
 
     The output is no longer there, as nothing in backward needs it: it is computed if it is asked for.
     ``torch.nn.Module`` looks for attributes it does not have among its buffers.
     """
 
-    def __init__(self, module: nn.Module, input0: Tensor) -> None:
-        self.module, self.input0 = module, input0
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self.module, self.inputs = module, inputs
 
     def __enter__(self) -> None:
-        self.module.__dict__["input0"] = self.input0
+        for j, given in enumerate(self.inputs):
+            self.module.__dict__[f"input{j}"] = given
         self.module.__dict__["_buffers"] = _Buffers(self.module._buffers)
         self.module.__dict__["_buffers"].compute = self.output
 
     def output(self) -> Tensor:
         with torch.no_grad():
-            return self.module.forward(self.input0)
+            return self.module.forward(*self.inputs)
 
     def __exit__(self, *exc: object) -> None:
-        self.module.__dict__.pop("input0", None)
+        for j in range(len(self.inputs)):
+            self.module.__dict__.pop(f"input{j}", None)
         self.module.__dict__["_buffers"] = dict(self.module._buffers)
 
 

@@ -381,7 +381,9 @@ class Run:
             self.columns([(edge, grad)], replace(self.graph, losses=losses))
         hook = self.block.owner.extension_hook
         if hook is not None and record.module is not None:
-            hook(record.module)
+            inputs = record.inputs if passes_its_input_on(record.module) else None
+            with LayerIO(record.module, inputs()) if inputs is not None else nullcontext():
+                hook(record.module)
 
     def columns(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
         """Carry the columns of all sources to the taps, and reduce them there."""
@@ -524,7 +526,7 @@ class Run:
                     own = module.parameters(recurse=False)
                     inputs = [self.inputs.pop(p) for p in own if p in self.inputs]
                     exposed = inputs and passes_its_input_on(module)
-                    with LayerIO(module, inputs[0]) if exposed else nullcontext():
+                    with LayerIO(module, inputs[:1]) if exposed else nullcontext():
                         hook(module)
 
     # ----------------------------------------------------------------------------------

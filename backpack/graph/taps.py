@@ -309,6 +309,7 @@ class LossRecord:
         weigh: what the Hessian is multiplied with, from the gradient that arrives at the loss; by
             default that gradient.
         recording: the forward pass that ``axis`` is about, if capture has noted the loss.
+        inputs: what the extended loss module was called with, for the extension hook.
     """
 
     rule: Callable[[SampleAxis], LossHessian | None]
@@ -318,6 +319,7 @@ class LossRecord:
     device: str = "cpu"
     weigh: Callable[[Tensor], Tensor] | None = None
     recording: Recording | None = None
+    inputs: Callable[[], Sequence[Tensor]] | None = None
     _known: tuple[SampleAxis, LossHessian | None] | None = None
 
     def __post_init__(self) -> None:
