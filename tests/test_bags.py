@@ -16,6 +16,7 @@ from backpack.forms.base import Dense
 from backpack.forms.lookup import Lookup
 from backpack.testing.oracle import check
 from tests.cases import Apply, P
+from tests.rows import compare, gradients
 
 QUANTITIES = [
     *(E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()),
@@ -150,3 +151,78 @@ def test_padding_is_zero_where_derivatives_are_not_finite(table: nn.Module) -> N
     truth[[0, 4]] = 2
     torch.testing.assert_close(weight.diag_h, truth)
     torch.testing.assert_close(weight.grad_batch.sum(0), weight.grad)
+
+
+class Classifier(nn.Module):
+    """Words of all texts one after the other, and where each begins."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(7, 3, **options), nn.Linear(3, 4)
+
+    def forward(self, text: Tensor, offsets: Tensor, **more: Tensor) -> Tensor:
+        return self.head(self.bag(text, offsets, **more))
+
+
+class WithFeatures(Classifier):
+    """Other features beside the text, as many as texts, before and after."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(mode="sum")
+        self.first, self.dense = first, nn.Linear(2, 4)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        dense, text, offsets = inputs if self.first else (inputs[2], *inputs[:2])
+        return super().forward(text, offsets) + self.dense(dense)
+
+
+TEXT = torch.tensor([1, 1, 2, 6, 0, 6, 3, 1, 5])
+FEATURES = torch.randn(4, 2).double()
+CLASSIFIERS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+    "regular": (Classifier(), (TEXT[:8], torch.tensor([0, 2, 4, 6]))),
+    "ragged": (Classifier(mode="sum"), (TEXT, torch.tensor([0, 1, 5, 7]))),
+    "an empty text": (Classifier(), (TEXT, torch.tensor([0, 4, 4, 7]))),
+    "one word each": (Classifier(), (TEXT[:4], torch.tensor([0, 1, 2, 3]))),
+    "as many as words": (Classifier(), (TEXT[:4], torch.tensor([0, 0, 1, 3]))),
+    "last offset": (Classifier(include_last_offset=True), (TEXT, torch.tensor([0, 2, 5, 7, 9]))),
+    "padding": (Classifier(padding_idx=6), (TEXT, torch.tensor([0, 3, 4, 7]))),
+    "maximum": (Classifier(mode="max"), (TEXT, torch.tensor([0, 3, 4, 7]))),
+    "features first": (WithFeatures(True), (FEATURES, TEXT, torch.tensor([0, 1, 5, 7]))),
+    "features last": (WithFeatures(False), (TEXT, torch.tensor([0, 1, 5, 7]), FEATURES)),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_texts_and_offsets_as_inputs(name: str) -> None:
+    model, inputs = CLASSIFIERS[name]
+    compare(model, inputs, samples=4)
+
+
+def test_a_bag_is_the_model() -> None:
+    model = nn.EmbeddingBag(7, 3)
+    compare(model, (TEXT, torch.tensor([0, 4, 4, 7])), samples=4)
+
+
+def test_bags_with_weights_as_inputs() -> None:
+    model = Classifier(mode="sum").double()
+    inputs, weights = (TEXT, torch.tensor([0, 1, 5, 7])), torch.rand(9, dtype=torch.float64)
+    expected = gradients(
+        Apply(lambda m, *a: m.model(*a, per_sample_weights=weights), model=model),
+        inputs,
+        torch.arange(4) % 3,
+    )
+    extend(model)
+    with backpack(E.BatchGrad()):
+        loss = F.cross_entropy(model(*inputs, per_sample_weights=weights), torch.arange(4) % 3)
+        loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, expected[f"model.{name}"])
+
+
+def test_several_bags_for_each_row_of_another_input() -> None:
+    model = Apply(
+        lambda m, a, t, o: m.l(a) + m.bag(t, o).view(2, 2, 3).sum(1),
+        l=nn.Linear(2, 3),
+        bag=nn.EmbeddingBag(7, 3),
+    )
+    compare(model, (FEATURES[:2], TEXT, torch.tensor([0, 1, 5, 7])), samples=2)

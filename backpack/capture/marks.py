@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from backpack.capture.hooks import current_recorder
-from backpack.capture.said import axis_of_rows
-from backpack.samples.aliases import Written
-from backpack.samples.axis import MARK, SampleAxis, current_inputs, memory_of
-from backpack.samples.axis import mark as note
+from backpack.capture.said import axis_of_rows, state
+from backpack.samples.axis import MARK
 
 
 def mark(
@@ -76,21 +74,5 @@ def mark(
                 f"mark(...) speaks of {axis.size} samples, but {tap.op} has met {tap.batch.size} "
                 "before: call it on the inputs, before any parameter meets them"
             )
-    recording.size, recording.stated = axis.size, True
-    recording.inputs = []
-    current_inputs.stated = (*current_inputs.stated, axis)
-    _forget_guesses(axis, recorder.recording.arguments, recording.batch_dim)
-    memory = current_inputs.written.get(memory_of(x))  # type: ignore[arg-type]
-    if isinstance(memory, Written):
-        memory.write(x, axis)
-    note(x, axis)
+    state(recording, x, axis)
     return x
-
-
-def _forget_guesses(axis: SampleAxis, inputs: Sequence[Tensor], dim: int) -> None:
-    """What was thought of the inputs for another number of samples."""
-    axes = current_inputs.axes
-    for x in inputs:
-        known = axes.get(id(x))
-        if known is not None and known.size != axis.size:
-            del axes[id(x)]

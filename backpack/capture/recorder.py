@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from backpack._torch import in_transform, pack_padded_sequence, pad_packed_sequence, uncompiled_calls
+from backpack._torch import (
+    in_transform,
+    pack_padded_sequence,
+    pad_packed_sequence,
+    uncompiled_calls,
+    without_torch_function,
+)
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
+from backpack.capture.said import axis_of_bags, state
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, note_own, tensors_in
 from backpack.graph.taps import (
     LAYERS,
@@ -39,7 +46,7 @@ from backpack.rules.fallback import fallback
 from backpack.rules.packed import PACKED, packed_axes
 from backpack.rules.recurrent import recurrent_axis
 from backpack.samples.axis import MARK, SampleAxis, current_inputs, mark, sample_axis_of
-from backpack.samples.movers import MOVERS, spellings
+from backpack.samples.movers import MOVERS, argument, spellings
 from backpack.samples.propagate import (
     ELEMENTWISE,
     EXPANSIONS,
@@ -281,6 +288,20 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
             self.give_up(func, out[0], error)
         return out
 
+    def _bags(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Bags of words that begin where an input says: the samples of the model."""
+        with without_torch_function():
+            axis = axis_of_bags(self.recording, args, kwargs)
+        if axis is not None:
+            state(self.recording, argument(args, kwargs, 0, "input"), axis)
+            self.recording.rivals.clear()
+        out = func(*args, **kwargs)
+        try:
+            self._see(func, args, kwargs, out)
+        except Exception as error:
+            self.give_up(func, out, error)
+        return out
+
     def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Operations with parameters inside are done by operations that can be seen."""
         marked, sources, faint = self.sort_arguments(args, kwargs)
@@ -360,5 +381,6 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     _DATA: Recorder._data,
     **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), Recorder._begins),  # type: ignore[attr-defined]
     torch.autograd.grad: Recorder._differentiate,
+    torch.nn.functional.embedding_bag: Recorder._bags,
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Recorder._pack),
 }

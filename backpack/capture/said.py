@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from backpack._torch import without_torch_function
+from backpack.graph.taps import Recording
+from backpack.samples.aliases import Written
 from backpack.samples.axis import (
     SampleAxis,
     axis_of,
+    current_inputs,
+    mark,
+    memory_of,
     picked_axis,
     regular_axis,
     sample_axis_of,
     solo_axis,
 )
+from backpack.samples.movers import argument
 from backpack.samples.packing import axis_of_packed
 
 # An input by its name or position, or a function of the inputs.
@@ -76,6 +82,44 @@ def _count(least: int, largest: int, samples: int | None) -> int:
     if least < 0 or largest >= size:
         raise ValueError(f"samples are numbered from 0 to {size - 1}, but got {least} to {largest}")
     return size
+
+
+def state(recording: Recording, x: Tensor, axis: SampleAxis) -> None:
+    """From here on, ``x`` has this axis in a forward pass, and others no guessed one that disagrees."""
+    recording.size, recording.stated = axis.size, True
+    recording.inputs = []
+    current_inputs.stated = (*current_inputs.stated, axis)
+    axes = current_inputs.axes
+    for given in recording.arguments:
+        known = axes.get(id(given))
+        if known is not None and known.size != axis.size:
+            del axes[id(given)]
+    memory = current_inputs.written.get(memory_of(x))  # type: ignore[arg-type]
+    if isinstance(memory, Written):
+        memory.write(x, axis)
+    mark(x, axis)
+
+
+def axis_of_bags(recording: Recording, args: tuple, kwargs: dict[str, Any]) -> SampleAxis | None:
+    """The sample axis of the words of an ``embedding_bag`` whose offsets are an input of the model.
+
+    Each bag is a sample: ``model(text, offsets)``. ``None`` where somebody has said otherwise, other
+    inputs have another number of rows, or parameters have met the words already.
+    """
+    words = argument(args, kwargs, 0, "input")
+    offsets = argument(args, kwargs, 2, "offsets")
+    if recording.stated or recording.taps or recording.batch_dim or not isinstance(offsets, Tensor):
+        return None
+    known = sample_axis_of(words)
+    if not any(offsets is given for given in recording.arguments) or words.dim() != 1:
+        return None
+    if known is not None and not (known.plain and known.size == len(words)):
+        return None
+    bags = len(offsets) - bool(argument(args, kwargs, 10, "include_last_offset"))
+    if recording.size not in (len(words), bags):
+        return None
+    places = torch.arange(len(words), device=words.device)
+    return picked_axis(torch.searchsorted(offsets[:bags].to(places), places, right=True) - 1, bags)
 
 
 def packed_axis(packed: PackedSequence) -> SampleAxis:
