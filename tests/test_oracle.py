@@ -130,3 +130,76 @@ def test_rows_that_must_be_said() -> None:
         _of_rows(picked)
     with pytest.raises(ValueError, match=r"sample_of_row has shape \(99,\)"):
         _of_rows(picked, sample_of_row=range(99))
+
+
+class Pairs(nn.Module):
+    """Users and items, each with each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        return self.user(users) @ self.item(items).T
+
+
+class Nodes(nn.Module):
+    """Rows of several samples, and one output for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, owner: Tensor, pooled: bool) -> Tensor:
+        h = self.layer(x).tanh()
+        if pooled:
+            h = torch.zeros(3, 3, dtype=h.dtype).index_add(0, owner, h)
+        return self.head(h)
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(7, 3), nn.Linear(3, 2)
+
+    def forward(self, text: Tensor, offsets: Tensor) -> Tensor:
+        return self.head(self.bag(text, offsets))
+
+
+OWNER = torch.tensor([0, 0, 2, 1, 2, 2])
+TEXT, STARTS = torch.tensor([1, 5, 2, 6, 0, 6, 3, 1]), torch.tensor([0, 3, 4])
+
+
+def owned(x: Tensor, owner: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
+    return x, owner
+
+
+# Torch does not differentiate bags twice.
+NO_HESSIAN = [E.BatchGrad(), E.Variance(), E.BatchDiagGGNExact(), E.SqrtGGNExact()]
+SAID: dict[str, tuple[nn.Module, tuple, tuple[int, ...], dict[str, Any]]] = {
+    "by name": (Pairs(), (torch.rand(6, 4), torch.rand(4, 5)), (6, 4), {"samples": "users"}),
+    "pooled": (Nodes(), (torch.rand(6, 4), OWNER, True), (3, 2), {"samples": owned}),
+    "rows": (
+        *(Nodes(), (torch.rand(6, 4), OWNER, False), (6, 2)),
+        {"samples": owned, "sample_of_row": OWNER},
+    ),
+    "bags by offsets": (
+        *(Bags(), (TEXT, STARTS), (3, 2)),
+        {"samples": "offsets", "extensions": NO_HESSIAN},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_the_user_says_of_samples(name: str) -> None:
+    model, X, shape, said = SAID[name]
+    torch.manual_seed(0)
+    found = check(model, nn.MSELoss(), X, torch.rand(shape), **said)
+    assert found.ok, found
+
+
+def test_other_rows_than_were_said() -> None:
+    model, X, shape, said = SAID["rows"]
+    found = check(model, nn.MSELoss(), X, torch.rand(shape), **{**said, "sample_of_row": OWNER.flip(0)})
+    wrong = {field for (_, field), error in found.errors.items() if error > found.tolerance}
+    assert {"grad_batch", "batch_l2", "variance"} <= wrong and "diag_ggn_exact" not in wrong

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack.capture.extend import extend, unextend
+from backpack.capture.said import Samples, said_axes
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagHessian, DiagGGNExact, DiagHessian
@@ -39,6 +40,7 @@ class Oracle:
         sample_of_row: the sample that each row of the output belongs to. Without it, each row belongs
             to the sample whose replacement by another changes it; where none or several do, samples
             have their rows one after the other, as many each.
+        samples: number of samples, if it is not that of rows of the first input.
     """
 
     def __init__(
@@ -51,12 +53,13 @@ class Oracle:
         seed: int = 0,
         output_dim: int | None = None,
         sample_of_row: Tensor | Sequence[int] | None = None,
+        samples: int | None = None,
     ) -> None:
         self.model, self.lossfunc, self.y = model, lossfunc, y
         self.inputs = X if isinstance(X, tuple) else (X,)
         self.seed, self.batch_dim, self.sample_of_row = seed, batch_dim, sample_of_row
         self.output_dim = batch_dim if output_dim is None else output_dim
-        self.samples: int = self.inputs[0].shape[batch_dim]
+        self.samples: int = self.inputs[0].shape[batch_dim] if samples is None else samples
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def output(self) -> Tensor:
@@ -321,6 +324,7 @@ def check(
     device: torch.device | str | None = None,
     seed: int = 0,
     sample_of_row: Tensor | Sequence[int] | None = None,
+    samples: Samples | None = None,
 ) -> Report:
     """Compare quantities with brute-force autograd on a model of your own.
 
@@ -342,6 +346,8 @@ def check(
         seed: random seed of every forward pass (dropout).
         sample_of_row: the sample of each row of the output, where replacing one sample by another does
             not tell (a mask that depends on the data picks rows).
+        samples: the input that carries the batch, or which row belongs to which sample, as for
+            :func:`backpack.extend`.
 
     Returns:
         A report; ``print(report)`` shows a table, ``report.ok`` the verdict.
@@ -363,17 +369,22 @@ def check(
             raise ValueError(
                 f"check compares all samples, but {ext!r} has subsampling={ext.subsampling}"
             )
+    judge, wide, count = unextend(_copy(model, torch.float64)), _cast(X, torch.float64), None
+    if samples is not None:
+        given = wide if isinstance(wide, tuple) else (wide,)
+        count = said_axes(samples, judge, given, {}, batch_dim)[0][1].size
     oracle = Oracle(
-        unextend(_copy(model, torch.float64)),
+        judge,
         unextend(_copy(lossfunc, torch.float64)) if isinstance(lossfunc, nn.Module) else lossfunc,
-        _cast(X, torch.float64),
+        wide,
         _cast(y, torch.float64),
         batch_dim,
         seed,
         output_dim,
         sample_of_row,
+        count,
     )
-    ours = extend(_copy(model, dtype, device), batch_dim=batch_dim)
+    ours = extend(_copy(model, dtype, device), batch_dim=batch_dim, samples=samples)
     our_loss = extend(_copy(lossfunc, dtype, device)) if isinstance(lossfunc, nn.Module) else lossfunc
     inputs = _cast(X, dtype, device)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
