@@ -22,7 +22,7 @@ ROOMS = {
         packed fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes taps transformed scaling tangents tracing carry derived recognised node_rules
-        above region followed differentiated residuals survey forwards""",
+        above region followed differentiated residuals unseen survey forwards""",
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks
         marks extend""",
     "sources": "columns at_output hessian kfra table",

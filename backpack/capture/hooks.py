@@ -53,8 +53,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         return
     recorder = _state.recorder
     if recorder is not None and recorder.live and in_transform():
-        recorder.recording.differentiated = True
-        return _note_transformed(recorder.recording.module(), args, kwargs)
+        return recorder.enter_transform()
     if recorder is not None:
         recording = recorder.recording
         if recording.module() is module:

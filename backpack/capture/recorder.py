@@ -39,6 +39,7 @@ from backpack.graph.taps import (
     of_sample,
     store_tap,
 )
+from backpack.graph.transformed import note_transformed
 from backpack.losses.base import LOSSES
 from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.decompositions import OPENED
@@ -98,7 +99,10 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.live or in_transform():
+        if not self.live:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if in_transform():
+            self.enter_transform()
             return func(*args, **kwargs) if kwargs else func(*args)
         route = _ROUTES.get(func)
         if route is not None:
@@ -112,6 +116,15 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         except Exception as error:
             self.give_up(func, out, error)
         return out
+
+    def enter_transform(self) -> None:
+        """What a transform in forward uses of parameters is found on the graph."""
+        recording = self.recording
+        if not recording.differentiated:
+            recording.differentiated = True
+            module = recording.module()
+            if module is not None:
+                note_transformed(module, recording.size)
 
     def _see(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call that is over."""

@@ -58,11 +58,11 @@ class Names:
             )
         return (
             f"parameter {self(parameter)} takes part in the loss in a way that backpack cannot see "
-            f"(at {where}): inside a scripted or compiled module, a custom autograd.Function, code "
-            "that ran outside the extended module, or with data in which samples are mixed. Write "
-            "that part with ordinary torch functions inside the extended module, give a custom "
-            "Function a rule (backpack.own.op_rule), or freeze the parameter with "
-            "requires_grad_(False)"
+            f"(at {where}): inside a scripted or compiled module, a transform (torch.vmap), a custom "
+            "autograd.Function, code that ran outside the extended module, or with data in which "
+            "samples are mixed. Write that part with ordinary torch functions inside the extended "
+            "module, give a custom Function a rule (backpack.own.op_rule), or freeze the parameter "
+            "with requires_grad_(False)"
         )
 
     def above(self, parameter: Tensor, where: str, why: str) -> str:
@@ -199,7 +199,8 @@ def check(
         if why := _why_not_within(ext, graph):
             text = (
                 f"{ext.savefield}: the loss contains derivatives of the model "
-                "(torch.autograd.grad(..., create_graph=True)), or other things from inside of it, "
+                "(torch.autograd.grad(..., create_graph=True)), or what a transform in its forward "
+                "computes (torch.vmap), or other things from inside of it, "
                 f"{why}"
             )
             refuse(NotImplementedError(text), None, [ext])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
-from backpack.graph.nodes import PRODUCTS, kind_of
+from backpack.graph.nodes import PRODUCTS, TERMWISE, kind_of
 from backpack.graph.region import Candidate, Region, shape_at
 from backpack.graph.scaling import agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Tap, notes
@@ -146,7 +146,7 @@ class _Follower:
                     found.unseen.append(key)
                 found.starts[key] = axis
             else:
-                curved = curved or region.bends(node)
+                curved = curved or (region.bends(node) and kind_of(node) not in TERMWISE)
                 below = [(child, nr) for child, nr in node.next_functions if child is not None]
                 stack += [(GradientEdge(*each), curved) for each in below]
 

@@ -27,6 +27,11 @@ LINEAR = frozenset(
 ) | {IDENTITY}
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
+# Curved, but sums of functions of single entries.
+TERMWISE = frozenset(
+    """MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy
+    BinaryCrossEntropyWithLogits""".split()
+)
 # Linear in evaluation mode.
 BATCH_NORMS = frozenset({"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"})
 

@@ -17,6 +17,8 @@ from backpack.samples.axis import MARK, SampleAxis, regular_axis
 
 # Products, and the place of the first of the two among their arguments.
 _PRODUCTS_OF_DATA = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1, "Convolution": 0, "Mul": 0, "Div": 0}
+# Rows of a table, picked by data.
+_LOOKUPS = frozenset({"Embedding", "Index", "IndexSelect", "Gather"})
 # A forward pass, by its place among those of the region, and a sample axis of it.
 Candidate = tuple[int, SampleAxis]
 
@@ -97,6 +99,8 @@ class Region:
         Ones, in the derivative of a sum; the input of a forward pass inside of a transform.
         """
         kind = kind_of(node)
+        if kind in _LOOKUPS and self.own[node]:
+            return any(map(transformed, self.own[node]))
         if kind not in _PRODUCTS_OF_DATA or not self.own[node]:
             return False
         first = _PRODUCTS_OF_DATA[kind]

@@ -27,6 +27,7 @@ from backpack.graph.taps import (
     notes,
 )
 from backpack.graph.transformed import differentiated, transformed
+from backpack.graph.unseen import locate
 
 # Where a parameter is met that no tap is about.
 OWN_USE = "its use"
@@ -134,6 +135,7 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
     # belongs to)
     stack: list[tuple[Node, bool, bool, Recording | None]] = [(r, False, False, None) for r in roots]
     seen: set[tuple[Node, bool, bool, int]] = set()
+    unseen: list[tuple[Node, ModelOutput]] = []
     while stack:
         node, covered, bent, inside = stack.pop()
         if inside is not None and inside.entries and node in inside.entries:
@@ -179,6 +181,8 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
             recordings.append(inside)
             if border.mixed:
                 graph.mixed = border.own.lost
+            elif border.own is None and border.has_rows:
+                unseen.append((node, border))
         # What is curved above a loss makes it part of one that no rule knows.
         if curvature and not covered and not bent and is_nonlinear(node):
             bent, graph.bent_by = True, graph.bent_by or node.name()
@@ -219,7 +223,7 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
             graph.uncovered = {tap for node, tap in above.taps if node in open_to}
         graph.taps = above.taps + graph.taps
         graph.refused = above.refused
-    return graph
+    return survey(roots, curvature, anew) if unseen and locate(unseen, graph.taps) else graph
 
 
 def _may_be_data(outside: Iterable[Tensor]) -> bool:
@@ -230,6 +234,8 @@ def _may_be_data(outside: Iterable[Tensor]) -> bool:
 def _inside(graph: Graph, roots: Sequence[Node], curvature: bool, anew: bool) -> None:
     """Forward takes derivatives itself: what these use of parameters."""
     found = taps_in_derivatives([GradientEdge(root, 0) for root in roots], anew)
+    if not (found.taps or found.refused or graph.taps):
+        return  # no data was found that parameters meet
     graph.unseen = [(leaf, where) for leaf, where in graph.unseen if where != OWN_USE]
     graph.within, graph.taps, graph.refused = True, found.taps + graph.taps, found.refused
     _of_residuals(graph, found, roots, curvature)

@@ -289,9 +289,13 @@ class ModelOutput:
     @property
     def mixed(self) -> bool:
         """Whether it has rows, but samples are not apart."""
+        return self.own is not None and self.own.lost is not None and self.has_rows
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it may have rows for several samples."""
         size, dim = self.recording.size or 1, self.recording.batch_dim
-        lost = self.own is not None and self.own.lost is not None
-        return lost and size > 1 and (len(self.shape) > 1 or self.shape[dim:] == (size,))
+        return size > 1 and (len(self.shape) > 1 or self.shape[dim:] == (size,))
 
 
 @dataclass(eq=False)
