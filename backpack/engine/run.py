@@ -130,7 +130,8 @@ class Run:
         if not graph.taps and any(ran_compiled(node) for node in graph.nodes):
             raise RuntimeError(
                 "the forward pass ran compiled, so that backpack saw none of its operations; call the "
-                "model inside of the backpack(...) block, where it runs uncompiled, and extend it"
+                "model inside of the backpack(...) block, where it runs uncompiled, and extend it; a "
+                "function that holds the block must not be compiled itself (compile its parts)"
             )
         if not graph.taps:
             warnings.warn(
