@@ -109,6 +109,7 @@ bench: $(STAMPS)/bench $(PEERS)/backpack-for-pytorch/stamp $(PEERS)/opacus/stamp
 bench-cockpit: $(STAMPS)/bench $(PEERS)/cockpit-for-pytorch/stamp
 	$(BIN)/python -m benchmarks.cockpit agree
 	$(BIN)/python -m benchmarks.cockpit cost $(BENCH)
+	$(BIN)/python -m benchmarks.cockpit_table
 
 # Low-rank curvature beside vivit-for-pytorch and Lanczos with curvlinops.
 bench-vivit: $(STAMPS)/bench $(PEERS)/vivit-for-pytorch/stamp $(PEERS)/curvlinops/stamp

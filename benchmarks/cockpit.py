@@ -1,23 +1,29 @@
 """This library's monitor beside cockpit-for-pytorch: numbers, and what they cost.
 
     python -m benchmarks.cockpit agree [--folder FOLDER]
-    python -m benchmarks.cockpit cost [--folder FOLDER] [--problems ...] [--rounds 5] [--alone]
+    python -m benchmarks.cockpit cost [--folder FOLDER] [--problems ...] [--rounds 5] [--alone ...]
 
 ``agree`` trains the same small networks with the same optimizers under both, in double precision, full
-configuration, and prints the largest relative difference of each quantity. ``cost`` prints multiples of
-a training step that nobody watches, in processor time of one thread; both libraries take turns. Those
-at intervals above 1 are sums: a tracked step, the one after it (which knows where the step before has
-ended), and others. The folder is where ``benchmarks/peers/cockpit-for-pytorch.txt`` is installed.
+configuration, and prints the largest relative difference of each quantity. The folder is where
+``benchmarks/peers/cockpit-for-pytorch.txt`` is installed.
+
+``cost`` measures multiples of a training step that nobody watches, in processor time of one thread;
+both libraries take turns. Those at intervals above 1 are sums: a tracked step, the one after it (which
+knows where the step before has ended), and others. What has used up its ``--seconds`` takes no further
+turn. Each problem's numbers are written to ``benchmarks/results/cockpit-cost.json`` as it is finished;
+``python -m benchmarks.cockpit_table`` puts them into ``docs/cockpit.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,8 @@ from typing import Any
 import torch
 
 from backpack.cockpit.configurations import CONFIGURATIONS
+from benchmarks.cockpit_table import RESULTS, of_problem
+from benchmarks.suite import machine
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".venv-peers" / "cockpit-for-pytorch"
@@ -170,30 +178,39 @@ def multiples(steps: dict[str, list[float]], plain: float) -> list[float]:
 
 
 def measured(
-    handles: list[Handle], tracked: dict[str, Any], rounds: int
-) -> dict[tuple[str, str], list[float] | str]:
-    """Multiples by kind and what is tracked; taking turns."""
+    handles: list[Handle], tracked: dict[str, Any], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each thing that is tracked, and each library; they take turns."""
     times: dict[tuple[str, str], dict[str, list[float]]] = {}
     failed: dict[tuple[str, str], str] = {}
+    used: dict[tuple[str, str], float] = {}
     for _ in range(rounds):
-        for handle in handles:
-            for name, given in {"": None, **tracked}.items():
+        for name, each in {"": None, **tracked}.items():
+            for handle in handles:
                 pair = handle.kind, name
-                given = given if not isinstance(given, dict) else given.get(handle.kind)
-                if pair in failed or (name and given is None):
+                given = each.get(handle.kind) if isinstance(each, dict) else each
+                if pair in failed or used.get(pair, 0.0) > seconds or (name and given is None):
                     continue
+                start = time.perf_counter()
                 try:
                     found = handle.ask("time", tracked=given, rounds=1)
                 except RuntimeError as error:
                     failed[pair] = str(error)
                     continue
-                for part, seconds in found.items():
-                    times.setdefault(pair, {}).setdefault(part, []).extend(seconds)
-    result: dict[tuple[str, str], list[float] | str] = dict(failed)
-    for (kind, name), steps in times.items():
-        if name and (kind, name) not in failed:
-            result[kind, name] = multiples(steps, min(times[kind, ""]["every"]))
-    return result
+                used[pair] = used.get(pair, 0.0) + time.perf_counter() - start
+                for part, values in found.items():
+                    times.setdefault(pair, {}).setdefault(part, []).extend(values)
+    rows: list[dict[str, Any]] = []
+    for name in tracked:
+        for handle in handles:
+            row = {"tracked": name, "monitor": handle.kind}
+            if (handle.kind, name) in failed:
+                rows.append(row | {"failed": failed[handle.kind, name]})
+            elif (handle.kind, name) in times:
+                plain = min(times[handle.kind, ""]["every"])
+                steps = times[handle.kind, name]
+                rows.append(row | {"multiples": multiples(steps, plain), "step": plain})
+    return rows
 
 
 def alone() -> dict[str, Any]:
@@ -207,29 +224,28 @@ def alone() -> dict[str, Any]:
 
 
 def cost(given: argparse.Namespace) -> None:
-    """Print a table for each problem."""
-    tracked: dict[str, Any] = {name: name for name in CONFIGURATIONS}
-    if given.alone:
-        tracked |= alone()
+    """Measure each problem, and write what was found."""
+    before = json.loads(given.output.read_text())["problems"] if given.output.exists() else {}
+    problems = {name: each for name, each in before.items() if name not in given.problems}
     for problem in given.problems:
+        tracked: dict[str, Any] = {name: name for name in CONFIGURATIONS}
+        if problem in given.alone:
+            tracked |= alone()
         kinds = ["watch"] if problem in ALONE else ["watch", "original"]
         handles = [Handle(kind, given.folder) for kind in kinds]
         try:
             for handle in handles:
                 handle.ask("open", problem=problem, batch=BATCH[problem], optimizer=given.optimizer)
-            found = measured(handles, tracked, given.rounds)
+            rows = measured(handles, tracked, given.rounds, given.seconds)
         finally:
             for handle in handles:
                 handle.close()
-        print(f"\n{problem}, batch {BATCH[problem]}, {given.optimizer}\n")
-        print("| | monitor | " + " | ".join(f"every {k}" for k in INTERVALS) + " |")
-        print("|---|---|" + "---|" * len(INTERVALS))
-        for name in tracked:
-            for kind in kinds:
-                row = found.get((kind, name))
-                if row is not None:
-                    cells = [row] if isinstance(row, str) else [f"{each:.2f}" for each in row]
-                    print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
+        about = {**machine("cpu"), "torch": torch.__version__, "date": str(datetime.date.today())}
+        about |= {"optimizer": given.optimizer, "batch": BATCH[problem], "rows": rows}
+        problems[problem] = about
+        found = {"intervals": INTERVALS, "problems": {k: problems[k] for k in BATCH if k in problems}}
+        given.output.write_text(json.dumps(found, indent=1) + "\n")
+        print("\n".join(of_problem(problem, found)), flush=True)
 
 
 def main() -> None:
@@ -242,7 +258,15 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=list(BATCH), default=list(BATCH))
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="each quantity by itself too")
+    parser.add_argument("--seconds", type=float, default=10, help="of turns, for each row")
+    parser.add_argument(
+        "--alone",
+        nargs="*",
+        choices=list(BATCH),
+        default=["mlp", "2c2d"],
+        help="problems on which each quantity by itself is measured too",
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not given.folder.is_dir():
         parser.error(

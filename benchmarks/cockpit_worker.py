@@ -42,6 +42,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
 }
 MORE = "Parameters", "MeanGSNR", "TICTrace"
+# What is timed: of so many steps the first two are tracked.
+PERIOD = 5
+PARTS = "tracked", "every", "after", "between", "between"
 
 
 def small(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -60,11 +63,15 @@ class Loop:
         model: the network.
         optimizer: its optimizer.
         tracked: quantities, or the name of a configuration; ``None``: nobody watches.
-        interval: of tracked steps.
+        schedule: says of a step whether it is tracked.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, tracked: Any, interval: int = 1
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        tracked: Any,
+        schedule: Callable[[int], bool],
     ) -> None:
         self.model, self.optimizer, self.count = model, optimizer, 0
         self.lossfunc: nn.Module = nn.CrossEntropyLoss()
@@ -74,12 +81,12 @@ class Loop:
         if tracked is None:
             return
         if KIND == "watch":
-            self.monitor = watch(model, optimizer, quantities=tracked, every=interval, per="model")
+            self.monitor = watch(model, optimizer, quantities=tracked, every=schedule, per="model")
             return
         extend(model)
         self.lossfunc = extend(self.lossfunc)
         if isinstance(tracked, str):
-            tracked = configuration(tracked, track_schedule=linear(interval))
+            tracked = configuration(tracked, track_schedule=schedule)
         self.cockpit = Cockpit(model.parameters(), quantities=tracked)
 
     def step(self, X: Tensor, y: Tensor) -> None:
@@ -142,7 +149,7 @@ class Worker:
         torch.set_default_dtype(torch.float64)
         torch.manual_seed(0)
         model, shape = small(problem)
-        loop = Loop(model, OPTIMIZERS[optimizer](model.parameters()), everything())
+        loop = Loop(model, OPTIMIZERS[optimizer](model.parameters()), everything(), linear(1))
         generator = torch.Generator().manual_seed(1)
         exact = []
         for _ in range(steps):
@@ -162,30 +169,40 @@ class Worker:
         self.loops: dict[str, Loop] = {}
 
     def time(self, tracked: Sequence[str] | str | None, rounds: int) -> dict[str, list[float]]:
-        """Seconds of steps: tracked each time; tracked, after, and between at an interval of 4."""
-        found: dict[str, list[float]] = {"every": [], "tracked": [], "after": [], "between": []}
-        for interval in (1,) if tracked is None else (1, 4):
-            key = f"{tracked} {interval}"
-            if key not in self.loops:
-                model, self.X, self.y = make(self.chosen)
-                stepper = OPTIMIZERS[self.optimizer](model.parameters())
-                for group in stepper.param_groups:
-                    group["lr"] = 1e-3
-                if isinstance(tracked, list) and KIND != "watch":
-                    chosen = [getattr(quantities, name)(linear(interval)) for name in tracked]
-                    self.loops[key] = Loop(model, stepper, chosen, interval)
-                else:
-                    self.loops[key] = Loop(model, stepper, tracked, interval)
-                self.loops[key].step(self.X, self.y)  # with all that is done once
-            loop = self.loops[key]
-            for _ in range(rounds * interval):
-                k = loop.count % interval
-                start = time.process_time()
-                loop.step(self.X, self.y)
-                seconds = time.process_time() - start
-                part = "every" if interval == 1 else ("tracked", "after")[k] if k < 2 else "between"
-                found[part].append(seconds)
+        """Seconds of processor time of steps, by what they are.
+
+        Tracked after one that is not; tracked like the one before (``every``); the one ``after``, which
+        knows where a tracked step has ended; and others (``between``).
+        """
+        found: dict[str, list[float]] = {part: [] for part in PARTS}
+        key = str(tracked)
+        if key not in self.loops:
+            self.loops[key] = self._loop(tracked)
+            self._timed(self.loops[key])  # with all that is done once
+        loop = self.loops[key]
+        for _ in range(rounds * PERIOD):
+            part = PARTS[loop.count % PERIOD] if tracked is not None else "every"
+            found[part].append(self._timed(loop))
         return found
+
+    def _loop(self, tracked: Sequence[str] | str | None) -> Loop:
+        model, self.X, self.y = make(self.chosen)
+        stepper = OPTIMIZERS[self.optimizer](model.parameters())
+        for group in stepper.param_groups:
+            group["lr"] = 1e-3
+        wanted: Any = tracked
+        if isinstance(tracked, list) and KIND != "watch":
+            wanted = [getattr(quantities, name)(_tracked) for name in tracked]
+        return Loop(model, stepper, wanted, _tracked)
+
+    def _timed(self, loop: Loop) -> float:
+        start = time.process_time()
+        loop.step(self.X, self.y)
+        return time.process_time() - start
+
+
+def _tracked(step: int) -> bool:
+    return step % PERIOD < 2
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from backpack.cockpit import Monitor, hess_trace, tic_diag, tic_trace, watch
 from backpack.cockpit.grouping import layer_of
+from backpack.cockpit.histograms import Entries, counted, symlog_edges
 
 STEPS = 3
 FIRST = """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test
@@ -646,7 +648,15 @@ def test_many_entries() -> None:
     assert (joint.sum(1) - torch.tensor(found["counts"])).abs().max() <= len(edges)
 
 
-def test_hard_samples() -> None:
+@pytest.mark.parametrize(
+    "first, hard",
+    [
+        ([1.0] * 8, 2),
+        # Of mean and standard deviation 1: above 4 a loss is large.
+        ([0.0] * 4 + [2.0] * 4, 1),
+    ],
+)
+def test_hard_samples(first: list[float], hard: int) -> None:
     """Those with a loss that is large beside the first step's, once most have a small one."""
     scale = nn.Parameter(torch.ones(()))
     optimizer = torch.optim.SGD([scale], lr=0.0)
@@ -660,7 +670,7 @@ def test_hard_samples() -> None:
             return self.scale * x
 
     model = Model()
-    losses = [[1.0] * 8, [0.2] * 4 + [3.0] * 4, [0.2] * 5 + [1.4, 1.6, 3.0]]
+    losses = [first, [0.2] * 4 + [3.0] * 4, [0.2] * 5 + [1.4, 1.6, 5.0]]
     with watch(model, optimizer, quantities=["hard_samples"], every=1) as monitor:
         for each in losses:
             optimizer.zero_grad()
@@ -668,7 +678,7 @@ def test_hard_samples() -> None:
             F.mse_loss(model(x), torch.zeros_like(x)).backward()
             optimizer.step()
     steps, found = monitor.history().column("hard_samples")
-    assert steps == [2] and found == [pytest.approx(2 / 8)]
+    assert steps == [2] and found == [pytest.approx(hard / 8)]
 
 
 @pytest.mark.filterwarnings("ignore:cockpit")
@@ -682,3 +692,26 @@ def test_probabilities_of_samples() -> None:
         optimizer.step()
     assert "which rows of the loss" in monitor.left_out["hard_samples"]
     assert monitor.history().at(0).keys() >= {"loss"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bins(dtype: torch.dtype) -> None:
+    """Numbers are found in the bins that a search among edges says, edges and their neighbours too."""
+    edges = torch.tensor(symlog_edges(), dtype=torch.float64).to(dtype)
+    info, inf = torch.finfo(dtype), torch.tensor(math.inf, dtype=dtype)
+    odd = torch.tensor([0.0, -0.0, info.tiny / 8, -info.tiny / 8, info.max, info.min], dtype=dtype)
+    values = torch.randn(20_000, dtype=dtype) * torch.randn(20_000, dtype=dtype).mul(12).exp()
+    values = torch.cat([values, odd, edges, edges.nextafter(inf), edges.nextafter(-inf)])
+    entries = [Entries(values[:100], None, 2.0), Entries(values[100:], None, 3.0)]
+    places = (torch.bucketize(values, edges, right=True) - 1).clamp(max=len(edges) - 2)
+    expected = torch.bincount(places, torch.full((len(values),), 3.0).double())
+    expected -= torch.bincount(places[:100], minlength=len(edges) - 1)
+    assert torch.equal(counted(entries, [1.0, 1.0], False), expected)
+    # Another factor for each pass; what is not a number is not counted.
+    entries[1].values[:50] = math.nan
+    found = counted(entries, [1e-3, 10.0], False)
+    scaled = torch.cat([values[:100] * 1e-3, values[150:] * 10.0])
+    places = (torch.bucketize(scaled, edges, right=True) - 1).clamp(max=len(edges) - 2)
+    weights = torch.full((len(scaled),), 3.0).double()
+    weights[:100] = 2.0
+    assert torch.equal(found, torch.bincount(places, weights))

@@ -16,7 +16,7 @@ QUIET = 10
 # Logarithms in a quiet run deviate less; but a loss that is not nearly twice as large is no spike, nor
 # is a gradient of less than four times the size: near the edge of stability it swings.
 SPREAD = {"loss": 0.1, "grad_norm": 0.25}
-# Parameters whose norm has grown by more have not found their scale yet.
+# Parameters whose norm has grown by more have not found their scale yet, if no alpha tells.
 GROWTH = 1.5
 
 
@@ -277,7 +277,9 @@ class AlphaRange(Alarm):
 class UpdateRatio(Alarm):
     """Steps replace the parameters: the learning rate is several times too large.
 
-    Not while parameters grow from (nearly) nothing, where each first step is large beside them.
+    Steps that are large beside the parameters are right where these are small, as in the beginning;
+    then they go downhill. So they must also end at the bottom of the valley or beyond (``alpha``).
+    Where alpha is not tracked, nothing is said while the parameters' norm grows.
 
     Args:
         ratio: of an update's norm to the parameters', in the median over some tracked steps.
@@ -304,8 +306,12 @@ class UpdateRatio(Alarm):
         if min(len(ratios), len(norms)) < self.window:
             return None
         middle = median(ratios)
+        if not middle > self.ratio:
+            return None
+        alphas = history.recent("alpha", self.window)
         grown = norms[-1] / norms[0] if norms[0] else math.inf
-        if not middle > self.ratio or grown > GROWTH:
+        # The last step's alpha is known when the next has been made.
+        if (len(alphas) < self.window - 1 or median(alphas) < 0) if alphas else grown > GROWTH:
             return None
         return self._found(
             "update_ratio",

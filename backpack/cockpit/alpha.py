@@ -6,9 +6,8 @@ other side. (Schneider, Dangel, Hennig, 2021, arXiv:2102.06604.)
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
-
-import torch
 
 SMALLEST = 1e-10
 
@@ -28,23 +27,40 @@ def fit(start: End, end: End, length: float) -> tuple[float, float, float] | Non
     ``None`` where the fit is singular.
     """
     t = length
-    rows = torch.tensor(
-        [[1.0, 0.0, 0.0], [1.0, t, t * t], [0.0, 1.0, 0.0], [0.0, 1.0, 2 * t]], dtype=torch.float64
+    rows = (1.0, 0.0, 0.0), (1.0, t, t * t), (0.0, 1.0, 0.0), (0.0, 1.0, 2 * t)
+    values = start.loss, end.loss, start.slope, end.slope
+    variances = start.loss_variance, end.loss_variance, start.slope_variance, end.slope_variance
+    system = [[0.0] * 4 for _ in range(3)]
+    for row, value, variance in zip(rows, values, variances, strict=True):
+        for i, left in enumerate(row):
+            for j, right in enumerate((*row, value)):
+                system[i][j] += left * right / (variance or SMALLEST)
+    found = _solve(system)
+    return (
+        None if found is None or not all(map(math.isfinite, found)) else (found[0], found[1], found[2])
     )
-    values = [start.loss, end.loss, start.slope, end.slope]
-    variances = [start.loss_variance, end.loss_variance, start.slope_variance, end.slope_variance]
-    weights = torch.tensor([1 / (v or SMALLEST) for v in variances], dtype=torch.float64)
-    normal = rows.mT @ (weights.unsqueeze(1) * rows)
-    try:
-        found = torch.linalg.solve(normal, rows.mT @ (weights * torch.tensor(values).double()))
-    except RuntimeError:
-        return None
-    w0, w1, w2 = found.tolist()
-    return (w0, w1, w2) if all(map(_finite, (w0, w1, w2))) else None
 
 
-def _finite(x: float) -> bool:
-    return x == x and abs(x) != float("inf")
+def _solve(system: list[list[float]]) -> list[float] | None:
+    """The solution of linear equations, whose last column is the right side; ``None`` if singular.
+
+    A call of torch takes longer than these three equations.
+    """
+    size = len(system)
+    for k in range(size):
+        pivot = max(range(k, size), key=lambda i: abs(system[i][k]))
+        system[k], system[pivot] = system[pivot], system[k]
+        if not system[k][k]:
+            return None
+        for i in range(k + 1, size):
+            factor = system[i][k] / system[k][k]
+            for j in range(k, size + 1):
+                system[i][j] -= factor * system[k][j]
+    found = [0.0] * size
+    for k in reversed(range(size)):
+        known = sum(system[k][j] * found[j] for j in range(k + 1, size))
+        found[k] = (system[k][size] - known) / system[k][k]
+    return found
 
 
 def alpha(start: End, end: End, length: float) -> float | None:

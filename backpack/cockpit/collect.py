@@ -71,7 +71,7 @@ class Piece:
         squares: ``sum_n G_n^2 [p]``.
         projections: ``G_n^T g [N]`` on the gradient of this pass alone, if no form is kept.
         ends: ``G_n^T d [N]``.
-        activity: sums over inputs and output gradients (:func:`_activity`).
+        activity: sums over inputs and output gradients, and a count of each (:func:`_activity`).
         entries: some entries of the ``G_n``.
         form: the form, if it is kept.
         gradient: the gradient of this pass.
@@ -85,7 +85,7 @@ class Piece:
     squares: Tensor | None = None
     projections: Tensor | None = None
     ends: Tensor | None = None
-    activity: Tensor | None = None
+    activity: tuple[Tensor, tuple[int, int, int]] | None = None
     entries: Entries | None = None
     form: Form | None = None
     gradient: Tensor | None = None
@@ -129,8 +129,9 @@ class FirstOrder(BackpropExtension):
             if wish.activity and isinstance(form, Outer):
                 piece.activity = self._try("activity", lambda: _activity(form))
             # What goes through a graph does so while it is there.
-            through = any(hasattr(each, "vjp") for each in nested(form))
-            piece.form = Dense(form.dense()) if through and (wish.projections or wish.ends) else form
+            later = wish.projections or wish.ends
+            through = later and any(hasattr(each, "vjp") for each in nested(form))
+            piece.form = Dense(form.dense()) if through else form
         return piece
 
     def add(self, state: Piece, other: Piece) -> Piece:
@@ -198,8 +199,8 @@ def projected(form: Form, vectors: Sequence[Tensor]) -> Tensor:
     return (products[:, 0] if form.columns == 1 else products.sum(1)).double()
 
 
-def _activity(form: Outer) -> Tensor:
-    """Squares of a layer's inputs, silent features, squares of output gradients; a count after each.
+def _activity(form: Outer) -> tuple[Tensor, tuple[int, int, int]]:
+    """Squares of a layer's inputs, silent features, squares of output gradients; of how many each is.
 
     Of patches the entry in the middle counts: each place of the input once.
     """
@@ -211,17 +212,16 @@ def _activity(form: Outer) -> Tensor:
         for size in reversed(middle.shape[3 : 3 + inputs.ndim]):
             middle = middle.select(3, size // 2)
         norms, count = _norms(middle, tuple(range(3, middle.dim()))), middle.numel()
-    silent = (norms == 0).all(0).sum()
-    g = form.g
-    numbers = [
-        norms.double().square().sum(),
-        silent,
-        _norms(g, tuple(range(2, g.dim()))).double().square().sum(),
-    ]
-    sizes = [count, norms[0].numel(), g.numel()]
-    return torch.stack(
-        [torch.stack([x.double() for x in numbers]), norms.new_tensor(sizes).double()], 1
-    ).flatten()
+    features, g = norms[0].numel(), form.g
+    silent = features - torch.count_nonzero(norms.amax(0))
+    squares = [_squares(x) for x in (norms, _norms(g, tuple(range(2, g.dim()))))]
+    return torch.stack([squares[0], silent.double(), squares[1]]), (count, features, g.numel())
+
+
+def _squares(norms: Tensor) -> Tensor:
+    """The sum of their squares, in double precision."""
+    norms = norms.double().flatten()
+    return norms.dot(norms)
 
 
 def _norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -93,10 +93,13 @@ class Concluding(Listening):
         if self._before is not None:
             update = torch._foreach_sub(parameters, self._before)
             step.update = dict(zip(self._parameters, update, strict=True))
-            step.update_norms = norms_of(update)
-            step.parameter_norms = norms_of(self._before)
+            moved = (
+                () if self._before_all is None else torch._foreach_sub(self._before, self._before_all)
+            )
+            norms = norms_of([*update, *self._before, *moved]).cpu().split(len(parameters))
+            step.update_norms, step.parameter_norms = norms[:2]
             if self._before_all is not None:
-                step.distances = norms_of(torch._foreach_sub(self._before, self._before_all))
+                step.distances = norms[2]
         if self.optimizer is not None:
             step.rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
 
@@ -191,14 +194,12 @@ class Concluding(Listening):
 
     def _slopes(self, step: Step) -> Tensor:
         """``G_n^T d`` at the start of the step, of each sample of this process."""
-        assert step.update is not None
+        assert step.update is not None and step.update_norms is not None
         if step.keeps or not self._steps_along():
             return step.along_update.sum(0)
         rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
-        gradients = step.gradients
-        expected = norms_of([gradients.get(p) for p in self._parameters]).cpu()
-        expected *= expected.new_tensor([rates.get(p, 0.0) for p in self._parameters])
-        moved = norms_of([step.update[p] for p in self._parameters]).cpu()
+        moved = step.update_norms
+        expected = step.gradient_norms * moved.new_tensor([rates.get(p, 0.0) for p in self._parameters])
         # Clipped by its norm, the gradient has become shorter by one factor.
         factor = float(moved.norm() / expected.norm()) if float(expected.norm()) else 0.0
         if float((moved - factor * expected).norm()) > 1e-3 * float(moved.norm()):

@@ -251,7 +251,7 @@ def _hard(history: History) -> Iterator[Statement]:
         yield Statement(
             "warning",
             f"{100 * mean:.0f} % of the samples stay hard, though most are learned.",
-            f"losses above 1.5 times the first step's, in the mean over {len(values)} tracked steps",
+            f"losses far above the first step's, in the mean over {len(values)} tracked steps",
             "Look at the labels and inputs of samples with the largest losses.",
         )
 

@@ -113,23 +113,57 @@ def counted(entries: Sequence[Entries], scales: Sequence[float], joint: bool) ->
         scales: what the values of each are multiplied with.
         joint: whether to count in two dimensions.
     """
-    device, each = entries[0].values.device, [len(e.values) for e in entries]
-    factors = torch.tensor([scales, [e.weight for e in entries]], dtype=torch.float64, device=device)
-    factors = factors.repeat_interleave(torch.tensor(each, device=device), 1, output_size=sum(each))
+    device, each = entries[0].values.device, tuple(len(e.values) for e in entries)
     values = torch.cat([e.values for e in entries])
-    values = (values if values.dtype == torch.float64 else values.float()).mul(factors[0])
+    values = values if values.dtype == torch.float64 else values.float()
+    if len(set(scales)) == 1:
+        values = values * scales[0]
+    else:
+        values = values * _repeated(tuple(scales), each, device).to(values.dtype)
     at = _places(values)
     bins = len(symlog_edges()) - 1
     if joint:
         across = torch.cat([e.parameters for e in entries if e.parameters is not None])
         at = at * bins + _places(across)
-    factors[1].masked_fill_(values.isnan(), 0.0)
-    counts = torch.bincount(at, factors[1], minlength=bins**2 if joint else bins)
+    weights = _repeated(tuple(e.weight for e in entries), each, device)
+    weights = weights.masked_fill(values.isnan(), 0.0)
+    counts = torch.bincount(at, weights, minlength=bins**2 if joint else bins)
     return counts.reshape(bins, bins) if joint else counts
 
 
+@lru_cache(maxsize=8)
+def _repeated(numbers: tuple[float, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each number so many times; the same ones in each step."""
+    given = torch.tensor(numbers, dtype=torch.float64, device=device)
+    return given.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+
+
 def _places(values: Tensor) -> Tensor:
-    edges = torch.tensor(symlog_edges(), dtype=torch.float64, device=values.device)
+    """The bin of each value.
+
+    Numbers of one sign and binary exponent have one edge between them at most: they are looked up by
+    these bits, which takes a fifth of a search among edges.
+    """
     values = values if values.dtype == torch.float64 else values.float()
-    places = torch.bucketize(values, edges.to(values.dtype), right=True)
-    return places.sub_(1).clamp_(0, len(edges) - 2)
+    whole, shift, classes = _BITS[values.dtype]
+    bins, edges = _classes(values.dtype, values.device)
+    at = values.view(whole).bitwise_right_shift(shift).bitwise_and_(classes - 1)
+    places = bins.index_select(0, at).add_(values >= edges.index_select(0, at))
+    return places.clamp_(0, len(symlog_edges()) - 2)
+
+
+# The whole numbers with as many bits, the bits of the significand, signs times exponents.
+_BITS = {torch.float32: (torch.int32, 23, 2**9), torch.float64: (torch.int64, 52, 2**12)}
+
+
+@lru_cache(maxsize=8)
+def _classes(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bin of the least number of each sign and exponent, and the next edge."""
+    whole, shift, classes = _BITS[dtype]
+    bits = torch.arange(classes // 2, dtype=whole) << shift
+    least = torch.cat([bits.view(dtype), -(bits + 2**shift - 1).view(dtype)])
+    least = least.where(~least.isnan(), -torch.inf)
+    edges = torch.tensor(symlog_edges(), dtype=torch.float64).to(dtype)
+    places = torch.bucketize(least, edges, right=True)
+    following = edges[places.clamp(max=len(edges) - 1)]
+    return (places - 1).to(device), following.to(device)

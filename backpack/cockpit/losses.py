@@ -7,7 +7,7 @@ probabilities. The gradient there weighs its entries, and each entry belongs to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,9 @@ def individual_losses(given: Pass, samples: int) -> tuple[Tensor, bool]:
     if not found:
         raise UnreadableError("no loss function was found between the model's output and the loss")
     edges = [GradientEdge(node, 0) for node in found]
-    arriving = torch.autograd.grad([root], edges, [weight], retain_graph=True, allow_unused=True)
+    arriving: Sequence[Tensor | None] = [weight]
+    if edges != [root]:
+        arriving = torch.autograd.grad([root], edges, [weight], retain_graph=True, allow_unused=True)
     for node, edge, gradient in zip(found, edges, arriving, strict=True):
         if gradient is not None:
             total += _shares(node, edge, gradient.detach(), given, samples)

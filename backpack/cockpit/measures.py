@@ -21,8 +21,9 @@ from backpack.cockpit.passed import MissingError
 from backpack.cockpit.step import Step
 
 DECAY = 0.9
-# Of the first step's loss: samples above are hard, samples below are learned.
-HARD, LEARNED = 1.5, 0.25
+# Of the first step's loss: samples above are hard, samples below are learned. Where losses of samples
+# differ by nature, hard ones are so many standard deviations above that mean too.
+HARD, LEARNED, DEVIATIONS = 1.5, 0.25, 3.0
 EPSILON = {"mean_gsnr": 1e-5, "early_stopping": 1e-5, "tic_diag": 1e-7, "tic_trace": 1e-7}
 
 
@@ -66,7 +67,7 @@ def _one(value: float) -> Tensor:
 
 def _divided(numerator: Tensor, denominator: Tensor) -> Tensor:
     """A quotient; not a number where the denominator is zero."""
-    return numerator / torch.where(denominator == 0, torch.nan, denominator)
+    return (numerator / denominator).masked_fill(denominator == 0, torch.nan)
 
 
 @_measure(layered=False)
@@ -108,38 +109,35 @@ def distance(step: Step) -> Tensor:
     return step.need_update(step.distances).sqrt()
 
 
-def noise(step: Step) -> Tensor:
-    """``tr Sigma = (S - B ||g||^2) / (B - 1)``, the trace of the covariance of the ``g_n``."""
-    count = step.several()
-    return ((step.S - count * step.squared_norm) / (count - 1)).clamp(min=0)
-
-
 @_measure("losses", layered=False)
 def hard_samples(step: Step) -> Tensor:
     """The share of samples with a large loss, once most have a small one; not a number before."""
     losses = step.losses * step.samples
-    first = step.memory.get("first_loss")
+    first = step.memory.get("first_losses")
     if first is None:
-        first = step.group.sum(losses.sum()).cpu() / step.samples
-        step.memory["first_loss"] = first
-    counted = torch.stack([losses > HARD * first.item(), losses < LEARNED * first.item()]).sum(1)
-    hard, learned = (step.group.sum(counted.double()) / step.samples).tolist()
-    return _one(hard if learned > 0.5 else torch.nan)
+        sums = step.group.sum(torch.stack([losses.sum(), losses.square().sum()])).cpu() / step.samples
+        spread = (sums[1] - sums[0].square()).clamp(min=0).sqrt()
+        first = step.memory["first_losses"] = torch.stack([sums[0], spread])
+    mean, deviation = first.tolist()
+    hard = max(HARD * mean, mean + DEVIATIONS * deviation)
+    counted = torch.stack([losses > hard, losses < LEARNED * mean]).sum(1)
+    share, learned = (step.group.sum(counted.double()) / step.samples).tolist()
+    return _one(share if learned > 0.5 else torch.nan)
 
 
 @_measure("norms")
 def norm_test(step: Step) -> Tensor:
-    return _divided(noise(step), step.samples * step.squared_norm).sqrt()
+    return _divided(step.noise, step.samples * step.squared_norm).sqrt()
 
 
 @_measure("norms")
 def grad_noise(step: Step) -> Tensor:
-    return noise(step)
+    return step.noise
 
 
 @_measure("norms")
 def grad_signal(step: Step) -> Tensor:
-    return step.squared_norm - noise(step) / step.samples
+    return step.squared_norm - step.noise / step.samples
 
 
 @_measure("norms")
@@ -216,14 +214,14 @@ def tic_diag(step: Step) -> Tensor:
 
 @_measure("activity")
 def activation_rms(step: Step) -> Tensor:
-    return _divided(step.activity[:, 0], step.activity[:, 1]).sqrt()
+    return _divided(step.activity[:, 0], step.activity[:, 3]).sqrt()
 
 
 @_measure("activity")
 def dead_units(step: Step) -> Tensor:
-    return _divided(step.activity[:, 2], step.activity[:, 3])
+    return _divided(step.activity[:, 1], step.activity[:, 4])
 
 
 @_measure("activity")
 def output_grad_rms(step: Step) -> Tensor:
-    return _divided(step.activity[:, 4], step.activity[:, 5]).sqrt()
+    return _divided(step.activity[:, 2], step.activity[:, 5]).sqrt()

@@ -97,11 +97,12 @@ class Step:
                 row = value(piece)
                 if row is None:
                     raise MissingError(self.lost.get(part, f"{part} were not computed"))
-                found[p] = row.double()
-            zeros = torch.zeros_like(next(iter(found.values())))
-            rows = [found.get(p, zeros).to(zeros.device) for p in self.parameters]
-            columns.append(torch.stack(rows) * passed.share**power)
-        return torch.cat(columns, -1)
+                found[p] = row
+            like = next(iter(found.values()))
+            zeros = torch.zeros_like(like) if len(found) < len(self.parameters) else like
+            rows = [found.get(p, zeros).to(zeros) for p in self.parameters]
+            columns.append(torch.stack(rows).double() * passed.share**power)
+        return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
 
     def _numbers(self, values: Sequence[Tensor | None]) -> Tensor:
         """A number for each parameter -> its sum over each group."""
@@ -122,6 +123,12 @@ class Step:
         return self.samples**2 * self.norms
 
     @cached_property
+    def noise(self) -> Tensor:
+        """``tr Sigma = (S - B ||g||^2) / (B - 1)``, the trace of the covariance of the ``g_n``."""
+        count = self.several()
+        return ((self.S - count * self.squared_norm) / (count - 1)).clamp(min=0)
+
+    @cached_property
     def gradients(self) -> dict[Tensor, Tensor]:
         """The gradient of the data term of the loss, for each parameter that has one."""
         self._need("statistics")
@@ -139,8 +146,16 @@ class Step:
     @cached_property
     def squared_norm(self) -> Tensor:
         """``||g||^2`` of each group."""
+        return self.groups @ self.gradient_norms.square()
+
+    @cached_property
+    def gradient_norms(self) -> Tensor:
+        """The norm of ``g`` of each parameter, on the CPU."""
         found = self.gradients
-        return self._numbers([_squared(found[p]) if p in found else None for p in self.parameters])
+        norms = iter(torch._foreach_norm(list(found.values()), 2, dtype=torch.float64) if found else ())
+        of = {p: norm.to(self.parameters[0].device) for p, norm in zip(found, norms, strict=True)}
+        zero = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        return torch.stack([of.get(p, zero) for p in self.parameters]).cpu()
 
     @cached_property
     def along_gradient(self) -> Tensor:
@@ -266,22 +281,25 @@ class Step:
 
     @cached_property
     def activity(self) -> Tensor:
-        """Sums over inputs and output gradients of the layers of each group, ``[groups, 6]``."""
+        """Sums over inputs and output gradients of a group's layers, and counts, ``[groups, 6]``."""
         self._need("statistics", "activity")
-        zeros = torch.zeros(6, dtype=torch.float64, device=self.parameters[0].device)
-        rows = []
-        for p in self.parameters:
-            row = zeros
+        rows, sums, factors = [], [], []
+        for row, p in enumerate(self.parameters):
             for passed in self.passes:
                 piece = passed.pieces.get(p)
                 if piece is not None and piece.activity is not None:
-                    part = piece.activity.to(zeros).clone()
-                    if p in passed.raw:
-                        part[2:4] = 0
-                    part[4] *= passed.share**2
-                    row = row + part
-            rows.append(row)
-        return self.groups @ self.group.sum(torch.stack(rows)).cpu()
+                    found, (inputs, features, outputs) = piece.activity
+                    seen = float(p not in passed.raw)
+                    rows.append(row)
+                    sums.append(found)
+                    factors.append([1.0, seen, passed.share**2, inputs, seen * features, outputs])
+        device = self.parameters[0].device
+        total = torch.zeros(len(self.parameters), 6, dtype=torch.float64, device=device)
+        if rows:
+            given = torch.tensor(factors, dtype=torch.float64, device=device)
+            given[:, :3] *= torch.stack([each.to(device) for each in sums])
+            total.index_add_(0, torch.tensor(rows, device=device), given)
+        return self.groups @ self.group.sum(total).cpu()
 
     def counts(self, joint: bool = False) -> Tensor:
         """Counts of entries in bins, of the whole model; against parameters' values if ``joint``."""
@@ -299,7 +317,7 @@ class Step:
     # ---------------------------------------------------------------------------------
     # Loss, update
 
-    @property
+    @cached_property
     def loss(self) -> float:
         """The step's loss: the sum of those whose backward was called."""
         self._need()
@@ -329,7 +347,7 @@ class Step:
         mean = sums[0] / count
         return mean, max(sums[1] - count * mean**2, 0.0) / (count - 1)
 
-    @property
+    @cached_property
     def losses(self) -> Tensor:
         """Each sample's share of the loss, ``[samples of this process]``."""
         found = []
@@ -352,7 +370,3 @@ class Step:
         if value is None:
             raise MissingError("the optimizer's step was not seen")
         return self.groups @ value.double().cpu().square()
-
-
-def _squared(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()

@@ -7,13 +7,14 @@ with optimizer.backpack():
 optimizer.step()
 """
 
+from backpack.optim.accounting import epsilon
 from backpack.optim.base import BackpackOptimizer
 from backpack.optim.curvature import CurvatureOptimizer
 from backpack.optim.diagonal import DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared
 from backpack.optim.gram import GramNewton
 from backpack.optim.kronecker import EKFAC, EKFLR, KFAC, KFLR, KFRA
 from backpack.optim.newton import CGNewton, conjugate_gradients
-from backpack.optim.private import DPSGD, epsilon
+from backpack.optim.private import DPSGD
 
 __all__ = [
     "BackpackOptimizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations, islice
@@ -20,6 +21,7 @@ from backpack.extensions import BatchL2Grad
 from backpack.graph.nodes import children_of, walk
 from backpack.graph.survey import Graph, survey
 from backpack.graph.taps import MODEL_OUTPUT, TAPS, notes
+from backpack.optim.accounting import BatchSizes
 from backpack.optim.base import BackpackOptimizer, Params, State
 from backpack.samples.axis import SampleAxis
 
@@ -48,7 +50,8 @@ class DPSGD(BackpackOptimizer):
 
     The guarantee needs Poisson sampling with rate ``q = B / (size of the data set)`` (each sample is in
     the batch with probability ``q``, by itself), and counts one step for each call of :meth:`step`; see
-    :func:`epsilon`. Noise has the precision of the parameters, and is torch's, which is no
+    :func:`epsilon`. How batches were drawn is not seen; where their sizes are as alike as a shuffled
+    loader's, there is a warning. Noise has the precision of the parameters, and is torch's, which is no
     cryptographic source. Clipped gradients have norms up to ``max_grad_norm``, but for rounding in the
     precision that the model computes in: 0.5 % in bfloat16.
 
@@ -111,14 +114,17 @@ class DPSGD(BackpackOptimizer):
         self.generator = generator
         # Sums of clipped gradients since the last step; None before the first backward pass.
         self._sums: dict[Tensor, Tensor] | None = None
+        self._samples = 0
         defaults = {"lr": lr, "l2": l2, "momentum": momentum}
         super().__init__(params, defaults, process_local=process_local, process_group=process_group)
+        size = 1 if self.processes is None else self.processes.size
+        self._sizes = BatchSizes(expected_batch_size / size)
         if isinstance(params, nn.Module):
             _watch(params.module if isinstance(params, DistributedDataParallel) else params)
 
     def _own(self) -> tuple[str, ...]:
-        options = "noise_multiplier", "max_grad_norm", "expected_batch_size", "generator", "_sums"
-        return (*super()._own(), *options)
+        options = "noise_multiplier", "max_grad_norm", "expected_batch_size", "generator"
+        return (*super()._own(), *options, "_sums", "_samples", "_sizes")
 
     def backward(self, losses: Tensor) -> Tensor:
         """Add the samples' clipped gradients to those of the next step.
@@ -189,6 +195,7 @@ class DPSGD(BackpackOptimizer):
             g = g.to_dense() if g.is_sparse else g
             sums[p] = sums[p] + g if p in sums else g
         self._sums = sums
+        self._samples += len(losses)
         return norms
 
     def _norms(self, used: list[Tensor], losses: Tensor) -> Tensor:
@@ -220,6 +227,9 @@ class DPSGD(BackpackOptimizer):
             self._check_copies()
         elif error is not None:
             raise error
+        strange = self._sizes.note(self._samples)
+        if strange:
+            warnings.warn(strange, stacklevel=4)
         trained = list(self._trained())
         noisy = self._noisy([p for p, _ in trained])
         moves: list[tuple[Tensor, Tensor, dict[str, Any], State]] = []
@@ -248,7 +258,7 @@ class DPSGD(BackpackOptimizer):
     _step_supports_amp_scaling = True  # torch: so that a scaler comes as far as the error
 
     def _discard(self) -> None:
-        self._sums = None
+        self._sums, self._samples = None, 0
 
 
 # --------------------------------------------------------------------------------------
@@ -449,44 +459,3 @@ def _check_rows(part: Tensor, full: Tensor, axis: SampleAxis, own: Tensor) -> No
             "on those of other samples' losses, as by a hook that normalizes the gradient of a batch; "
             "remove the hook"
         )
-
-
-def epsilon(*, steps: int, sample_rate: float, noise_multiplier: float, delta: float) -> float:
-    """The privacy that :class:`DPSGD` has spent, as ``epsilon`` at a given ``delta``.
-
-    By Renyi differential privacy of the subsampled Gaussian mechanism (Mironov, Talwar, Zhang, 2019,
-    arXiv:1908.10530), for data sets that differ by one sample added or removed. Computed by the package
-    ``dp-accounting``, which the extra ``privacy`` installs.
-
-    Args:
-        steps: number of steps.
-        sample_rate: probability of a sample to be in a batch (Poisson sampling).
-        noise_multiplier: of :class:`DPSGD`.
-        delta: between 0 and 1; below one over the size of the data set, as a rule.
-
-    Raises:
-        ImportError: if the package is not installed.
-        ValueError: if an argument is out of its range.
-    """
-    for name, value, fits in (
-        ("steps", steps, steps >= 0 and steps == int(steps)),
-        ("sample_rate", sample_rate, 0 < sample_rate <= 1),
-        ("noise_multiplier", noise_multiplier, 0 <= noise_multiplier < float("inf")),
-        ("delta", delta, 0 < delta < 1),
-    ):
-        if not fits:
-            raise ValueError(f"epsilon: {name} is out of range, got {value!r}")
-    if not steps:
-        return 0.0
-    try:
-        import dp_accounting
-        from dp_accounting import rdp
-    except ImportError as error:
-        raise ImportError(
-            "the privacy accountant is in the package dp-accounting; install the extra 'privacy' "
-            "(pip install 'backpack-anew[privacy]')"
-        ) from error
-    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-    accountant = rdp.RdpAccountant()
-    accountant.compose(dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian), int(steps))
-    return float(accountant.get_epsilon(delta))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, disable, extend, optim
 from backpack.extensions import Variance
+from backpack.optim.accounting import BatchSizes
 
 N = 6
 OPTIONS: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": 0.8, "expected_batch_size": 5.0}
@@ -413,6 +414,41 @@ def test_bad_options(option: str, value: float) -> None:
 
 # --------------------------------------------------------------------------------------
 # Accounting
+
+
+def _train(loader: Any, expected: float) -> None:
+    model = nn.Linear(4, 3).double()
+    optimizer = optim.DPSGD(model, lr=0.1, **{**OPTIONS, "expected_batch_size": expected})
+    for X, y in loader:
+        half = len(X) // 2
+        optimizer.backward(losses(model, X[:half], y[:half]))
+        optimizer.zero_grad()  # does not count
+        for part in (slice(half), slice(half, None)):
+            optimizer.backward(losses(model, X[part], y[part]))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("last", [0, 5])
+def test_a_shuffled_loader(size: int, last: int) -> None:
+    """Batches of one size are no Poisson samples: one warning, within an epoch, with the remedy."""
+    data = torch.utils.data.TensorDataset(
+        torch.randn(20 * size + last, 4, dtype=torch.float64), torch.randint(3, (20 * size + last,))
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=size, shuffle=True)
+    with pytest.warns(UserWarning, match=f"had {size} samples.*batch_sampler") as found:
+        _train([*loader, *loader], size)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("size", [2, 8, 32, 128])
+def test_poisson_batches(size: int) -> None:
+    """Sizes that are drawn as they should be are never strange, nor are they all different."""
+    sizes = torch.poisson(torch.full((3000,), float(size), dtype=torch.float64))
+    seen = BatchSizes(size)
+    assert all(seen.note(int(each)) is None for each in sizes)
+    alike = float((sizes[1:] == sizes[:-1]).double().mean())
+    assert alike == pytest.approx(seen.chance, abs=4 * (seen.chance / 3000) ** 0.5)
 
 
 def test_epsilon() -> None:
