@@ -31,7 +31,7 @@ ROOMS = {
         kronecker matrix_products""",
     "engine": """left_out state layer_io refusals costs debug certificate collect exchange shards loop
         run direct block plan""",
-    "dataset": "totals micro_batches accumulating loop",
+    "dataset": "totals micro_batches spread accumulating loop",
     "testing": "oracle",
 }
 RIVER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files.split()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from backpack import accumulate, accumulating, extend
 from backpack import backpack as block_of
+from backpack import extend, optim
 from backpack import extensions as E
 from backpack.forms.base import Form
 from backpack.own import Rule
@@ -342,11 +341,10 @@ def test_left_out_in_one_process(runs: dict[int, list[dict[str, Any]]]) -> None:
         assert "'first.bias': no picky: too few samples" in text
 
 
-@pytest.mark.parametrize("make", [accumulating, partial(accumulate, nn.Linear(3, 2), F.mse_loss, [])])
-def test_passes_that_are_put_together(make: Callable[..., Any]) -> None:
-    extensions = [E.Variance()] if make is not accumulating else E.Variance()
-    with pytest.raises(NotImplementedError, match="leave out process_group"):
-        make(extensions, process_group=object())
+def test_passes_of_an_optimizer() -> None:
+    optimizer = optim.KFAC(extend(nn.Linear(3, 2)), lr=0.1, damping=1.0)
+    with pytest.raises(NotImplementedError, match="when it is made"):
+        optimizer.backpack(process_group=object()).__enter__()
 
 
 def test_needs_a_group() -> None:
