@@ -255,6 +255,30 @@ class ShardGroup:
                 state._training_state, context.post_backward_final_callback_queued = each, flag
 
     @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Passes gather and let go as a backward pass does, and exchange no gradients.
+
+        All processes must make the same passes.
+        """
+        group, contexts = self.group, [state._state_ctx for state in self.states]
+        reduces, training, was_whole = group.reduce_grads, group._training_state, group.is_unsharded
+        indices, last = list(group._post_forward_indices), [c.is_last_backward for c in contexts]
+        states = [state._training_state for state in self.states]
+        group.reduce_grads = False
+        for context in contexts:
+            context.is_last_backward = False
+        try:
+            yield
+        finally:
+            group.reduce_grads, group._post_forward_indices = reduces, indices
+            for state, each, context, flag in zip(self.states, states, contexts, last, strict=True):
+                state._training_state, context.is_last_backward = each, flag
+            if was_whole and training == _while_backward(group) and not group.is_unsharded:
+                group.unshard()  # torch has seen backward begin there, and does not come again
+                group.wait_for_unshard()
+            group._training_state = training
+
+    @contextmanager
     def whole(self, last: bool = False) -> Iterator[None]:
         """The parameters are whole, and hooks are quiet; all processes must come here.
 

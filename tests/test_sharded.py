@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from backpack import accumulate, extend, optim
 from backpack import backpack as block_of
 from backpack import extensions as E
-from backpack.forms.base import Form
 from backpack.kronecker.eigen import KroneckerEigen
 from tests.processes import spawn
 from tests.test_accumulate import QUANTITIES
@@ -183,30 +182,26 @@ def expected(way: dict[str, Any], size: int) -> dict[str, Any]:
     return taken(net, [ext.savefield for ext in exts])
 
 
-class Watch(E.BatchL2Grad):
-    """Notes how many blocks are whole while values are computed."""
-
-    savefield = "watched"
-    combine = E.BatchL2Grad.combine
-    most = 0
-    net: Any = None
-
-    def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
-        whole = [b for b in self.net if not isinstance(b.weight, DTensor)]
-        Watch.most = max(Watch.most, len(whole))
-        return super().reduce(form, sign)
-
-
-def memory(rank: int, size: int) -> tuple[int, int]:
-    """How many of six blocks are whole at once: while a first-order quantity is computed, and after."""
+def memory(rank: int, size: int) -> tuple[list[int], int]:
+    """How many of six blocks are whole, in all passes for first-order quantities; and after them."""
     net = extend(nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).double())
+    seen: list[int] = []
+
+    def look(gradient: Tensor | None = None) -> None:
+        seen.append(sum(not isinstance(block.weight, DTensor) for block in net))
+
+    def listen(block: nn.Module, args: Any, out: Tensor) -> None:
+        out.register_hook(look)
+
     for block in net:
         fully_shard(block)
+        block.register_forward_hook(listen)
     fully_shard(net)
-    Watch.net = net
-    with block_of(Watch(), certify="never"):
+    with block_of(E.BatchL2Grad(), E.Variance()):
         net(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
-    return Watch.most, sum(not isinstance(p, DTensor) for p in net.parameters())
+    passes = [*seen]
+    look()
+    return passes, seen[-1]
 
 
 def draws(rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -300,6 +295,18 @@ def _other_group(net: Model, loss: Callable[..., Tensor]) -> None:
         loss(net).backward()
 
 
+def _mixed(net: Model, loss: Callable[..., Tensor]) -> None:
+    def flip(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.register_hook(lambda gradient: gradient.flip(0))
+
+    handle = net.blocks[1].linear.register_forward_hook(flip)
+    try:
+        with block_of(E.Variance(), certify="always"):
+            loss(net).backward()
+    finally:
+        handle.remove()
+
+
 def _part_of_it(net: Model, loss: Callable[..., Tensor]) -> None:
     inner = extend(nn.Sequential(nn.Linear(4, 4)))
     outer = nn.Sequential(inner, nn.Linear(4, 2))
@@ -325,6 +332,7 @@ REFUSALS: list[tuple[Callable[..., None], str]] = [
     (_unseen, "must be loss.backward()"),
     (_other_parameters, "differs in 'head.bias'"),
     (_other_group, "process_group has 1"),
+    (_mixed, "found by scaling each sample's share"),
     (_part_of_it, "parameter '0.weight' is kept in parts by fully_shard of a module that the extended"),
     (_tensor_parallel, "parameter 'weight' is spread over processes as a DTensor"),
 ]
@@ -386,8 +394,9 @@ def test_values_are_those_of_one_process(
 
 def test_parameters_are_let_go(runs: dict[int, list[dict[str, Any]]]) -> None:
     for each in runs[2]:
-        most, left = each["memory"]
-        assert 1 <= most <= 2  # torch gathers the next while one is in use
+        passes, left = each["memory"]
+        assert len(passes) == 3 * 6  # two that find samples apart, and the gradient's
+        assert max(passes) <= 2  # torch gathers the next while one is in use
         assert not left
 
 

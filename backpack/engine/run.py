@@ -154,7 +154,7 @@ class Run:
         """Begin where parameters are in parts, which all processes gather and let go of together."""
         owner, graph = self.block.owner, NOTHING
         processes = shards.processes(owner.processes, owner.group_size, owner.gather)
-        due, error = False, None
+        due, error, outline = False, None, None
         try:
             with shards.quiet():
                 graph = self._survey(nodes)
@@ -165,15 +165,21 @@ class Run:
                 self.block.wanted = {shards.whole(p) for p in self.block.wanted}
             self.listen(graph)
             due = self._due(graph)
+            outline = certificate.outline(graph) if due else None
         except Exception as problem:
             error = problem
         names = Names(graph.recordings)
-        certifies = begin_together(processes, error, due, [names(p) for p in self.leaves])
+        reached = [names(p) for p in self.leaves]
+        certifies, alike = begin_together(processes, error, outline, reached)
+        if certifies and alike:
+            with shards.passing(), Nested(self.block):
+                fine = certificate.apart(graph)
+            certifies = not all(processes.objects(fine))
         if not (certifies or self.by_source):
             return
         with shards.gathered():
             try:
-                if due:
+                if due and certifies:
                     self._certify(graph)
                 self._begin_columns(graph, roots)
             except Exception as problem:

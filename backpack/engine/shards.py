@@ -83,6 +83,14 @@ class Shards:
             yield
 
     @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Passes gather parameters and let them go; all processes must make the same ones."""
+        with ExitStack() as stack:
+            for group in self.groups:
+                stack.enter_context(group.passing())
+            yield
+
+    @contextmanager
     def gathered(self, last: bool = False) -> Iterator[None]:
         """All parameters are whole; all processes must come here. With ``last``, backward is over."""
         with ExitStack() as stack:
@@ -178,14 +186,14 @@ def refuse_in_parts(owner: Options, graph: Graph) -> None:
 
 
 def begin_together(
-    processes: Processes, error: Exception | None, due: bool, names: Sequence[str]
-) -> bool:
-    """Whether samples are to be found apart in any process, if all are about to do the same.
+    processes: Processes, error: Exception | None, due: str | None, names: Sequence[str]
+) -> tuple[bool, bool]:
+    """Whether samples are to be found apart in any process; and whether by the same passes in all.
 
     Args:
         processes: all of them call this function.
         error: what this one ran into.
-        due: whether it is due in this one.
+        due: if it is due in this one, the outline of its graph.
         names: parameters that are reached, in the order in which they are found.
 
     Raises:
@@ -207,7 +215,8 @@ def begin_together(
                 f"differs in {', '.join(other[:4]) or 'their order'}. Let all of them take part "
                 "everywhere (times zero)"
             )
-    return any(each for _, each, _ in told)
+    outlines = {outline for _, outline, _ in told}
+    return outlines != {None}, len(outlines) == 1
 
 
 def _why(name: str, hidden: bool) -> str:
