@@ -12,7 +12,8 @@ ZOO := .venv-zoo
 TRITON := .venv-triton
 
 .PHONY: demo test smoke wheel sdist coverage test-slow test-triton test-browser gpu versions experiments clients zoo support
-.PHONY: bench bench-quick bench-large bench-cockpit bench-vivit bench-regressions docs check-site
+.PHONY: bench bench-quick bench-large bench-influence bench-cockpit bench-vivit bench-regressions
+.PHONY: docs check-site
 .PHONY: lint format clean
 
 demo: $(STAMPS)/demo
@@ -121,6 +122,12 @@ bench-quick: bench
 # Large models as published: GPT-2 small, ViT-B/16, ResNet-50; some ten minutes, 5 GB.
 bench-large: $(ZOO)/stamp
 	OMP_NUM_THREADS=1 $(ZOO)/bin/python -W ignore -m benchmarks.large $(BENCH)
+
+# Data attribution: the same scores as kronfluence, in how much time, and what large models take; 9 GB.
+bench-influence: $(STAMPS)/bench $(ZOO)/stamp $(PEERS)/kronfluence/stamp
+	PYTHONPATH=$(PEERS)/kronfluence $(BIN)/python -W ignore -m benchmarks.influence agree
+	PYTHONPATH=$(PEERS)/kronfluence OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.influence cost
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -W ignore -m benchmarks.influence large $(BENCH)
 
 # The same quantities from commit to commit.
 bench-regressions: $(STAMPS)/bench

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 __all__ = [
     "SPACES",
     "AccumulateGrad",
+    "ShardGroup",
     "call_at_end",
     "called_compiled",
     "current_node",
     "current_task",
     "executes",
     "fakes",
+    "foreign_shards",
     "has_values",
     "in_transform",
     "keeps_graph",
@@ -42,11 +44,14 @@ __all__ = [
     "ran_compiled",
     "reduction_name",
     "rows_in_transform",
+    "shard_groups",
+    "sharded_modules",
     "shows",
     "static_graphs",
     "storage_users",
     "tree_flatten",
     "tree_unflatten",
+    "twins",
     "uncompiled",
     "uncompiled_calls",
     "unwrapped",
@@ -207,3 +212,150 @@ def shows(condition: Tensor, otherwise: bool = False) -> bool:
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
     """Precision as it is written, on devices of a kind."""
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def sharded_modules(module: nn.Module) -> list[Any]:
+    """The modules in it that ``fully_shard`` was called with."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return [] if kind is None else [each for each in module.modules() if isinstance(each, kind)]
+
+
+class ShardGroup:
+    """Parameters that ``fully_shard`` gathers and lets go of together.
+
+    The model computes with whole parameters, other objects than the parts that the user sees, and the
+    same ones in every pass; they lose their memory where they are let go of.
+
+    Args:
+        group: torch's ``FSDPParamGroup``.
+        states: all that torch knows of the wrapped modules it belongs to.
+    """
+
+    def __init__(self, group: Any, states: list[Any]) -> None:
+        self.group, self.states = group, states
+
+    @property
+    def parameters(self) -> list[tuple[Any, Tensor | None, Tensor | None]]:
+        """What stands for each parameter: a part, the whole one, and a part between passes.
+
+        The whole one is not there before the first pass, the last one only if a few processes keep
+        larger parts of it until backward.
+        """
+        others = ("_unsharded_param", "_sharded_post_forward_param")
+        return [
+            (p.sharded_param, *(getattr(p, name, None) for name in others))  # type: ignore[misc]
+            for p in self.group.fsdp_params
+        ]
+
+    def let_go(self) -> None:
+        """Keep the parts only."""
+        self.group._to_sharded()
+
+    def reset(self) -> None:
+        """Forget a backward pass that raised an error."""
+        for state in self.states:
+            reset = getattr(state, "_reset_iter_state", None)
+            if reset is not None and state._is_root:
+                reset()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Hooks of the modules gather, exchange and let go of nothing, and leave no trace."""
+        group, contexts = self.group, [state._state_ctx for state in self.states]
+        kept = ("reduce_grads", "reshard_after_backward", "_training_state", "_post_forward_indices")
+        before = {name: getattr(group, name) for name in kept}
+        training = [state._training_state for state in self.states]
+        queued = [context.post_backward_final_callback_queued for context in contexts]
+        group.reduce_grads = group.reshard_after_backward = False
+        group._training_state, group._post_forward_indices = _while_backward(group), []
+        for context in contexts:
+            context.post_backward_final_callback_queued = True
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(group, name, value)
+            for state, each, context, flag in zip(self.states, training, contexts, queued, strict=True):
+                state._training_state, context.post_backward_final_callback_queued = each, flag
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Passes gather and let go as a backward pass does, and exchange no gradients.
+
+        All processes must make the same passes.
+        """
+        group, contexts = self.group, [state._state_ctx for state in self.states]
+        reduces, training, was_whole = group.reduce_grads, group._training_state, group.is_unsharded
+        indices, last = list(group._post_forward_indices), [c.is_last_backward for c in contexts]
+        states = [state._training_state for state in self.states]
+        group.reduce_grads = False
+        for context in contexts:
+            context.is_last_backward = False
+        try:
+            yield
+        finally:
+            group.reduce_grads, group._post_forward_indices = reduces, indices
+            for state, each, context, flag in zip(self.states, states, contexts, last, strict=True):
+                state._training_state, context.is_last_backward = each, flag
+            if was_whole and training == _while_backward(group) and not group.is_unsharded:
+                group.unshard()  # torch has seen backward begin there, and does not come again
+                group.wait_for_unshard()
+            group._training_state = training
+
+    @contextmanager
+    def whole(self, last: bool = False) -> Iterator[None]:
+        """The parameters are whole, and hooks are quiet; all processes must come here.
+
+        With ``last``, no backward pass of torch's own follows.
+        """
+        group, was_whole = self.group, self.group.is_unsharded
+        group.unshard()
+        group.wait_for_unshard()
+        try:
+            with self.quiet():
+                yield
+        finally:
+            if last:
+                group.comm_ctx.post_forward_order.clear()
+                group._post_forward_indices.clear()
+            if last or not was_whole:
+                self.let_go()
+
+
+def _while_backward(group: Any) -> Any:
+    """The state of a group whose parameters a backward pass has gathered."""
+    return type(group._training_state).PRE_BACKWARD
+
+
+def shard_groups(module: nn.Module) -> list[ShardGroup]:
+    """Groups of parameters of all modules in it that ``fully_shard`` was called with."""
+    found: dict[Any, list[Any]] = {}
+    for each in sharded_modules(module):
+        state = each._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            if group is not None and state not in found.setdefault(group, []):
+                found[group].append(state)
+    return [ShardGroup(group, states) for group, states in found.items()]
+
+
+def twins(module: nn.Module) -> dict[Tensor, list[Tensor]]:
+    """Whatever else stands for parameters that are kept in parts."""
+    every = [each for group in shard_groups(module) for each in group.parameters]
+    found = [[t for t in each if t is not None] for each in every]
+    return {t: [other for other in each if other is not t] for each in found for t in each}
+
+
+def foreign_shards(module: nn.Module) -> dict[Tensor, Tensor]:
+    """Whole parameters, by their parts, that ``fully_shard`` made of a module which this one is in.
+
+    Torch puts them on the modules they belong to, whose hooks after loading a state are theirs.
+    """
+    found: dict[Tensor, Tensor] = {}
+    for each in module.modules():
+        for hook in each._load_state_dict_post_hooks.values():
+            for cell in getattr(hook, "__closure__", None) or ():
+                param = cell.cell_contents
+                if type(param).__name__ == "FSDPParam" and hasattr(param, "_unsharded_param"):
+                    found[param.sharded_param] = param._unsharded_param
+    return found

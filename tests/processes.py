@@ -28,7 +28,7 @@ def _process(rank: int, function: Callable[[int, int], Any], size: int, folder: 
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
     distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=180)
     )
     try:
         torch.save(function(rank, size), f"{folder}/{rank}")

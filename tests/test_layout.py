@@ -23,15 +23,15 @@ ROOMS = {
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes taps transformed scaling tangents tracing carry derived recognised node_rules
         above region followed differentiated residuals unseen survey forwards""",
-    "capture": """switch functions contest inputs said loss_records tracker in_place recorder hooks
-        marks extend""",
+    "capture": """switch functions contest inputs said loss_records tracker in_place recorder passages
+        hooks marks extend""",
     "sources": "columns at_output hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root
         kronecker matrix_products""",
-    "engine": """left_out state layer_io refusals costs debug certificate collect exchange loop run
-        direct block plan""",
-    "dataset": "totals micro_batches accumulating loop",
+    "engine": """left_out state layer_io refusals costs debug certificate collect exchange shards loop
+        run direct block plan""",
+    "dataset": "totals micro_batches spread accumulating loop",
     "testing": "oracle",
 }
 RIVER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files.split()]

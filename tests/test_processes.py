@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from backpack import accumulate, accumulating, extend
 from backpack import backpack as block_of
+from backpack import extend, optim
 from backpack import extensions as E
 from backpack.forms.base import Form
 from backpack.own import Rule
@@ -189,7 +186,6 @@ def process(rank: int, size: int) -> dict[str, Any]:
         page = Path(__file__).parent.parent / "docs" / "distributed.md"
         exec("\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)), {})
         found["sampled"], found["left out"] = sampled(rank), left_out(rank)
-        found["sharded"] = sharded(rank)
     return found
 
 
@@ -280,25 +276,6 @@ def left_out(rank: int) -> tuple[str, list[str]]:
     return str(block.left_out), [name for name, p in net.named_parameters() if hasattr(p, "picky")]
 
 
-def sharded(rank: int) -> list[str]:
-    """What is said of parameters that are spread over processes, in all or in a part of a model."""
-    said = []
-    for shards_first, whole in ((True, True), (False, True), (False, False)):
-        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        mesh = init_device_mesh("cpu", (2,))
-        if shards_first:
-            fully_shard(net, mesh=mesh)
-        extend(net)
-        if not shards_first:
-            fully_shard(net if whole else net[0], mesh=mesh)  # type: ignore[arg-type]
-        try:
-            with block_of(E.Variance()):
-                net(torch.randn(2, 3)).square().sum().backward()
-        except NotImplementedError as error:
-            said.append(str(error))
-    return said
-
-
 def ways_of(size: int) -> list[str]:
     return [*WAYS] if size == 2 else ["plain", "uneven", "unused"]
 
@@ -364,17 +341,10 @@ def test_left_out_in_one_process(runs: dict[int, list[dict[str, Any]]]) -> None:
         assert "'first.bias': no picky: too few samples" in text
 
 
-def test_sharded_models_are_refused(runs: dict[int, list[dict[str, Any]]]) -> None:
-    for each in runs[2]:
-        assert len(each["sharded"]) == 3
-        assert all("spread over processes" in text for text in each["sharded"])
-
-
-@pytest.mark.parametrize("make", [accumulating, partial(accumulate, nn.Linear(3, 2), F.mse_loss, [])])
-def test_passes_that_are_put_together(make: Callable[..., Any]) -> None:
-    extensions = [E.Variance()] if make is not accumulating else E.Variance()
-    with pytest.raises(NotImplementedError, match="leave out process_group"):
-        make(extensions, process_group=object())
+def test_passes_of_an_optimizer() -> None:
+    optimizer = optim.KFAC(extend(nn.Linear(3, 2)), lr=0.1, damping=1.0)
+    with pytest.raises(NotImplementedError, match="when it is made"):
+        optimizer.backpack(process_group=object()).__enter__()
 
 
 def test_needs_a_group() -> None:

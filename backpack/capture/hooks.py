@@ -17,6 +17,7 @@ from backpack._torch import called_compiled, fakes, in_transform, rows_in_transf
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
+from backpack.capture.passages import Passages, passages
 from backpack.capture.recorder import Recorder
 from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
@@ -42,6 +43,7 @@ from backpack.samples.axis import (
 
 class _State(threading.local):
     recorder: Recorder | None = None
+    passages: Passages | None = None
 
 
 _state = _State()
@@ -78,6 +80,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     current_inputs.axes, current_inputs.written = _axes_of_inputs(recording, module, args, kwargs), {}
     current_inputs.ids = frozenset(map(id, recording.arguments))
     _state.recorder = Recorder(recording, after_forward)
+    _state.passages = passages(_state.recorder, module)
     _state.recorder.__enter__()
 
 
@@ -330,5 +333,8 @@ def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: T
 
 def _forget() -> None:
     """What is known of tensors in a forward pass goes with it."""
+    if _state.passages is not None:
+        _state.passages.close()
+        _state.passages = None
     current_inputs.axes, current_inputs.ids, current_inputs.written = {}, frozenset(), {}
     current_inputs.stated = ()

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from backpack.dataset.totals import GRADIENT, Batches, Individual, SampleCount, Totals, refuse_processes
+from backpack.dataset.spread import Spread
+from backpack.dataset.totals import GRADIENT, Batches, Individual, SampleCount, Totals
 from backpack.engine.block import backpack
 from backpack.graph.nodes import walk
 from backpack.graph.survey import leaves_below
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Added, Joined, Rule
 from backpack.quantities.parts import Entry, checked_rule
+from backpack.quantities.processes import Processes
 
 
 class accumulating(Batches):
@@ -59,17 +61,24 @@ class accumulating(Batches):
             while the parameters hold their values (scaled as those of all); or a folder, for
             memory-mapped files. Either needs ``samples``.
         samples: number of samples of all batches.
-        model: for names, which ``state_dict`` and files need.
+        model: for names, which ``state_dict``, files and processes need.
+        process_group: processes that go over parts of one data set: values are those of all of their
+            samples, in the order of ranks, and the same in all. They are put together when the block
+            ends, which all processes must come to; before, they need not keep step. A
+            ``DistributedDataParallel`` model exchanges no gradients in the block.
+        gather: whether values of single samples are gathered from all processes; with ``False`` each
+            process has those of its own samples, scaled as those of all.
         **options: of :class:`backpack.backpack`. With ``gradient=False`` there is no ``grad``.
 
     Raises:
-        NotImplementedError: for a quantity whose values do not combine, or that does not say how, and
-            with a ``process_group``.
-        ValueError: for a quantity of some samples only (``subsampling``).
+        NotImplementedError: for a quantity whose values do not combine, or that does not say how.
+        ValueError: for a quantity of some samples only (``subsampling``), or a ``process_group`` with
+            ``individual``, or without the model.
+        RuntimeError: at the end of the block, if it has ended by an error in another process.
 
     Attributes:
         batches: number of backward passes so far.
-        samples: number of samples so far.
+        samples: number of samples so far, in this process.
         weight: of the next losses, in place of the number of samples; ``None`` by default.
     """
 
@@ -80,11 +89,20 @@ class accumulating(Batches):
         individual: Individual = None,
         samples: int | None = None,
         model: nn.Module | None = None,
+        process_group: Any = None,
+        gather: bool = True,
         **options: Any,
     ) -> None:
         if reduction not in (None, "mean", "sum"):
             raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
-        refuse_processes(options)
+        self.spread: Spread | None = None
+        if process_group is not None:
+            if model is None or individual is not None:
+                raise ValueError(
+                    "values of several processes go to the parameters of the `model`, which must be "
+                    "given, and not to `individual`; with gather=False each process keeps its samples'"
+                )
+            self.spread = Spread(Processes(process_group, gather), model)
         extensions = backpack(*extensions, **options).extensions or (SampleCount(),)
         super().__init__(extensions, [_checked_rule(ext) for ext in extensions])
         if individual is not None and samples is None:
@@ -130,6 +148,8 @@ class accumulating(Batches):
                 p.grad = before
         self._written.clear()
         self._stack = ExitStack()
+        if self.spread is not None:
+            self._stack.enter_context(self.spread.apart())
         self._stack.enter_context(self.block(**self.options))
         return self
 
@@ -137,24 +157,33 @@ class accumulating(Batches):
         stack, self._stack = self._stack, None
         assert stack is not None
         stack.__exit__(kind, error, trace)
-        if kind is None and self.batches:
+        # Who raises an error tells the other processes, but does not wait for them if interrupted.
+        waits = self.spread is not None and (error is None or isinstance(error, Exception))
+        if waits or (kind is None and self.batches):
             with torch.no_grad():
-                self._save()
+                self._save(error)
 
-    def _save(self) -> None:
-        """Write the values of all batches to the parameters."""
+    def _save(self, error: BaseException | None = None) -> None:
+        """Write the values of all batches to the parameters, unless the loop ended by an error."""
         if self.individual is not None and self.samples != self.expected:
             raise RuntimeError(
                 f"individual values were scaled as those of {self.expected} samples, but there were "
                 f"{self.samples}; pass the right number of `samples`"
             )
-        if self.reduction != "sum":
+        if self.reduction != "sum" and self.batches:
             assert self._reference is not None
             factor, self._reference = self._reference / self.totals.weight, self.totals.weight
             self.totals.weigh(factor)
             for (_, field), file in self._files.items() if factor != 1 else ():
                 file.mul_(factor ** self.rules[field].degree)
-        for p, field, value in self.totals.values():
+        totals = self.totals
+        if self.spread is not None:
+            rules = {**self.rules, GRADIENT: _RULE_OF_GRADIENTS}
+            mean, ratios = self.reduction != "sum", self._ratios or ()
+            totals = self.spread.of_all(totals, rules, mean, ratios, error)
+        if error is not None:
+            return
+        for p, field, value in totals.values():
             if field == GRADIENT:
                 before = p.grad
                 p.grad = value if before is None else before + value

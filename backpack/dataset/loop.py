@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from backpack.capture.extend import extend
 from backpack.dataset.accumulating import accumulating
-from backpack.dataset.totals import Individual, refuse_processes
+from backpack.dataset.spread import refuse_repeated
+from backpack.dataset.totals import Individual
 from backpack.engine.block import backpack
 from backpack.quantities.base import BackpropExtension
 
@@ -36,6 +37,8 @@ def accumulate(
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
+    process_group: Any = None,
+    gather: bool = True,
     **options: Any,
 ) -> accumulating:
     """Compute quantities of a data set, as if all of it were one batch.
@@ -69,13 +72,17 @@ def accumulate(
             the batches before it are skipped (so the loader must give the same ones). It is deleted at
             the end.
         every: see ``checkpoint``.
+        process_group: processes each of which has a loader for its part of the data set: values are
+            those of all samples, see :class:`accumulating`. Parts need not be of one size.
+        gather: see :class:`accumulating`.
         **options: of :class:`backpack.backpack`. With ``gradient=False`` there is no ``grad``.
 
     Returns:
         The :class:`accumulating` block, whose ``samples`` and ``batches`` were counted.
 
     Raises:
-        ValueError: if the reduction is not known, the loader is empty, or cannot be iterated twice.
+        ValueError: if the reduction is not known, the loader is empty, cannot be iterated twice, or
+            repeats samples, with a ``process_group``.
 
     Example:
         >>> import torch
@@ -87,7 +94,9 @@ def accumulate(
         >>> total.samples, model.weight.variance.shape
         (5, torch.Size([3, 2]))
     """
-    refuse_processes(options)
+    spread = {"process_group": process_group, "gather": gather}
+    if process_group is not None:
+        refuse_repeated(loader)
     extensions = backpack(*extensions, **options).extensions
     if not getattr(model, "_backpack_extend", False):
         extend(model)
@@ -103,7 +112,7 @@ def accumulate(
     if later and isinstance(loader, Iterator):
         names = ", ".join(ext.savefield for ext, _ in later)
         raise ValueError(f"{names} take two passes over the data; give a loader, not an iterator")
-    same: dict[str, Any] = {"reduction": reduction, "model": model}
+    same: dict[str, Any] = {"reduction": reduction, "model": model, **spread}
     total = accumulating(*now, individual=individual, samples=samples, **same, **options)
     state = _Checkpoint(checkpoint, every)
 
@@ -119,7 +128,8 @@ def accumulate(
     if later:
         seconds = []
         for ext, first in later:
-            having = [p for p in total.totals.entries if first.savefield in vars(p)]
+            among = total.totals.entries if process_group is None else model.parameters()
+            having = [p for p in among if first.savefield in vars(p)]
             found = {p: vars(p).pop(first.savefield) for p in having}
             seconds.append(ext.after(found))
         loop.run(accumulating(*seconds, **same, **{**options, "gradient": False}), "second pass")
@@ -186,7 +196,7 @@ class _Loop:
             for loss in self.losses(batches, block):
                 loss.backward()
                 self.state.write(block)
-            if not block.batches:
+            if not block.batches and block.spread is None:
                 raise ValueError("the loader has no batches")
             self.state.write(block, ended=True)
 

@@ -32,9 +32,7 @@ def refuse_processes(options: Mapping[str, Any]) -> None:
     """Refuse a ``process_group`` where passes are put together, as options of a block."""
     if options.get("process_group") is not None:
         raise NotImplementedError(
-            "values of several backward passes and of several processes are not put together at once; "
-            "leave out process_group (an optimizer takes it when it is made, and "
-            "backpack(..., process_group=...) takes it for a single pass)"
+            "an optimizer takes the process_group when it is made, not for single passes; leave it out"
         )
 
 

@@ -105,7 +105,8 @@ class backpack:  # noqa: N801
             ``process_group`` of a ``DistributedDataParallel`` model): fields are those of all of their
             samples, in the order of ranks, and of the loss that is the mean of their losses, whose
             gradient ``DistributedDataParallel`` leaves. All of them must call ``backward`` in such a
-            block. Without it, fields are of the process's own samples and loss. ``p.grad`` is not
+            block. Without it, fields are of the process's own samples and loss, but for models that
+            ``fully_shard`` keeps in parts, whose processes are those of its mesh. ``p.grad`` is not
             touched. See the page on distributed training.
         gather: whether values of single samples are gathered from all processes; with ``False`` each
             process has those of its own samples, scaled as those of all.
@@ -183,6 +184,8 @@ class backpack:  # noqa: N801
         self.collects = False
         # Processes whose values are put together, by the rules of quantities.
         self.processes: Processes | None = None
+        self.group_size: int | None = None
+        self.gather = gather
         self.rules: Mapping[str, Rule] = {}
         if process_group is not None:
             self._share(Processes(process_group, gather))
@@ -197,6 +200,7 @@ class backpack:  # noqa: N801
             )
         self.rules = {ext.savefield: checked_rule(ext, "several processes") for ext in self.extensions}
         self.processes = processes if processes.size > 1 else None
+        self.group_size = processes.size
 
     @classmethod
     def beside(cls, *exts: BackpropExtension, parameters: Iterable[Tensor] | None = None) -> backpack:
@@ -222,8 +226,10 @@ class backpack:  # noqa: N801
             certify=owner.certify,
             unsupported=owner.unsupported,
             forwards=owner.forwards,
+            gather=owner.gather,
         )
         both.processes, both.rules = owner.processes, dict(owner.rules)
+        both.group_size = owner.group_size
         return both
 
     @property

@@ -6,6 +6,7 @@ layers, which is a third of a gradient's work.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,13 @@ def pass_down(block: Block, keeps: bool) -> None:
     run = Run(block, None, keeps)
     try:
         run.begin()
-        _refuse_changed(run)
-        _reach_losses(run)
-        _reach_taps(run)
-        for leaf in run.leaves.values():
-            if not leaf.uses:  # a parameter without entries
-                run.save(leaf)
+        with nullcontext() if run.shards is None else run.shards.gathered(last=True):
+            _refuse_changed(run)
+            _reach_losses(run)
+            _reach_taps(run)
+            for leaf in run.leaves.values():
+                if not leaf.uses:  # a parameter without entries
+                    run.save(leaf)
         run.end()
     finally:
         run.abort()

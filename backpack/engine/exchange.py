@@ -34,6 +34,11 @@ class Exchange:
         self.processes, self.rules = processes, rules
         self.entries: Entries = {}
 
+    @property
+    def gathers(self) -> bool:
+        """Whether values of single samples are gathered from all processes."""
+        return self.processes.gathers
+
     def take(self, ext: BackpropExtension, value: Any, context: Context, reached: bool) -> None:
         """Note a parameter's value; ``reached``: whether any column has reached it."""
         rule = self.rules[ext.savefield]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from backpack._torch import twins
 from backpack.graph.survey import Graph, leaves_below
 from backpack.graph.taps import Recording, Source, Tap
 from backpack.quantities.base import BackpropExtension
@@ -27,7 +28,7 @@ class Names:
     def __call__(self, parameter: Tensor) -> str:
         for recording in self.recordings:
             module = recording.module()
-            for name, each in module.named_parameters() if module is not None else ():
+            for name, each in _named(module) if module is not None else ():
                 if each is parameter:
                     return f"'{name}'"
         return f"of shape {tuple(parameter.shape)}"
@@ -35,12 +36,12 @@ class Names:
     def all(self) -> dict[Tensor, str]:
         """Names of all parameters of the extended models."""
         modules = [module for r in self.recordings if (module := r.module()) is not None]
-        return {p: f"'{name}'" for module in reversed(modules) for name, p in module.named_parameters()}
+        return {p: f"'{name}'" for module in reversed(modules) for name, p in _named(module)}
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter belongs to one of the extended models."""
         modules = [module for r in self.recordings if (module := r.module()) is not None]
-        return any(p is parameter for module in modules for p in module.parameters())
+        return any(p is parameter for module in modules for _, p in _named(module))
 
     def of(self, tap: Tap) -> str:
         """The names of the parameters of a tap."""
@@ -102,6 +103,14 @@ class Names:
         )
 
 
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters with their names, and whatever else stands for them."""
+    other = twins(module)
+    for name, parameter in module.named_parameters():
+        for each in (parameter, *other.get(parameter, ())):
+            yield name, each
+
+
 def parameters_of(source: Source) -> list[Tensor]:
     """The parameters that a tap is taken with respect to, directly or through a derived tensor."""
     return [source.leaf] if source.leaf is not None else leaves_below(source.edge)
@@ -139,9 +148,6 @@ def check(
         refuse: what to do with a refusal of some quantities; others are errors in any case.
     """
     second_order = [ext for ext in extensions if ext.source.second_order]
-    if distributed.is_available() and distributed.is_initialized():
-        for module in {id(m): m for r in graph.recordings if (m := r.module()) is not None}.values():
-            _refuse_sharded(module)
     for recording in graph.recordings:
         if recording.doubt is not None:
             raise RuntimeError(
@@ -221,19 +227,6 @@ def check(
             "loss, lossfunc = extend(CrossEntropyLoss()))"
         )
         refuse(RuntimeError(text), None, second_order)
-
-
-def _refuse_sharded(module: nn.Module) -> None:
-    """Parameters that ``fully_shard`` keeps in parts are whole, and others, while the model runs."""
-    kinds = {type(p).__name__ for p in module.parameters()}
-    kinds |= {cls.__name__ for each in module.modules() for cls in type(each).__mro__}
-    if not kinds.isdisjoint(("DTensor", "FSDPModule")):
-        raise NotImplementedError(
-            f"{type(module).__name__} has parameters that are spread over processes (fully_shard, "
-            "tensor parallelism): the model computes with others, on which nobody would find the "
-            "values. Use DistributedDataParallel with backpack(..., process_group=...), or a model "
-            "that is not sharded"
-        )
 
 
 def _hidden(fresh: Sequence[tuple[Node, Tap]]) -> list[Tensor]:

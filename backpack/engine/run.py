@@ -34,6 +34,7 @@ from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.loop import carry_sources
 from backpack.engine.refusals import Names, check, parameters_of
+from backpack.engine.shards import Shards, begin_together, refuse_in_parts, shards_below
 from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
@@ -52,6 +53,7 @@ from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.matrix_products import Product
+from backpack.quantities.parts import checked_rule
 from backpack.quantities.reading import note_found
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import ColumnSource, Pass, cotangent_places
@@ -59,6 +61,8 @@ from backpack.sources.table import LossGradient
 
 # Of a run that has not begun, or is over.
 NOTHING = Graph()
+# Where a backward pass starts, with the gradients there.
+Roots = list[tuple[GradientEdge, Tensor]]
 # Gradients at a node's outputs, by their numbers.
 Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
@@ -92,6 +96,8 @@ class Run:
         self.inputs: dict[Tensor, Tensor] = {}
         self.at_current_node: list[Tap] = []
         self.done = False
+        # Parameters that are in parts, if there are any.
+        self.shards: Shards | None = None
         processes, rules = block.owner.processes, block.owner.rules
         self.exchange = Exchange(processes, rules) if processes is not None and rules else None
         exts = block.owner.extensions
@@ -124,9 +130,17 @@ class Run:
                 "create_graph=True: values that are exchanged between processes cannot be "
                 "differentiated; leave out process_group"
             )
-        graph = self._survey([edge.node for edge, _ in roots])
+        nodes = [edge.node for edge, _ in roots]
+        self.shards = shards_below(nodes)
+        if self.shards is not None:
+            return self._begin_in_parts(self.shards, nodes, roots)
+        graph = self._survey(nodes)
         self.listen(graph)
-        self._certify(graph)
+        if self._due(graph):
+            self._certify(graph)
+        self._begin_columns(graph, roots)
+
+    def _begin_columns(self, graph: Graph, roots: Roots) -> None:
         if not graph.taps and any(ran_compiled(node) for node in graph.nodes):
             raise RuntimeError(
                 "the forward pass ran compiled, so that backpack saw none of its operations; call the "
@@ -144,7 +158,43 @@ class Run:
         if self.products:
             self._products(roots, graph)
 
-    def _products(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
+    def _begin_in_parts(self, shards: Shards, nodes: list[Node], roots: Roots) -> None:
+        """Begin where parameters are in parts, which all processes gather and let go of together."""
+        owner, graph = self.block.owner, NOTHING
+        processes = shards.processes(owner.processes, owner.group_size, owner.gather)
+        due, error, outline = False, None, None
+        try:
+            with shards.quiet():
+                graph = self._survey(nodes)
+            refuse_in_parts(owner, graph)
+            rules = {e.savefield: checked_rule(e, "several processes") for e in owner.extensions}
+            self.exchange = Exchange(processes, rules)
+            if self.block.wanted is not None:
+                self.block.wanted = {shards.whole(p) for p in self.block.wanted}
+            self.listen(graph)
+            due = self._due(graph)
+            outline = certificate.outline(graph) if due else None
+        except Exception as problem:
+            error = problem
+        names = Names(graph.recordings)
+        reached = [names(p) for p in self.leaves]
+        certifies, alike = begin_together(processes, error, outline, reached)
+        if certifies and alike:
+            with shards.passing(), Nested(self.block):
+                fine = certificate.apart(graph)
+            certifies = not all(processes.objects(fine))
+        if not (certifies or self.by_source):
+            return
+        with shards.gathered():
+            try:
+                if due and certifies:
+                    self._certify(graph)
+                self._begin_columns(graph, roots)
+            except Exception as problem:
+                error = problem
+            processes.agree(error)
+
+    def _products(self, roots: Roots, graph: Graph) -> None:
         """Functions that go through the graph again; ``_Watch`` made backward keep it."""
         at_outputs = [edge for edge, _ in cotangent_places(graph)]
         records = [record for record, _ in graph.losses.values()] + list(graph.upper.values())
@@ -176,18 +226,26 @@ class Run:
                 "torch.autograd.backward(loss): all forward passes have to be known before the first"
             )
         if self.block.roots is None and node not in self.graph.nodes:
+            self.shards = shards_below([node])
+            if self.shards is not None:
+                raise NotImplementedError(
+                    "where parameters are in parts (fully_shard) the call must be loss.backward(), not "
+                    "torch.autograd.backward(loss)"
+                )
             graph = self._survey([node])
             self.listen(graph)
-            self._certify(graph)
+            if self._due(graph):
+                self._certify(graph)
+
+    def _due(self, graph: Graph) -> bool:
+        """Whether it is to be tried out that samples are apart, which some quantity asks for."""
+        if graph.mixing or not (self.first_order or self.by_source):
+            return False
+        if not all(has_values(gradient) for _, gradient in self.block.roots or ()):
+            return False
+        return certificate.due(graph, self.block.owner.certify)
 
     def _certify(self, graph: Graph) -> None:
-        """Try out that samples are apart, if that is due and any quantity asks for samples."""
-        if graph.mixing or not (self.first_order or self.by_source):
-            return
-        if not all(has_values(gradient) for _, gradient in self.block.roots or ()):
-            return
-        if not certificate.due(graph, self.block.owner.certify):
-            return
         names = Names(graph.recordings)
         with Nested(self.block), self.watch("certificate that samples are apart"):
             certificate.certify(graph, names.of)
@@ -251,7 +309,7 @@ class Run:
                     p for p in _parameters_in(recording.module()) if wanted is None or p in wanted
                 ]
             found += graph.outside if wanted is None else graph.outside & wanted
-        taken = self.block.expect(found)
+        taken = self.block.expect(map(self.part, found))
         if taken is not None:
             raise RuntimeError(
                 f"parameter {names(taken)} takes part in a backward pass of another thread, whose "
@@ -280,7 +338,7 @@ class Run:
         if owner.unsupported != "skip":
             owner.left_out.warn(fields, reason)
         for p in [leaf.parameter for leaf in self.leaves.values()] if given is None else given:
-            owner.left_out.note(p, names(p), fields, reason)
+            owner.left_out.note(self.part(p), names(p), fields, reason)
         if given is None:
             self.without.setdefault(None, {}).update(dict.fromkeys(fields, reason))
         for p in given or ():
@@ -304,6 +362,10 @@ class Run:
     def _refuse_one(self, leaf: Leaf, ext: BackpropExtension, error: Exception) -> None:
         self.refuse(error, [leaf.parameter], [ext])
 
+    def part(self, parameter: Tensor) -> Tensor:
+        """What the user sees of a parameter."""
+        return parameter if self.shards is None else self.shards.part(parameter)
+
     def _executes(self, parameter: Tensor) -> bool:
         """Whether this backward pass computes the parameter's gradient."""
         if self.block.wanted is not None:
@@ -321,11 +383,11 @@ class Run:
             if self.without:
                 self._leave_out(leaf)
             for field, reason in self.without.get(None, {}).items() if self.without else ():
-                self.block.owner.left_out.note(parameter, names(parameter), [field], reason)
+                self.block.owner.left_out.note(self.part(parameter), names(parameter), [field], reason)
             if not self.saves_without_gradient or not parameter.numel():
                 self._save_on_gradient(leaf)
             for field in self.frees_previous:
-                parameter.__dict__.pop(field, None)
+                self.part(parameter).__dict__.pop(field, None)
         if leaf.samples != tap.batch.size:
             return self.refuse(names.sizes(parameter, leaf.samples, tap.batch.size), [parameter])
         if leaf.contracted:
@@ -386,7 +448,7 @@ class Run:
             with LayerIO(record.module, inputs()) if inputs is not None else nullcontext():
                 hook(record.module)
 
-    def columns(self, roots: list[tuple[GradientEdge, Tensor]], graph: Graph) -> None:
+    def columns(self, roots: Roots, graph: Graph) -> None:
         """Carry the columns of all sources to the taps, and reduce them there."""
         leaves = [leaf for leaf in self.leaves.values() if leaf.uses]
         if leaves and self.by_source:
@@ -509,10 +571,17 @@ class Run:
             else:
                 self._set(parameter, field, _detached(value) if detaches else value)
         leaf.let_go()
+        if self.shards is not None and self.exchange is not None:
+            # At once, for whole values of all parameters are what nobody has room for.
+            with torch.no_grad(), Nested(self.block):
+                self._exchange(self.exchange, {parameter: Names(self.graph.recordings)(parameter)})
         if self.block.owner.extension_hook is not None:
             self._call_hook(leaf, self.block.owner.extension_hook)
 
     def _set(self, parameter: Tensor, field: str, value: Any) -> None:
+        if self.shards is not None and self.exchange is not None:
+            value = self.shards.own(parameter, self.exchange.rules[field], value, self.exchange.gathers)
+            parameter = self.shards.part(parameter)
         setattr(parameter, field, value)
         note_found(parameter, field)
         self.saved.append((parameter, field))
@@ -540,26 +609,28 @@ class Run:
     def _known(self) -> dict[Tensor, str]:
         """Parameters that may have values here or in other processes, with names."""
         names = Names(self.graph.recordings).all()
+        if self.shards is not None:
+            return {p: names.get(p, "") for p in self.leaves}
         return {p: names.get(p, "") for p in (*self.block.expected.values(), *self.leaves)}
 
-    def _exchange(self, exchange: Exchange) -> None:
+    def _exchange(self, exchange: Exchange, known: Mapping[Tensor, str]) -> None:
         """Put values together with those of other processes."""
-        known, owner = self._known(), self.block.owner
+        owner = self.block.owner
         samples = samples_of(self.leaves.values())
         for p, field, value, why in exchange.run(known, samples, self.without):
             if why is None:
                 self._set(p, field, value)
                 continue
             reason = f"{why} (in another process)"
-            owner.left_out.note(p, known[p], [field], reason)
+            owner.left_out.note(self.part(p), known[p], [field], reason)
             if owner.unsupported != "skip":
                 owner.left_out.warn([field], reason)
 
     def end(self) -> None:
         """The backward pass is over."""
-        if self.exchange is not None:
+        if self.exchange is not None and self.shards is None:
             with torch.no_grad(), Nested(self.block):
-                self._exchange(self.exchange)
+                self._exchange(self.exchange, self._known())
         self.done = True
         self.watch.print(Names(self.graph.recordings))
         self._clear()
@@ -571,6 +642,8 @@ class Run:
         if not self.done:
             for parameter, field in self.saved:
                 parameter.__dict__.pop(field, None)
+            if self.shards is not None:
+                self.shards.reset()
         self._clear()
 
     def _clear(self) -> None:

@@ -37,6 +37,8 @@ class Options(Protocol):
     forwards: Forwards | None
     collects: bool
     processes: Processes | None
+    group_size: int | None
+    gather: bool
     rules: Mapping[str, Rule]
 
     @property

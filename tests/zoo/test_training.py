@@ -48,7 +48,7 @@ def agree(found: list[Fields], expected: list[Fields], digits: float = 1e-4) -> 
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(
-                one[name], two[name], rtol=digits, atol=digits * float(two[name].max())
+                one[name].float(), two[name], rtol=digits, atol=digits * float(two[name].max())
             )
 
 
@@ -141,6 +141,9 @@ def expected_fields(scale: float = 1.0) -> list[list[Fields]]:
         {"accumulate_grad_batches": STEPS},
         {"precision": "bf16-mixed"},
         {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        {"precision": "16-mixed"},  # which Lightning takes for bf16 on a CPU
+        {"precision": "16-true"},
+        {"precision": "bf16-true"},
     ],
     ids=str,
 )
@@ -291,6 +294,7 @@ def norms_by_hand(model: Any, ids: Tensor, scale: float) -> dict[str, Tensor]:
         {},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-3},
         {"bf16": True},
+        {"fp16": True},  # which does nothing on a CPU
         {"gradient_checkpointing": True},
     ],
     ids=str,
@@ -359,7 +363,7 @@ def test_optimizers_in_the_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, STEPS])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_accelerate(accumulate: int, precision: str) -> None:
     """Quantities of micro-batches, and of all of a step; the library's optimizer, prepared."""
     from accelerate import Accelerator
