@@ -12,7 +12,6 @@ which other programs on the machine disturb less than the clock.
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 
@@ -52,7 +51,6 @@ def fastest(steps: dict[str, tuple[Step, Callable[[], None]]], rounds: int) -> d
             if j >= 0:
                 times[name].append(time.process_time() - start)
             forget()
-        gc.collect()
     return {name: min(found) for name, found in times.items()}
 
 

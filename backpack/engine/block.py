@@ -284,6 +284,10 @@ class _Block(Block):
                 self.forget_earlier()
 
 
+# What starts a backward pass.
+_STARTS = frozenset({Tensor.backward, torch.autograd.grad})
+
+
 class _Watch(TorchFunctionMode):
     """Sees calls of ``backward`` and ``torch.autograd.grad`` inside a block."""
 
@@ -294,15 +298,17 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in _STARTS:  # nearly all calls
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
-        if products and func in (Tensor.backward, torch.autograd.grad) and not self.block.nested:
+        if products and not self.block.nested:
             kwargs = {**kwargs, "retain_graph": True}
         if func is Tensor.backward:
             gradient = kwargs.get("gradient", args[1] if len(args) > 1 else None)
             limited = kwargs.get("inputs", args[4] if len(args) > 4 else None) is not None
             return self._backward(func, args, kwargs, [args[0]], [gradient], limited=limited)
-        if func is torch.autograd.grad:
+        else:
             outputs = kwargs.get("outputs", args[0] if args else ())
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             gradients = kwargs.get("grad_outputs", args[2] if len(args) > 2 else None)
@@ -326,7 +332,6 @@ class _Watch(TorchFunctionMode):
                     return func(*args, **kwargs)
             wanted = {t for t in inputs if isinstance(t, Tensor)}
             return self._backward(func, args, kwargs, list(outputs), list(gradients), wanted, True)
-        return func(*args, **kwargs)
 
     def _backward(
         self,
