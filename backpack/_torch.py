@@ -39,6 +39,7 @@ __all__ = [
     "in_transform",
     "keeps_graph",
     "leaf_of",
+    "modes_open",
     "pack_padded_sequence",
     "pad_packed_sequence",
     "ran_compiled",
@@ -80,14 +81,20 @@ executes: Callable[[Node], bool] = torch._C._will_engine_execute_node
 # Within the block, operations are not reported to torch-function modes.
 without_torch_function: Callable[[], Any] = torch._C.DisableTorchFunction
 
+# How many torch-function modes see what is called now: within one's own handler, the others.
+modes_open: Callable[[], int] = torch._C._len_torch_function_stack
+
 # What the functions of these names in ``torch.nn.utils.rnn`` call.
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence
 pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 
 
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
 def in_transform() -> bool:
     """Whether the code that asks runs inside of a transform of ``torch.func``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _transforms() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -153,6 +153,13 @@ class Alone(Backpack):
     options = {"gradient": False}
 
 
+class FromForms(Backpack):
+    """This library, ``p.grad`` from what the quantities are made from."""
+
+    quantities = FIRST_ORDER
+    options = {"gradient": "forms"}
+
+
 class Original(Backpack):
     """backpack-for-pytorch; what is no chain of modules goes through its converter."""
 
@@ -292,6 +299,7 @@ LIBRARIES: dict[str, type[Library]] = {
     "backpack-for-pytorch": Original,
     "ours": Backpack,
     "ours-no-gradient": Alone,
+    "ours-forms": FromForms,
     "torch.func": Functional,
     "opacus": Opacus,
     "opacus-ghost": Ghost,
@@ -299,8 +307,8 @@ LIBRARIES: dict[str, type[Library]] = {
 }
 # The folder that a library is installed in; the others come with the environment.
 FOLDERS = {
-    **{"opacus-ghost": "opacus", "torch.func": "", "ours": "", "ours-no-gradient": ""},
-    **{"low-rank": "", "lanczos": "curvlinops"},
+    **{"opacus-ghost": "opacus", "torch.func": "", "low-rank": "", "lanczos": "curvlinops"},
+    **{"ours": "", "ours-no-gradient": "", "ours-forms": ""},
 }
 
 

@@ -196,6 +196,7 @@ def markdown(results: Entry) -> str:
 COLOURS = {
     "ours": "tab:orange",
     "ours-no-gradient": "tab:red",
+    "ours-forms": "tab:brown",
     "backpack-for-pytorch": "tab:blue",
     "torch.func": "tab:green",
     "opacus": "tab:purple",

@@ -294,7 +294,8 @@ def arguments() -> argparse.Namespace:
     given.rounds = given.rounds or (2 if given.quick else 20)
     if given.quick:
         given.quantities = given.quantities or list(QUICK_QUANTITIES)
-        given.libraries = [each for each in given.libraries if each != "ours-no-gradient"]
+        aside = ("ours-no-gradient", "ours-forms")
+        given.libraries = [each for each in given.libraries if each not in aside]
         given.budget = min(given.budget, 2)
         given.no_memory = given.no_sweeps = True
     # Always there: everything is measured in its multiples.

@@ -113,6 +113,12 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "unused in all": {"wrapper": {"find_unused_parameters": True}, "branches": ["second"]},
     "without gradient": {"block": {"gradient": False}},
+    "gradient from forms": {"block": {"gradient": "forms"}},
+    "forms, static": {"wrapper": {"static_graph": True}, "block": {"gradient": "forms"}},
+    "forms, unused": {
+        "wrapper": {"find_unused_parameters": True, "gradient_as_bucket_view": True},
+        **{"branches": ["both", "first"], "block": {"gradient": "forms"}},
+    },
     "local": {"block": {"gather": False}},
     "some parameters": {"some": True},
     "not wrapped": {"wrapped": False},
@@ -291,7 +297,8 @@ def test_values_are_those_of_all_samples(
 ) -> None:
     together, way = runs[size], WAYS[name]
     whole, slices = expected(way, size), parts(size, way.get("even", True))
-    averaged = way.get("wrapped", True) and way.get("sync", True) and "block" not in way
+    computed = way.get("block", {}).get("gradient", True) and "gather" not in way.get("block", {})
+    averaged = way.get("wrapped", True) and way.get("sync", True) and computed
     for rank, values in enumerate(each[name] for each in together):
         if not averaged:
             whole = {key: value for key, value in whole.items() if not key.endswith(".grad")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from backpack import backpack, extend
 from backpack.capture.recorder import Recorder
 from backpack.extensions import BatchGrad, DiagHessian
 from backpack.graph.taps import NONLINEAR, TAPS, notes
-from backpack.samples.axis import sample_axis_of
+from backpack.samples.axis import regular_axis, sample_axis_of
 
 
 class Usual(nn.Module):
@@ -72,7 +73,30 @@ def test_same(monkeypatch: pytest.MonkeyPatch) -> None:
     X = torch.randint(7, (5, 4))
     usual, quick = seen(model, X, monkeypatch, closer=False)
     looked, slow = seen(model, X, monkeypatch, closer=True)
-    assert usual == looked
+    again, _ = seen(model, X, monkeypatch, closer=False)  # where axes were put is known by now
+    assert usual == looked == again
     assert sum(bool(taps) for _, _, taps, _ in usual) == 5
     for a, b in zip(quick, slow, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Moves(nn.Module):
+    """The same shapes, with samples at another place each time."""
+
+    def forward(self, x: Tensor, first: bool) -> Tensor:
+        x = x if first else x.transpose(0, 1)
+        x = x.view(4, 4, 2, 2).transpose(1, 2).flatten(2).unsqueeze(1).squeeze(1)
+        return x.permute((0, 2, 1)).reshape([4, 8, 2])
+
+
+def test_places_are_kept_by_axis() -> None:
+    """A call alike in all but the axis is another call; lists are no keys."""
+    x = torch.rand(4, 4, 4)
+    model = extend(nn.Sequential(nn.Linear(4, 4), Moves()))
+    for _ in range(2):
+        places = []
+        for first in (True, False):
+            model[1].forward = partial(Moves.forward, model[1], first=first)
+            places.append(sample_axis_of(model(x)))
+        assert places[0] == regular_axis(4)
+        assert places[1] is not None and places[1].dim == 1 and not places[1].lost

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack._torch import (
     in_transform,
+    modes_open,
     pack_padded_sequence,
     pad_packed_sequence,
     uncompiled_calls,
@@ -70,6 +71,17 @@ _NORM_OPTIONS = {"weight", "bias", "eps"}
 _EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
 
 
+# Movers that ask for shapes and numbers only: where they have put an axis is kept, for calls alike.
+_BY_SHAPES = frozenset(
+    spellings(*"transpose swapaxes swapdims permute reshape view flatten unflatten squeeze".split())
+    + spellings("unsqueeze")
+)
+# By function, axis, shapes and further arguments: the axis, and that of the result.
+_places: dict[tuple[Any, ...], tuple[SampleAxis, SampleAxis]] = {}
+_MOST_PLACES = 2**14
+_NUMBERS = frozenset({int, tuple, torch.Size})
+
+
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
 
 
@@ -110,9 +122,13 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             return self.write_into(func, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
-        # The user's forward pass goes on, whatever happens here.
+        # The user's forward pass goes on, whatever happens here. Other modes are told of none of it.
         try:
-            self._see(func, args, kwargs or {}, out)
+            if modes_open():
+                with without_torch_function():
+                    self._see(func, args, kwargs or {}, out)
+            else:
+                self._see(func, args, kwargs or {}, out)
         except Exception as error:
             self.give_up(func, out, error)
         return out
@@ -137,6 +153,18 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         usual = not (current_inputs.written or self.functions.touched)
         if usual and func in LAYERS and self._layer(func, args, kwargs, out):
             return
+        key = None
+        if usual and func in _BY_SHAPES and not kwargs and out is not args[0]:
+            axis = getattr(args[0], MARK, None)
+            if axis is not None and axis.picked is None:
+                key = (func, id(axis), args[0].shape, out.shape, *args[1:])
+                try:
+                    before = _places.get(key)
+                except TypeError:  # a list, say
+                    before = key = None
+                if before is not None and before[0] is axis:
+                    out._backpack_batch = before[1]
+                    return
         # Nearly all calls: data at one place of the graph or several alike, beside parameters or none.
         data: list[tuple[Tensor, SampleAxis]] = []
         sources = nested = False
@@ -157,6 +185,10 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
                 self._look(func, args, kwargs, out)
         elif sources or not self._follow(func, args, kwargs, out, data):
             self._look(func, args, kwargs, out)
+        elif key is not None and all(type(each) in _NUMBERS for each in args[1:]):
+            if len(_places) >= _MOST_PLACES:
+                _places.clear()
+            _places[key] = data[0][1], out._backpack_batch
 
     def _follow(
         self,

@@ -71,7 +71,10 @@ class Leaf:
 
     def let_go(self) -> None:
         """Let go of the inputs that its forms were made from, as autograd does once it has passed."""
-        self.places = [(node, tap, source._replace(to_form=_gone)) for node, tap, source in self.places]
+        self.places = [
+            (node, tap, Source(source.leaf, source.edge, _gone, source.linear))
+            for node, tap, source in self.places
+        ]
         self.uses = self.places if self.uses else []
 
 

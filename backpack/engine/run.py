@@ -110,7 +110,11 @@ class Run:
         self.factored = [ext for ext in self.first_order if not ext.written_out]
         self.written = [ext for ext in self.first_order if ext.written_out]
         self.writes_out = len(self.written) > 1 and any(ext.writes_out for ext in self.first_order)
-        self.shares_patches = len(self.first_order) > 1
+        # Whether the gradients of parameters come from their forms.
+        self.fills = task is None and block.owner.gradient == "forms"
+        self.takes_gradient = bool(self.first_order) or self.fills
+        self.writes_out |= self.fills and any(ext.writes_out for ext in self.written)
+        self.shares_patches = len(self.first_order) + self.fills > 1
         self.frees_previous = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
         ask = [ext for ext in exts if ext.needs_gradient]
@@ -472,7 +476,7 @@ class Run:
             self._keep_inputs(taps)
         for tap in taps:
             g = grads[tap.place]
-            column = g.unsqueeze(0) if self.first_order and g is not None else None
+            column = g.unsqueeze(0) if self.takes_gradient and g is not None else None
             for leaf, source in self.uses.get(tap, ()):
                 leaf.arrived |= g is not None
                 if column is not None:
@@ -518,12 +522,14 @@ class Run:
             return
         form = merge(forms)
         with Nested(self.block):
+            form = summed = form.tallied() if self.fills else form
             reduce(leaf, self.factored, form)
             if self.writes_out:
                 form = Dense(form.dense())  # written out anyway: it serves the others too
+                summed = form if not self.fills or summed.adds_up else summed
             reduce(leaf, self.written, form)
-            if self.needs_totals and self._needs_total(leaf):
-                leaf.total = form.total()
+            if self.fills or (self.needs_totals and self._needs_total(leaf)):
+                leaf.total = summed.total()
 
     def _needs_total(self, leaf: Leaf) -> bool:
         """Whether the gradient that arrives at the parameter may be another than that of its uses."""

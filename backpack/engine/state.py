@@ -19,6 +19,8 @@ from backpack.quantities.processes import Processes
 Forwards = Literal["same", "further"]
 FORWARDS: tuple[Forwards, ...] = ("same", "further")
 ExtensionHook = Callable[[nn.Module], None]
+# What comes of ``p.grad``: autograd computes it, nobody does, or it comes from the forms of parameters.
+Gradient = bool | Literal["forms"]
 
 
 class Options(Protocol):
@@ -29,7 +31,7 @@ class Options(Protocol):
     debug: bool
     retain_graph: bool
     chunk_size: int | None
-    gradient: bool
+    gradient: Gradient
     parameters: frozenset[Tensor] | None
     certify: Literal["once", "always", "never"]
     unsupported: Mode

@@ -67,6 +67,15 @@ class Form(ABC):
     parted = False
 
     @property
+    def adds_up(self) -> bool:
+        """Whether :meth:`total` is cheaper from ``G``, where that is there, than from the form."""
+        return True
+
+    def tallied(self) -> Form:
+        """The form, which adds up ``G`` for :meth:`total` where it goes through all of it."""
+        return self
+
+    @property
     @abstractmethod
     def like(self) -> Tensor:
         """Any tensor of the form's dtype and device."""
@@ -364,6 +373,9 @@ class Dense(Form):
 
     def dense(self) -> Tensor:
         return self.values
+
+    def total(self) -> Tensor:
+        return self.values.sum((0, 1))
 
     def square_sum(self, sign: Tensor | None = None) -> Tensor:
         if sign is not None or self.values.numel() > SMALL:

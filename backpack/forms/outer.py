@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 
 import torch
@@ -32,12 +32,15 @@ from backpack.forms.layout import Layout, Patches
 from backpack.forms.memory import fresh
 from backpack.forms.products import row_products
 from backpack.forms.strips import STRIP_BYTES, Strips
+from backpack.forms.tally import Tally
 
 # On a CPU, products of matrices that are squared at once are written into the same memory each time, up
 # to so many bytes of them; all at once if they take no more than the lesser number.
 PRODUCT_BYTES, SMALL_BYTES = 2**20, 2**17
 # Rows of a form, written out for some outputs at a time, of which scalar products are taken.
 ROWS_BYTES = 2**26
+# From so many positions on, adding up individual gradients takes less time than the product.
+ADDED_FROM = {"cpu": 8, "cuda": 32}
 # Where positive and negative terms of a norm leave less than this part, it is computed otherwise.
 CANCELLED = 1e-3
 
@@ -51,13 +54,23 @@ class Outer(Positioned):
         g: columns at the outputs, ``[v, n, q, s, o]``.
         layout: where the matrix entries are stored in the parameter.
         counts: how many positions each sample has, ``[n]``, where they differ; the rest is zero.
+        tally: adds up what is written out piece by piece, if :meth:`total` will be asked for.
     """
 
     inputs: Tensor | Patches
     g: Tensor
     layout: Layout
     counts: Tensor | None = None
+    tally: Tally | None = None
     projects = True
+
+    @property
+    def adds_up(self) -> bool:
+        return self.positions >= ADDED_FROM.get(self.g.device.type, 32)
+
+    def tallied(self) -> Outer:
+        # Of less precise numbers sums are taken by the product, in which they are added up exactly.
+        return replace(self, tally=Tally()) if self.g.element_size() >= 4 else self
 
     @property
     def a(self) -> Tensor:
@@ -118,6 +131,8 @@ class Outer(Positioned):
         return (g @ self.a).unflatten(2, (v, o)).movedim(2, 0)
 
     def total(self) -> Tensor:
+        if self.tally is not None and self.tally.rows == self.columns * self.samples > 0:
+            return self.layout.store(self.tally.total)  # type: ignore[arg-type]
         g = sum_first(self.g).transpose(0, 1).flatten(1, 2)
         return self.layout.store(g.mT @ self.a.transpose(0, 1).flatten(1, 2))
 
@@ -149,7 +164,9 @@ class Outer(Positioned):
         shape = self.g.shape[2], self.g.shape[-1], self.inputs.shape[-1]
         step = max(1, PRODUCT_BYTES // (prod(shape) * self.g.element_size()))
         memory = self.g.new_empty(min(step, self.samples), *shape)
-        first = 0
+        first, tally = 0, self.tally
+        if tally is not None and tally.rows:
+            tally = None  # there is one already
         for piece in self._pieces(BLOCK_BYTES):
             a = piece.a
             for n in range(0, piece.samples, step):
@@ -166,6 +183,8 @@ class Outer(Positioned):
                         torch.mm(left[0], right[0], out=out[0])
                     else:
                         torch.bmm(left, right, out=out)
+                    if tally is not None:
+                        tally.add(products, centre)
                     yield v, slice(first + n, first + here.stop), products
             first += piece.samples
 
@@ -209,11 +228,22 @@ class Outer(Positioned):
         g = sum_first(apply_sign(g * g, sign, slice(None), slice(None))).transpose(0, 1)
         return self.layout.store(g.mT @ (a * a).transpose(0, 1))
 
+    def _room_in_tally(self, strips: Strips) -> Tensor | None:
+        """Where strips ``[R, C]`` are added up, if that is asked for."""
+        if self.tally is None or self.tally.rows:
+            return None
+        room = self.g.new_zeros(strips.shape)
+        self.tally.rows = self.columns * self.samples
+        self.tally.total = (room.mT if self.layout.kind == "in_out" else room).unsqueeze(0)
+        return room
+
     def _squares_in_strips(self, sign: Tensor | None) -> Tensor:
-        result, first = None, 0
+        result, total, first = None, None, 0
         for piece in self._pieces(PATCH_BYTES):
-            here = slice(first, first := first + piece.samples)
-            part = piece.strips().square_sum(None if sign is None else sign[:, here])
+            here, strips = slice(first, first + piece.samples), piece.strips()
+            total = total if first else self._room_in_tally(strips)
+            first += piece.samples
+            part = strips.square_sum(None if sign is None else sign[:, here], total)
             result = part if result is None else result.add_(part)
         assert result is not None
         return result.reshape(self.shape)
@@ -225,7 +255,8 @@ class Outer(Positioned):
         if not self._large:
             return super().centred_square_sum()
         if self._needs_strips and not isinstance(self.inputs, Patches):
-            centre, squares = self.strips().centred_square_sum()
+            strips = self.strips()
+            centre, squares = strips.centred_square_sum(self._room_in_tally(strips))
             return centre.reshape(self.shape), squares.reshape(self.shape)
         centre = self.g[0, 0].mT @ self.take(slice(0, 1), slice(0, 1)).a[0]
         result = torch.zeros_like(centre)

@@ -82,11 +82,14 @@ class Strips:
         if here.start < here.stop:
             product.index_add_(0, self.read.keys[here] - first, self.read.g[v, here])
 
-    def _centred(self, centres: Tensor | None) -> Iterator[tuple[slice, int, int, Tensor]]:
+    def _centred(
+        self, centres: Tensor | None, total: Tensor | None = None
+    ) -> Iterator[tuple[slice, int, int, Tensor]]:
         """Rows, column, sample and ``M - centre`` there (without centres ``M``), in the same memory.
 
         Args:
             centres: where the first sample's first column, which is the centre, is written.
+            total: where ``M - centre`` is added up.
         """
         ranges = self._ranges()
         places = self._places(ranges)
@@ -104,23 +107,31 @@ class Strips:
                 if places:
                     key = n * self.shape[0] + rows.start
                     self._add_read(product, v, key, slice(*places[n][j : j + 2]))
-                if not first:
-                    yield rows, v, n, product
+                if first:
+                    continue
+                if total is not None:
+                    total[rows] += product
+                yield rows, v, n, product
 
-    def square_sum(self, sign: Tensor | None = None) -> Tensor:
-        """``sum_{v,n} sign_{vn} M^2``, ``[R, C]``."""
+    def square_sum(self, sign: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        """``sum_{v,n} sign_{vn} M^2``, ``[R, C]``; ``sum_{v,n} M`` is added to ``total``."""
         result = self.left.new_zeros(self.shape)
         signs = None if sign is None else sign.tolist()
-        for rows, v, n, product in self._centred(None):
+        for rows, v, n, product in self._centred(None, total):
             value = 1 if signs is None else signs[v][n]
             result[rows].addcmul_(product, product, value=value)
         return result
 
-    def centred_square_sum(self) -> tuple[Tensor, Tensor]:
-        """The first sample's first ``M``, and ``sum_{v,n} (M - that)^2``, each ``[R, C]``."""
+    def centred_square_sum(self, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The first sample's first ``M``, and ``sum_{v,n} (M - that)^2``, each ``[R, C]``.
+
+        ``sum_{v,n} M`` is added to ``total``.
+        """
         centre, result = self.left.new_zeros(self.shape), self.left.new_zeros(self.shape)
-        for rows, _, _, product in self._centred(centre):
+        for rows, _, _, product in self._centred(centre, total):
             result[rows].addcmul_(product, product)
+        if total is not None:
+            total.add_(centre, alpha=self.columns * self.samples)
         return centre, result
 
     def squared_norms(self) -> Tensor:

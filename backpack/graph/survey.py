@@ -29,6 +29,8 @@ from backpack.graph.taps import (
 from backpack.graph.transformed import differentiated, transformed
 from backpack.graph.unseen import locate
 
+# The node of reentrant checkpointing.
+_REENTRANT = "CheckpointFunctionBackward"
 # Where a parameter is met that no tap is about.
 OWN_USE = "its use"
 
@@ -155,7 +157,13 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
                 graph.unseen.append((leaf_of(node), OWN_USE))
             continue
         data = notes(node)
-        if inside is not None and kind.__name__ == "CheckpointFunctionBackward":
+        if covered and not data and inside is not None and kind.__name__ != _REENTRANT:
+            # Nearly all nodes: an operation of the model that is no tap.
+            for child, _ in node.next_functions:
+                if child is not None:
+                    stack.append((child, True, False, inside))
+            continue
+        if inside is not None and kind.__name__ == _REENTRANT:
             raise RuntimeError(
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=True) hides what happens inside "
                 "it; pass use_reentrant=False"

@@ -148,9 +148,10 @@ def _index_select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwar
 
 @mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit")
 def _parts(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
-    length, start = new.shape[batch.dim], _start(old, new, batch.dim)
+    length = new.shape[batch.dim]
     if length == old.shape[batch.dim]:
         return batch
+    start = _start(old, new, batch.dim)
     if start is None:
         return batch.losing("taking parts of the sample axis")
     return batch.taking(slice(start, start + length), old)
