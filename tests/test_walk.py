@@ -1,4 +1,4 @@
-"""The walk of one value in docs/design.md: its functions exist, where it says, and are called in its order."""
+"""The walk of one value in docs/design.md: its functions exist, and are called in its order."""
 
 from __future__ import annotations
 
