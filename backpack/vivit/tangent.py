@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from backpack import extend, unextend
-from backpack.vivit.kept import Rows, inner, traces
 from backpack.vivit.lowrank import LowRank
+from backpack.vivit.rows import Rows, inner, traces
 
 Inputs = Tensor | tuple[Tensor, ...]
 
