@@ -15,6 +15,7 @@ from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.forms import base, outer
 from backpack.forms.base import Form
+from backpack.graph.carry import carry
 from backpack.losses import blocks
 from backpack.sources import at_output
 from backpack.testing.oracle import check
@@ -176,7 +177,8 @@ def test_diagonals(name: str, without: set[int]) -> None:
         without.clear()
         report = check(model, lambda f, _: row.loss(f), x, None, exts)
         assert report.ok, report
-        assert len(without) == row.without
+        # Right below the curved operation the other layer has none of its columns either.
+        assert len(without) == row.without + 2 * (exts is HESSIANS)
 
 
 @pytest.mark.parametrize("approx", [None, "expand", "reduce"])
@@ -296,6 +298,111 @@ def test_many_classes_cost_no_columns(without: set[int]) -> None:
     assert len(without) == 2
     assert [f.shape for f in model[1].weight.kflr] == [(50000,), (4, 4)]
     assert torch.allclose(model[1].bias.diag_h, model[1].bias.kflr[0])
+
+
+def shortcut() -> nn.Module:
+    """A curved sum of two layers' outputs: each is right below; a third is not."""
+    return Apply(
+        lambda m, x: m.c((m.a(x) + m.b(x)).tanh() + x),
+        **{name: nn.Linear(4, 4) for name in "abc"},
+    )
+
+
+def shared() -> nn.Module:
+    """A layer that is used twice, and one above."""
+    return Apply(lambda m, x: m.b(m.a(m.a(x).tanh()).tanh()), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+
+
+def squares() -> nn.Module:
+    """Matrices of one shape as the rows that are added and as the weight."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return torch.addmm(m.w, torch.addmm(m.w, x, m.v).sigmoid(), m.u)
+
+    return Apply(forward, u=P(4, 4), v=P(4, 4), w=P(4))
+
+
+def images(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3))
+
+
+class Curved(NamedTuple):
+    """A model, its input, and how many parameters have no columns of curved entries."""
+
+    model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    free: int
+
+
+CURVED = {
+    "deep": Curved(
+        lambda: nn.Sequential(
+            *(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3, bias=False))
+        ),
+        (5, 4),
+        4,
+    ),
+    "positions": Curved(
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (2, 1)), nn.SiLU(), nn.Linear(3, 2)),
+        (5, 2, 4),
+        2,
+    ),
+    "convolutions": Curved(
+        images(nn.Conv2d(2, 3, 2), nn.Softplus(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2, padding=1)),
+        (3, 2, 4, 4),
+        2,
+    ),
+    "strides": Curved(
+        images(nn.Conv2d(2, 4, 3, 2, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 1), nn.GELU()),
+        (3, 2, 4, 4),
+        4,
+    ),
+    "groups": Curved(
+        images(nn.Conv2d(2, 4, 2, 2, groups=2), nn.Tanh(), nn.ConvTranspose2d(4, 1, 2, 2), nn.ELU()),
+        (3, 2, 4, 4),
+        3,
+    ),
+    "shortcut": Curved(shortcut, (5, 4), 0),
+    "shared": Curved(shared, (5, 4), 0),
+    "squares": Curved(squares, (4, 4), 1),
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_right_below_curved_entries(name: str, without: set[int]) -> None:
+    """Against the oracle, twice: the second pass knows such layers; and as from columns."""
+    row = CURVED[name]
+    torch.manual_seed(0)
+    model, x = row.model(), torch.randn(row.shape)
+
+    def loss(f: Tensor) -> Tensor:  # of which no layer makes the input
+        return F.mse_loss(
+            f.flatten(1).cumsum(1) @ torch.ones(f[0].numel(), 2).to(f),
+            3 * x.to(f)[:, :2].flatten(1)[:, :2],
+        )
+
+    for _ in range(2):
+        without.clear()
+        report = check(model, lambda f, _: loss(f), x, None, HESSIANS)
+        assert report.ok, report
+        assert len(without) == row.free
+    assert_same(computed(model, loss, x, HESSIANS), computed(model, loss, x, columns_only(HESSIANS)))
+
+
+def test_shallow_networks_have_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One curved operation above one layer: what there is to carry are the loss's columns."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)))
+    carried: list[int] = []
+
+    def count(starts: object, targets: object, columns: list[Tensor]) -> list[Tensor | None]:
+        carried.append(len(columns[0]))
+        return carry(starts, targets, columns)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("backpack.engine.loop.carry", count)
+    with backpack(E.DiagHessian()):
+        F.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 3).backward()
+    assert sum(carried) <= 3
 
 
 def columns_only(exts: list) -> list:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,44 @@ def _form(
     if tap.func not in _AXES or tap.recording.place is not None:
         return None
     layer = _Layer(start, place, loss, _AXES[tap.func])
-    form = source.form(layer.diagonal[None]) if layer.serves(source) else None
+    key = _kind(tap, source, layer)
+    serves = _served.get(key)
+    if serves is None:
+        serves = layer.serves(source)
+        if key is not None:
+            if len(_served) >= _MOST_KINDS:
+                _served.clear()
+            _served[key] = serves
+    form = source.form(layer.diagonal[None]) if serves else None
     return AtOutput(form, layer, source.form) if isinstance(form, (Outer, Dense)) else None
+
+
+# Whether parameters of plain layers are weights or biases of their outputs, by all that decides it.
+_served: dict[Any, bool] = {}
+_MOST_KINDS = 2**12
+
+
+def _kind(tap: Tap, source: Source, layer: _Layer) -> tuple[Any, ...] | None:
+    """The same for layers and parameters alike; ``None`` where that is not plain."""
+    if tap.args is None or layer.moved or tap.own.picked is not None or source.leaf is None:
+        return None
+    given = (tuple(a.shape) if isinstance(a, Tensor) else a for a in tap.args)
+    loss, leaf = layer.loss, source.leaf
+    key = (
+        tap.func,
+        tap.own,
+        *given,
+        layer.shape,
+        loss.dim,
+        loss.diagonal.shape,
+        leaf.shape,
+        leaf.dtype,
+    )
+    try:
+        hash(key)
+    except TypeError:  # a list, say
+        return None
+    return key
 
 
 @dataclass(eq=False)

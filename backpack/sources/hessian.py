@@ -7,7 +7,8 @@ exact ways, from cheap to general:
 
 * *columns*: if all operations in between are linear, piecewise linear, or curve each entry by
   itself, every such entry adds one signed column ``sqrt(|phi'' g|) e_k`` (Dangel et al., 2020, eq.
-  (16) and appendix A.3), carried on like those of the loss.
+  (16) and appendix A.3), carried on like those of the loss. For the layer right below such an operation
+  their sum is known without any (:mod:`backpack.sources.at_output`).
 * *output Hessian*: for a parameter that enters linearly and once, ``sum_k (J^T e_k)(J^T H e_k)``,
   with ``H e_k`` by differentiating twice at the tap's output, for all samples at once.
 * *parameter Hessian*: entry by entry, by differentiating the gradient.
@@ -32,6 +33,7 @@ from backpack.graph.nodes import BATCH_NORMS, LINEAR, PRODUCTS, children_of, kin
 from backpack.graph.recognised import second_derivative
 from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
 from backpack.graph.tracing import cut
+from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 from backpack.sources.at_output import forms_at_output
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
@@ -206,6 +208,16 @@ def _columns(
         if found is None:
             continue
         below, residual = found
+        beneath = set(walk([below.node]))
+        rest = {leaf.parameter for leaf in leaves if any(n in beneath for n, _, _ in leaf.uses)}
+        if summed:
+            # An entry that a layer makes and the operation curves is one column of the layer's.
+            forms = forms_at_output(below, HessianBlocks(residual), leaves)
+            if forms:
+                yield Columns([], [], forms=forms)
+                rest -= forms.keys()
+        if not rest:
+            continue
         flat = batch.split(residual).flatten(1)
         count = given.at_once([below, *targets], flat.device.type)
         entries = torch.arange(flat.shape[1], device=flat.device)
@@ -216,7 +228,7 @@ def _columns(
             rows = torch.arange(len(k), device=flat.device)
             picked[rows, :, k] = flat[:, k].T.abs().sqrt()
             columns = batch.join(picked.reshape(len(k), *batch.split(residual).shape), 1)
-            yield Columns([below], [columns], flat[:, k].T.sign(), about)
+            yield Columns([below], [columns], flat[:, k].T.sign(), rest)
 
 
 def _chunks(index: Tensor, count: int) -> Iterator[Tensor]:
