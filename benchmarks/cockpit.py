@@ -65,8 +65,9 @@ OTHERS = {
     "grad_hist_2d": ["GradHist2d"],
     "hess_max_ev": ["HessMaxEV"],
 }
+# Of 128 samples of 2C2D the original's full configuration takes 10 GB.
+BATCH = {"mlp": 128, "2c2d": 32, "3c3d": 128, "char-lstm": 50, "gpt2": 8}
 # Problems that the original does not take: ours alone.
-BATCH = {"mlp": 128, "2c2d": 128, "3c3d": 128, "char-lstm": 50, "gpt2": 8}
 ALONE = "char-lstm", "gpt2"
 INTERVALS = 1, 4, 16, 64
 

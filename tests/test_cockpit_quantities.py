@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backpack import backpack, extend
 from backpack.cockpit import Monitor, hess_trace, tic_diag, tic_trace, watch
+from backpack.cockpit.collect import Probe
 from backpack.cockpit.grouping import layer_of
 from backpack.cockpit.histograms import Entries, counted, symlog_edges
 
@@ -715,3 +717,26 @@ def test_bins(dtype: torch.dtype) -> None:
     weights = torch.full((len(scaled),), 3.0).double()
     weights[:100] = 2.0
     assert torch.equal(found, torch.bincount(places, weights))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["classes last", "positions last"])
+def test_losses_of_positions(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A language model's losses are read from its graph; where samples are is not tried out."""
+
+    def tried(*_: Any) -> None:
+        raise AssertionError("tried out")
+
+    monkeypatch.setattr("backpack.graph.tracing._owners", tried)
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)))
+    X, y = torch.randint(5, (6, 7)), torch.randint(3, (6, 7))
+    probe = Probe("probe")
+    with backpack(probe):
+        logits = model(X)
+        if last:
+            F.cross_entropy(logits.permute(0, 2, 1), y).backward()
+        else:
+            F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+    assert probe.losses is not None
+    expected = F.cross_entropy(model(X).permute(0, 2, 1), y, reduction="none").sum(1) / y.numel()
+    torch.testing.assert_close(probe.losses, expected, check_dtype=False)

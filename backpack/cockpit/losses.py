@@ -179,15 +179,29 @@ def _weights(kind: str, node: Any, gradient: Tensor, values: Tensor) -> Tensor:
     return (gradient / count).expand(values.shape)
 
 
-def _below_softmax(place: GradientEdge) -> tuple[GradientEdge, set[int]]:
-    """Where probabilities come from, and the axes over which they add up to one."""
+def _below_softmax(place: GradientEdge) -> tuple[GradientEdge, set[int], bool]:
+    """Where probabilities come from, and the axes over which they add up to one.
+
+    And whether there are views in between that keep the first axis, as torch's of positions: the axis
+    of samples is the same then if it is the first.
+    """
     dims: set[int] = set()
-    while kind_of(place.node) in ("LogSoftmax", "Softmax"):
+    viewed = False
+    while True:
         node: Any = place.node
-        below, number = node.next_functions[0]
-        dims.add(_signed(node._saved_dim) % len(node._input_metadata[0].shape))
-        place = GradientEdge(below, number)
-    return place, dims
+        shape = node._input_metadata[0].shape
+        if kind_of(node) in ("LogSoftmax", "Softmax"):
+            dims.add(_signed(node._saved_dim) % len(shape))
+        elif kind_of(node) in ("View", "UnsafeView") and shape[:1] == _shape_below(node)[:1]:
+            viewed = True
+        else:
+            return place, dims, viewed
+        place = GradientEdge(*node.next_functions[0])
+
+
+def _shape_below(node: Any) -> torch.Size:
+    below, number = node.next_functions[0]
+    return below._input_metadata[number].shape
 
 
 def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) -> SampleAxis:
@@ -204,8 +218,10 @@ def _axis(kind: str, node: Node, edge: GradientEdge, given: Pass, samples: int) 
         axis = record[0].axis
     if axis is None or axis.size != samples:
         outputs = given.model_outputs
-        place, normalised = _below_softmax(place)
-        axis = axis_at(place, outputs) if outputs else None
+        below_softmax, normalised, viewed = _below_softmax(place)
+        axis = axis_at(below_softmax, outputs) if outputs else None
+        if viewed and (axis is None or axis.lost or axis.dim or axis.outer * axis.inner != 1):
+            axis = axis_at(place, outputs) if outputs else None
         if axis is not None and not axis.lost and axis.dim in normalised:
             axis = None
     if axis is None or axis.lost or axis.size != samples:
