@@ -260,3 +260,37 @@ def test_nothing_outlives_the_pass() -> None:
         assert ref() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weight", [None, W3], ids=["plain", "weights"])
+@pytest.mark.parametrize("extended", [True, False], ids=["extended", "plain-call"])
+def test_probabilities_that_the_loss_makes(
+    extended: bool, weight: Tensor | None, reduction: str, no_twice: None
+) -> None:
+    """Sigmoid and cross-entropy after the model are one loss, of its output."""
+    bce: Any = nn.BCELoss(weight=weight, reduction=reduction)
+    if extended:
+        extend(bce)
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return bce(f.sigmoid(), y).sum()
+
+    report = check(tiny(), loss, inputs(), SHARES, EXACT)
+    assert report.ok, str(report)
+    found = []
+    for lossfunc in (loss, extend(nn.BCEWithLogitsLoss(weight=weight, reduction=reduction))):
+        model = extend(tiny())
+        torch.manual_seed(3)
+        with backpack(E.KFLR(), E.DiagGGNMC(2)):
+            lossfunc(model(inputs()), SHARES).sum().backward()
+        found.append([t for p in model.parameters() for t in (*p.kflr, p.diag_ggn_mc)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_sigmoid_of_the_model_is_not_the_loss() -> None:
+    """Then the output is the probability, and the curvature that of the loss in it."""
+    model = nn.Sequential(*tiny(), nn.Sigmoid())
+    report = check(model, F.binary_cross_entropy, inputs(), SHARES, EXACT)
+    assert report.ok, str(report)

@@ -14,6 +14,7 @@ from backpack import backpack, disable, extend
 from backpack.engine import state as blocks
 from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian
 from backpack.forms import products
+from backpack.losses.base import LOSSES
 from backpack.rules import convolution
 from backpack.rules.base import RULES
 from backpack.samples import axis as batch
@@ -63,6 +64,37 @@ def test_after_an_exception_in_backward(ext, when, untouched, monkeypatch) -> No
     with pytest.raises(ZeroDivisionError), backpack(own):
         loss_of(model).backward()
     untouched()
+
+
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "alone"])
+@pytest.mark.parametrize("ext", [DiagGGNExact, DiagHessian, KFLR])
+def test_after_an_exception_in_a_loss(ext, gradient: bool, untouched, monkeypatch) -> None:
+    model = network()
+    loss = loss_of(model)
+    monkeypatch.setitem(LOSSES, F.mse_loss, _raises)
+    with pytest.raises(ZeroDivisionError), backpack(ext(), gradient=gradient):
+        loss.backward()
+    untouched()
+    assert not any(hasattr(p, ext().savefield) for p in model.parameters())
+
+
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "alone"])
+@pytest.mark.parametrize("module", [nn.MSELoss, nn.Linear, nn.Conv1d])
+@pytest.mark.parametrize("ext", [BatchGrad, DiagGGNExact])
+def test_after_an_exception_in_a_hook(ext, module: type[nn.Module], gradient: bool, untouched) -> None:
+    def hook(each: nn.Module) -> None:
+        if isinstance(each, module):
+            seen.append(each)
+            _raises()
+
+    model, seen = network(), list[nn.Module]()
+    loss = loss_of(model)
+    with pytest.raises(ZeroDivisionError), backpack(ext(), extension_hook=hook, gradient=gradient):
+        loss.backward()
+    untouched()
+    left = ("input0", "input1", "output")
+    assert seen and not any(hasattr(each, name) for each in seen for name in left)
+    assert not any(hasattr(p, ext().savefield) for p in model.parameters())
 
 
 def test_after_an_exception_in_forward(untouched) -> None:

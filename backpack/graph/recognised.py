@@ -67,6 +67,8 @@ def recognised(node: Node) -> LossRecord | None:
         return _logsumexp(node, edge, about.device.type)
     if kind in _LOSSES and node.next_functions[0][0] is None and kind not in _SYMMETRIC:
         return None
+    if _is_of_logits(node):
+        return _of_logits(node, edge.node)
     if kind in _ENTRIES and torch.Size(about.shape) != torch.Size(node._input_metadata[0].shape):
         return None
     return _of_entries(node, kind, edge, about)
@@ -127,6 +129,25 @@ def _of_entries(node: Any, kind: str, edge: GradientEdge, about: Any) -> LossRec
         return _widened(zeros if found is None else found[1])
 
     return LossRecord(rule, edge, None, None, about.device.type, weigh)
+
+
+def _is_of_logits(node: Node) -> bool:
+    """Whether it is the cross-entropy of probabilities that a sigmoid outside of the model makes."""
+    below = node.next_functions[0][0] if kind_of(node) == "BinaryCrossEntropy" else None
+    return below is not None and kind_of(below) == "Sigmoid" and MODEL_OUTPUT not in notes(below)
+
+
+def _of_logits(node: Any, sigmoid: Any) -> LossRecord:
+    """The two as one loss, of the sigmoid's input."""
+    edge = GradientEdge(*sigmoid.next_functions[0])
+
+    def rule(axis: SampleAxis) -> LossHessian | None:
+        options = {"weight": node._saved_weight, "reduction": _REDUCTIONS[node._saved_reduction]}
+        logits = _widened(sigmoid._saved_result).logit()
+        function = F.binary_cross_entropy_with_logits
+        return LOSSES[function](axis, logits, _widened(node._saved_target), **options)
+
+    return LossRecord(rule, edge, None, None, sigmoid._saved_result.device.type)
 
 
 def _by_rule(node: Any, kind: str, axis: SampleAxis) -> LossHessian | None:
@@ -223,6 +244,8 @@ def known_loss(node: Node, is_output: bool, curvature: bool) -> KnownLoss | None
     if not curvature:
         return None if noted is None else KnownLoss(noted, {})
     found = None if noted is None else _placed_loss(noted)
+    if found is not None and found.curved and _is_of_logits(node):
+        found = None
     if found is None and not is_output:
         # A loss that was not noted is one of the model's outputs only.
         record = recognised(node)

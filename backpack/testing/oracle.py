@@ -146,6 +146,9 @@ class Oracle:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
     def _named(self, rows: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:
+        rows = list(rows)
+        if not rows:  # of a sample without any
+            return {name: p.new_zeros(0, *p.shape) for name, p in self.parameters.items()}
         columns = zip(*rows, strict=True)
         return {name: torch.stack(c) for name, c in zip(self.parameters, columns, strict=True)}
 
@@ -169,7 +172,7 @@ class Oracle:
                     grad = torch.autograd.grad(entry, f, retain_graph=True, allow_unused=True)[0]
                     row = row if grad is None else grad
                 rows.append(row[mask])
-            found.append(torch.stack(rows))
+            found.append(torch.stack(rows) if rows else f.new_zeros(0, 0))
         return found
 
     @cached_property
