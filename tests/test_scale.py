@@ -188,7 +188,46 @@ def process(rank: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: column(name, rank) for name in COLUMNS[2:]}
     found["errors"] = errors(rank)
     found["local"] = local(rank)
+    found["volume"] = volume(rank)
     return found
+
+
+def volume(rank: int) -> dict[str, int]:
+    """How many numbers are exchanged, as docs/distributed.md counts them."""
+    found: dict[str, int] = {}
+    plain = {name: getattr(distributed, name) for name in ("all_reduce", "broadcast")}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            found[quantity] += tensor.numel()
+            return plain[name](tensor, *args, **kwargs)
+
+        return call
+
+    net, (X, y), (_, rows, _) = model(), data().tensors, part(rank)
+    for quantity in VOLUMES:
+        found[quantity] = 0
+        loss = F.cross_entropy(net(X[rows]), y[rows])
+        for name in plain:
+            setattr(distributed, name, counting(name))
+        try:
+            with block_of(getattr(E, quantity)(), process_group=distributed.group.WORLD):
+                loss.backward()
+        finally:
+            for name, function in plain.items():
+                setattr(distributed, name, function)
+    return found
+
+
+# Numbers that are exchanged, for a model of P entries in n parameters, factors of F entries, N samples.
+VOLUMES: dict[str, Callable[[int, int, int, int], int]] = {
+    "SumGradSquared": lambda P, n, F, N: P,
+    "DiagGGNExact": lambda P, n, F, N: P,
+    "Variance": lambda P, n, F, N: 2 * P,
+    "KFLR": lambda P, n, F, N: F + n,  # and one number for each parameter, that of its rows
+    "BatchL2Grad": lambda P, n, F, N: N * n,
+    "BatchGrad": lambda P, n, F, N: N * P,
+}
 
 
 def errors(rank: int) -> list[str]:
@@ -284,6 +323,16 @@ def test_processes_without_samples(
             parameter, _, field = key.rpartition(".")
             whole = references[fields[field]][parameter]
             same(key, value, whole[part(rank)[1]] if field == "grad_batch" else whole)
+
+
+def test_volume(runs: list[dict[str, Any]], references: dict[str, dict[str, Any]]) -> None:
+    parameters = list(model().parameters())
+    entries = sum(p.numel() for p in parameters)
+    factors = sum(f.numel() for value in references["KFLR"].values() for f in value)
+    for each in runs:
+        for quantity, expected in VOLUMES.items():
+            found = each["volume"][quantity]
+            assert found == expected(entries, len(parameters), factors, sum(SIZES)), quantity
 
 
 def test_needs_the_model() -> None:

@@ -20,6 +20,7 @@ from backpack import accumulate, extend, optim
 from backpack import backpack as block_of
 from backpack import extensions as E
 from backpack.kronecker.eigen import KroneckerEigen
+from backpack.vivit import LowRank
 from tests.processes import spawn
 from tests.test_accumulate import QUANTITIES
 from tests.test_processes import GradientMax, local, parts, same
@@ -271,8 +272,11 @@ def _together(net: Model, loss: Callable[..., Tensor]) -> None:
 
 
 def _optimizer(net: Model, loss: Callable[..., Tensor]) -> None:
-    optimizer = optim.KFAC(net, lr=0.1, damping=1.0)
-    with optimizer.backpack():
+    optim.KFAC(net, lr=0.1, damping=1.0)
+
+
+def _no_rule(net: Model, loss: Callable[..., Tensor]) -> None:
+    with LowRank():
         loss(net).backward()
 
 
@@ -328,7 +332,8 @@ REFUSALS: list[tuple[Callable[..., None], str]] = [
     (_graph, "create_graph"),
     (_hook, "extension_hook"),
     (_together, "use a block backpack"),
-    (_optimizer, "use a block backpack"),
+    (_optimizer, "KFAC: parameter 'words.weight' is kept in parts"),
+    (_no_rule, "(fully_shard). Keep() does not say how"),
     (_unseen, "must be loss.backward()"),
     (_other_parameters, "differs in 'head.bias'"),
     (_other_group, "process_group has 1"),
@@ -354,8 +359,10 @@ def refusals(rank: int, size: int) -> tuple[list[str], float]:
             said.append(str(error))
         net.zero_grad()
     fresh = wrapped(model(), {}, size)
-    with block_of(E.Variance()):
+    with block_of(E.Variance(), E.GGNMP(), unsupported="skip") as block:
         loss(net).backward()
+    assert {each.savefield for each in block.left_out} == {"ggnmp"}
+    assert all(hasattr(p, "variance") for p in net.parameters())
     loss(fresh).backward()
     pairs = zip(net.parameters(), fresh.parameters(), strict=True)
     return said, max(float((p.grad - q.grad).full_tensor().abs().max()) for p, q in pairs)

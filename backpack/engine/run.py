@@ -34,7 +34,14 @@ from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.loop import carry_sources
 from backpack.engine.refusals import Names, check, parameters_of
-from backpack.engine.shards import Shards, begin_together, refuse_in_parts, shards_below
+from backpack.engine.shards import (
+    Shards,
+    begin_together,
+    no_products,
+    refuse_in_parts,
+    rules_in_parts,
+    shards_below,
+)
 from backpack.engine.state import Block, ExtensionHook, Nested, current_block
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
@@ -53,7 +60,6 @@ from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities import products
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.matrix_products import Product
-from backpack.quantities.parts import checked_rule
 from backpack.quantities.reading import note_found
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import ColumnSource, Pass, cotangent_places
@@ -171,10 +177,11 @@ class Run:
             with shards.quiet():
                 graph = self._survey(nodes)
             refuse_in_parts(owner, graph)
-            rules = {e.savefield: checked_rule(e, "several processes") for e in owner.extensions}
-            self.exchange = Exchange(processes, rules)
+            self.exchange = Exchange(processes, rules_in_parts(owner))
             if self.block.wanted is not None:
                 self.block.wanted = {shards.whole(p) for p in self.block.wanted}
+            if self.products:
+                self.refuse(no_products(self.products), None, self.products)
             self.listen(graph)
             due = self._due(graph)
             outline = certificate.outline(graph) if due else None

@@ -17,8 +17,10 @@ from backpack.graph.survey import Graph
 from backpack.graph.taps import MODEL_OUTPUT, TAPS, notes
 from backpack.quantities.combining import Joined, Rule
 from backpack.quantities.matrix_products import Product
+from backpack.quantities.parts import checked_rule
 from backpack.quantities.processes import Processes
 
+IN_PARTS = "parameters are in parts (fully_shard)"
 REMEDY = (
     "use DistributedDataParallel with backpack(..., process_group=...), fully_shard over one axis of "
     "processes, or a model that is not sharded"
@@ -153,24 +155,38 @@ def shards_below(roots: Sequence[Node]) -> Shards | None:
     return Shards(groups) if groups else None
 
 
+def rules_in_parts(owner: Options) -> dict[str, Rule]:
+    """How values of processes combine, by fields.
+
+    Raises:
+        NotImplementedError: for a quantity whose values do not.
+    """
+    try:
+        return {e.savefield: checked_rule(e, "several processes") for e in owner.extensions}
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{IN_PARTS}. {error}") from error
+
+
+def no_products(products: Sequence[Product]) -> NotImplementedError:
+    """Why there are none."""
+    return NotImplementedError(
+        f"{IN_PARTS}. {', '.join(ext.savefield for ext in products)}: products with curvature go "
+        "through the graph after the backward pass, when parameters are in parts again; use a diagonal "
+        "or Kronecker factors, or DistributedDataParallel"
+    )
+
+
 def refuse_in_parts(owner: Options, graph: Graph) -> None:
     """Refuse what cannot be computed where parameters are in parts.
 
     Raises:
         NotImplementedError: if something of that kind is asked for.
     """
-    products = [ext.savefield for ext in owner.extensions if isinstance(ext, Product)]
     why = ""
-    if products:
+    if owner.collects:
         why = (
-            f"{', '.join(products)}: products with curvature go through the graph after the backward "
-            "pass, when parameters are in parts again; use a diagonal or Kronecker factors, or "
-            "DistributedDataParallel"
-        )
-    elif owner.collects:
-        why = (
-            "Passes are put together (backpack.accumulate, optimizers of backpack.optim) from values "
-            f"of whole parameters; use a block backpack(...) for a single pass, or {REMEDY}"
+            "Passes are put together (backpack.accumulate) from values of whole parameters; use a "
+            f"block backpack(...) for a single pass, or {REMEDY}"
         )
     elif torch.is_grad_enabled():
         why = "create_graph=True: parts of values cannot be differentiated; leave it out"
@@ -182,7 +198,7 @@ def refuse_in_parts(owner: Options, graph: Graph) -> None:
             f"of; {REMEDY}"
         )
     if why:
-        raise NotImplementedError(f"parameters are in parts (fully_shard). {why}")
+        raise NotImplementedError(f"{IN_PARTS}. {why}")
 
 
 def begin_together(
@@ -210,10 +226,10 @@ def begin_together(
         if reached != told[0][2]:
             other = sorted(set(reached) ^ set(told[0][2]))
             raise RuntimeError(
-                "parameters are in parts (fully_shard), whose values are put together while backward "
-                f"runs: it must reach the same ones in all processes, but in processes 0 and {rank} it "
-                f"differs in {', '.join(other[:4]) or 'their order'}. Let all of them take part "
-                "everywhere (times zero)"
+                f"{IN_PARTS}, whose values are put together while backward runs: it must reach the "
+                f"same ones in all processes, but in processes 0 and {rank} it differs in "
+                f"{', '.join(other[:4]) or 'their order'}. Let all of them take part everywhere "
+                "(times zero)"
             )
     outlines = {outline for _, outline, _ in told}
     return outlines != {None}, len(outlines) == 1

@@ -111,10 +111,20 @@ class BackpackOptimizer(Optimizer):
 
         Raises:
             ValueError: if an option is out of its range.
+            NotImplementedError: for parameters that are spread over processes.
         """
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        spread = [p for p in self.param_groups[-1]["params"] if hasattr(p, "placements")]
+        if spread:
+            name = self._name(spread[0])
+            self.param_groups.pop()
+            raise NotImplementedError(
+                f"{type(self).__name__}: parameter {name} is kept in parts by several processes "
+                "(fully_shard, tensor parallelism), and steps are computed from whole ones. Use "
+                "DistributedDataParallel, or an optimizer of torch's with fields of backpack(...)"
+            )
 
     def _check(self, group: Mapping[str, Any]) -> None:
         for option, (low, below_one) in self._RANGES.items():
