@@ -195,7 +195,7 @@ class Run:
                 fine = certificate.apart(graph)
             certifies = not all(processes.objects(fine))
         if not (certifies or self.by_source):
-            return
+            return self._begin_columns(graph, roots)
         with shards.gathered():
             try:
                 if due and certifies:

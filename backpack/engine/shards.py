@@ -60,7 +60,12 @@ class Shards:
         Raises:
             NotImplementedError: if parameters are spread over other ones.
         """
-        meshes = {id(part.device_mesh): part.device_mesh for part in self.parts.values()}
+        meshes = {str(part.device_mesh.mesh.tolist()): part.device_mesh for part in self.parts.values()}
+        if given is None and len(meshes) > 1:
+            raise NotImplementedError(
+                "parameters are spread over different processes; say which work on parts of one batch, "
+                "backpack(..., process_group=...)"
+            )
         for mesh in meshes.values():
             if given is None and mesh.ndim > 1:
                 raise NotImplementedError(
