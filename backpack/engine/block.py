@@ -294,10 +294,6 @@ class _Block(Block):
                 self.forget_earlier()
 
 
-# What starts a backward pass.
-_STARTS = frozenset({Tensor.backward, torch.autograd.grad})
-
-
 class _Watch(TorchFunctionMode):
     """Sees calls of ``backward`` and ``torch.autograd.grad`` inside a block."""
 
@@ -308,7 +304,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _STARTS:  # nearly all calls
+        # Looked up each time: tools that watch backward passes put their own functions there.
+        if func is not Tensor.backward and func is not torch.autograd.grad:  # nearly all calls
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
