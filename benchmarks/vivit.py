@@ -85,7 +85,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"{about['cpu']}, {about['cores']} cores; torch {about['torch']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ". Seconds (the least of all turns) and peak memory beyond the network's, in MB; "
-        "`low-rank` is this library. Ten pairs, damping 0.01. An empty cell: not offered.",
+        "`low-rank` is this library. Ten pairs, damping 0.01. An empty cell: not offered. "
+        "All-CNN-C ends in adaptive pooling here, which the original does not take.",
     ]
     for problem, entry in results["problems"].items():
         lines += ["", f"## {problem}, batch {entry['batch']}, {entry['parameters']:,} parameters", ""]
@@ -106,7 +107,7 @@ def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
     if "failed" in cell:
-        return cell["failed"].split("\n")[0][:60]
+        return "not supported" if cell["failed"].startswith("NotImpl") else cell["failed"][:60]
     peak = f", {cell['bytes'] / 2**20:.0f} MB" if "bytes" in cell else ""
     wrong = "" if cell.get("agrees", True) else f" (differs by {cell['error']:.0e})"
     return f"{cell['minimum']:.3g} s{peak}{wrong}"

@@ -49,7 +49,8 @@ class Worker:
         gc.collect()
         model, X, y = make(Setting(*setting))
         values, X, y = torch.load(state)
-        model.load_state_dict(values)
+        # In the same order, whatever a library calls the parts of its modules.
+        model.load_state_dict(dict(zip(model.state_dict(), values.values(), strict=True)))
         X, y = X[:batch].to(self.device), y[:batch].to(self.device)
         self.library = LIBRARIES[self.name](model.to(self.device), X, y)
         gc.collect()
