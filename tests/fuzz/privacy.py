@@ -90,6 +90,8 @@ class Private:
             for pair in pairs
         ]
         self.bound = 0.7 * float(torch.stack([g.norm() for g in flat]).median())
+        if 0 < self.bound < 1e-9:
+            raise NoSuchProgram  # rounding errors of gradients that are zero
         return flat
 
     def clipped(self, inputs: tuple[Tensor, ...]) -> Tensor:
