@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from backpack import extensions
-from backpack.engine import run
+from backpack.engine import reducing
 from backpack.forms.base import Form
 from benchmarks.gradients import fastest
 from benchmarks.libraries import EXTEND, Backpack, Step
@@ -58,7 +58,7 @@ class Empty(Backpack):
 
 def forms(step: Step, rounds: int) -> float:
     """Seconds in which rules make forms."""
-    spent, best, original = 0.0, float("inf"), run.form_of_source
+    spent, best, original = 0.0, float("inf"), reducing.form_of_source
 
     def timed(*args: Any) -> Form:
         nonlocal spent
@@ -67,14 +67,14 @@ def forms(step: Step, rounds: int) -> float:
         spent += time.process_time() - start
         return form
 
-    run.form_of_source = timed
+    reducing.form_of_source = timed
     try:
         for _ in range(rounds):
             spent = 0.0
             step()
             best = min(best, spent)
     finally:
-        run.form_of_source = original
+        reducing.form_of_source = original
     return best
 
 

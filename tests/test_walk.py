@@ -34,9 +34,7 @@ def steps(text: str) -> list[str]:
 
 
 def function_of(name: str, file: str | None) -> Any:
-    """The function of that name, in that file or in `engine/run.py`, of which the text says so."""
-    if file is None and name.startswith("Run."):
-        file = "engine/run.py"
+    """The function of that name, in that file if the text names one."""
     files = [file] if file else [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("*/*.py"))]
     for each in files:
         found: Any = import_module("backpack." + each.removesuffix(".py").replace("/", "."))
