@@ -9,7 +9,7 @@ from torch import nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.graph import taps
+from backpack.graph import making
 from backpack.testing.oracle import check
 from tests.cases import Apply, P
 
@@ -62,7 +62,7 @@ def model(equation: str) -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("equation", [*EQUATIONS, *WITHOUT_A_RULE])
 def test_equations(equation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if equation in EQUATIONS:
-        monkeypatch.setattr(taps, "fallback", None)
+        monkeypatch.setattr(making, "fallback", None)
     net, x = model(equation)
     dim = 1 if equation.startswith("tn") else 0
     target = torch.randn(3, net(x).shape[1])

@@ -22,13 +22,8 @@ from backpack.capture.recorder import Recorder
 from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
 from backpack.capture.tracker import flatten, is_own
-from backpack.graph.taps import (
-    LOSS,
-    MODEL_OUTPUT,
-    ModelOutput,
-    Recording,
-    notes,
-)
+from backpack.graph.outputs import ModelOutput
+from backpack.graph.taps import LOSS, MODEL_OUTPUT, Recording, notes
 from backpack.graph.transformed import note_transformed
 from backpack.samples.axis import (
     MADE,

@@ -11,20 +11,11 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack._torch import SPACES
 from backpack.capture.tracker import Tracker, note_own
-from backpack.graph.taps import (
-    View,
-    make_tap,
-)
+from backpack.graph.making import View, make_tap
 from backpack.samples.aliases import is_shared, places_of, wrote
 from backpack.samples.axis import SampleAxis, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, spellings
-from backpack.samples.propagate import (
-    ELEMENTWISE,
-    POINTWISE,
-    known,
-    settled,
-    traced,
-)
+from backpack.samples.propagate import ELEMENTWISE, POINTWISE, known, settled, traced
 from backpack.samples.writes import assigned
 
 

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from backpack.graph.taps import (
-    LOSS,
-    LossRecord,
-    Recording,
-    notes,
-)
+from backpack.graph.outputs import LossRecord
+from backpack.graph.taps import LOSS, Recording, notes
 from backpack.graph.transformed import note_differentiated
 from backpack.losses.base import LOSSES, LossHessian
 from backpack.samples.axis import SampleAxis

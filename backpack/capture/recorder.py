@@ -28,18 +28,8 @@ from backpack._torch import (
 from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
 from backpack.capture.said import axis_of_bags, state
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, note_own, tensors_in
-from backpack.graph.taps import (
-    LAYERS,
-    NONLINEAR,
-    TAPS,
-    UNBATCHED,
-    Recording,
-    Tap,
-    lost_form,
-    notes,
-    of_sample,
-    store_tap,
-)
+from backpack.graph.making import lost_form, of_sample, store_tap
+from backpack.graph.taps import LAYERS, NONLINEAR, TAPS, UNBATCHED, Recording, Tap, notes
 from backpack.graph.transformed import note_transformed
 from backpack.losses.base import LOSSES
 from backpack.rules.base import SEVERAL_OUTPUTS
@@ -49,14 +39,7 @@ from backpack.rules.packed import PACKED, packed_axes
 from backpack.rules.recurrent import recurrent_axis
 from backpack.samples.axis import MARK, SampleAxis, current_inputs, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, argument, spellings
-from backpack.samples.propagate import (
-    ELEMENTWISE,
-    EXPANSIONS,
-    FACTORIES,
-    known,
-    moved,
-    settled,
-)
+from backpack.samples.propagate import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved, settled
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 

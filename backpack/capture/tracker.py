@@ -16,27 +16,14 @@ from backpack.capture.contest import Met, makes_pairs
 from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
 from backpack.forms.base import Dense
-from backpack.graph.taps import (
-    ENDS,
-    MIXES,
-    NONLINEAR,
-    Recording,
-    make_tap,
-    notes,
-    store_tap,
-)
+from backpack.graph.making import make_tap, store_tap
+from backpack.graph.taps import ENDS, MIXES, NONLINEAR, Recording, notes
 from backpack.losses.base import LOSSES
 from backpack.rules.base import ToForm
 from backpack.samples.aliases import through_base
 from backpack.samples.axis import MADE, MARK, SampleAxis, mark, regular_axis, sample_axis_of
 from backpack.samples.movers import LIKE
-from backpack.samples.propagate import (
-    ELEMENTWISE,
-    FACTORIES,
-    name_of,
-    settled,
-    traced,
-)
+from backpack.samples.propagate import ELEMENTWISE, FACTORIES, name_of, settled, traced
 
 # Operations that curve each entry by itself.
 ELEMENTWISE_NONLINEAR = frozenset(

@@ -42,7 +42,8 @@ from backpack.engine.state import (
     mark_used,
     open_blocks,
 )
-from backpack.graph.taps import LossRecord, Recording
+from backpack.graph.outputs import LossRecord
+from backpack.graph.taps import Recording
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Rule
 from backpack.quantities.matrix_products import Product

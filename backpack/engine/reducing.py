@@ -19,8 +19,9 @@ from backpack.engine.saving import Saving
 from backpack.engine.state import Nested
 from backpack.forms.base import Dense
 from backpack.forms.several import merge
+from backpack.graph.outputs import LossRecord
 from backpack.graph.survey import Graph
-from backpack.graph.taps import LossRecord, Tap
+from backpack.graph.taps import Tap
 from backpack.rules.convolution import patches_kept
 from backpack.sources.columns import Pass
 

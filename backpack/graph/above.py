@@ -19,8 +19,9 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._torch import leaf_of
 from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.outputs import ModelOutput
 from backpack.graph.recognised import outputs_at
-from backpack.graph.taps import TAPS, ModelOutput, Tap, notes
+from backpack.graph.taps import TAPS, Tap, notes
 from backpack.graph.tracing import axis_at, cut
 from backpack.samples.axis import SampleAxis, regular_axis
 from backpack.samples.separability import generic

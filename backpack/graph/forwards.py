@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph.nodes import children_of, kind_of, upwards, walk
+from backpack.graph.outputs import ModelOutput
 from backpack.graph.survey import Graph
-from backpack.graph.taps import MODEL_OUTPUT, TAPS, ModelOutput, Recording, notes
+from backpack.graph.taps import MODEL_OUTPUT, TAPS, Recording, notes
 from backpack.graph.tracing import axis_at
 
 Group = list[Recording]

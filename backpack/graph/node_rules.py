@@ -15,8 +15,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.forms.base import Dense, Form
 from backpack.graph.nodes import kind_of
+from backpack.graph.origins import source_at
 from backpack.graph.tangents import vector_jacobian
-from backpack.graph.taps import Source, source_at
+from backpack.graph.taps import Source
 from backpack.rules.base import RULES
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, entering

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, walk
-from backpack.graph.taps import LOSS, MODEL_OUTPUT, TAPS, LossRecord, ModelOutput, notes
+from backpack.graph.outputs import LossRecord, ModelOutput
+from backpack.graph.taps import LOSS, MODEL_OUTPUT, TAPS, notes
 from backpack.graph.tracing import axis_at
 from backpack.losses.base import LOSSES, LossHessian
 from backpack.losses.elementwise import elementwise

@@ -15,8 +15,9 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack.graph.differentiated import Differentiated
 from backpack.graph.followed import axis_named
 from backpack.graph.nodes import children_of
+from backpack.graph.outputs import LossRecord, ModelOutput
 from backpack.graph.recognised import outputs_at, recognised
-from backpack.graph.taps import LOSS, TAPS, LossRecord, ModelOutput, notes
+from backpack.graph.taps import LOSS, TAPS, notes
 
 Losses = dict[Node, tuple[LossRecord, dict[Node, list[ModelOutput]]]]
 

@@ -13,19 +13,11 @@ from backpack._torch import AccumulateGrad, leaf_of
 from backpack.graph.above import Above, taps_above
 from backpack.graph.differentiated import Differentiated, taps_in_derivatives
 from backpack.graph.nodes import children_of, walk
+from backpack.graph.outputs import LossRecord, ModelOutput
 from backpack.graph.recognised import is_nonlinear, known_loss, outputs_at
 from backpack.graph.residuals import residuals
 from backpack.graph.scaling import Starts
-from backpack.graph.taps import (
-    MIXES,
-    MODEL_OUTPUT,
-    TAPS,
-    LossRecord,
-    ModelOutput,
-    Recording,
-    Tap,
-    notes,
-)
+from backpack.graph.taps import MIXES, MODEL_OUTPUT, TAPS, Recording, Tap, notes
 from backpack.graph.transformed import differentiated, transformed
 from backpack.graph.unseen import locate
 

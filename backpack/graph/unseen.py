@@ -12,8 +12,9 @@ from dataclasses import replace
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph.nodes import walk
+from backpack.graph.outputs import ModelOutput
 from backpack.graph.scaling import Starts, agree, along, powers, pulled
-from backpack.graph.taps import MODEL_OUTPUT, ModelOutput, Tap, notes
+from backpack.graph.taps import MODEL_OUTPUT, Tap, notes
 from backpack.graph.tracing import axis_at
 from backpack.samples.axis import SampleAxis, regular_axis
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.carry import differentiable_twice, hooks_suspended
+from backpack.graph.outputs import LossRecord
 from backpack.graph.recognised import second_derivative
 from backpack.graph.tangents import jacobian_products
-from backpack.graph.taps import LossRecord
 from backpack.sources.columns import gradients
 from backpack.sources.hessian import CurvatureMap
 

@@ -30,8 +30,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack._torch import has_values, shows
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.graph.nodes import BATCH_NORMS, LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.outputs import LossRecord, loss_at
 from backpack.graph.recognised import second_derivative
-from backpack.graph.taps import NONLINEAR, TAPS, LossRecord, loss_at, notes
+from backpack.graph.taps import NONLINEAR, TAPS, notes
 from backpack.graph.tracing import cut
 from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
