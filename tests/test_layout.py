@@ -25,7 +25,7 @@ ROOMS = {
         recognised node_rules above region followed differentiated residuals unseen survey forwards""",
     "capture": """switch functions contest inputs said loss_records tracker in_place recorder passages
         hooks marks extend""",
-    "sources": "columns at_output hessian kfra table",
+    "sources": "columns at_output curvature_map entries hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root
         kronecker matrix_products""",

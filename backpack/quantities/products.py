@@ -17,7 +17,7 @@ from backpack.graph.outputs import LossRecord
 from backpack.graph.recognised import second_derivative
 from backpack.graph.tangents import jacobian_products
 from backpack.sources.columns import gradients
-from backpack.sources.hessian import CurvatureMap
+from backpack.sources.curvature_map import CurvatureMap
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
 

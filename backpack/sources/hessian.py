@@ -11,33 +11,39 @@ exact ways, from cheap to general:
   their sum is known without any (:mod:`backpack.sources.at_output`).
 * *output Hessian*: for a parameter that enters linearly and once, ``sum_k (J^T e_k)(J^T H e_k)``,
   with ``H e_k`` by differentiating twice at the tap's output, for all samples at once.
-* *parameter Hessian*: entry by entry, by differentiating the gradient.
+* *parameter Hessian*: entry by entry, by differentiating the gradient, in
+  :mod:`backpack.sources.entries`.
 
 And one by chance, :func:`sampled`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import has_values, shows
-from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
-from backpack.graph.nodes import BATCH_NORMS, LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
-from backpack.graph.outputs import LossRecord, loss_at
+from backpack.graph.carry import carry, differentiable_twice
+from backpack.graph.nodes import walk
 from backpack.graph.recognised import second_derivative
-from backpack.graph.taps import NONLINEAR, TAPS, notes
 from backpack.graph.tracing import cut
 from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 from backpack.sources.at_output import forms_at_output
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
+from backpack.sources.curvature_map import CurvatureMap
+from backpack.sources.entries import (
+    chunks_of,
+    drawn_entries,
+    exact_entries,
+    parameter_hessian,
+    random_signs,
+)
 
 
 def diagonal(given: Pass, per_sample: bool, summed: bool = False) -> Iterator[Columns]:
@@ -74,104 +80,13 @@ def diagonal(given: Pass, per_sample: bool, summed: bool = False) -> Iterator[Co
         yield from _output_hessian(given, leaf)
     for leaf in by_entry:
         passing = [GradientEdge(node, tap.place) for node, tap, _ in leaf.uses]
-        entries = partial(_entries, passing=passing, chunk_size=given.chunk_size)
-        yield _parameter_hessian(given, path, leaf, per_sample, entries)
+        entries = partial(exact_entries, passing=passing, chunk_size=given.chunk_size)
+        yield parameter_hessian(given, path, leaf, per_sample, entries)
 
 
 def _output_size(leaf: Leaf) -> int:
     node, tap, _ = leaf.uses[0]
     return prod(node._input_metadata[tap.place].shape) // max(tap.batch.size, 1)
-
-
-class CurvatureMap:
-    """What lies between the starts and the taps.
-
-    Attributes:
-        losses: losses with a known Hessian, with their nodes.
-        outputs: model outputs, with their sample axes.
-        nonlinear: nodes that curve each entry by itself, with their sample axes.
-        bent_above: nodes below such a node.
-        curved_above: nodes below an operation that is curved in another way.
-    """
-
-    def __init__(
-        self,
-        starts: list[Node],
-        outputs: Sequence[tuple[GradientEdge, SampleAxis]] = (),
-        known: Mapping[Node, tuple[LossRecord, Any]] | None = None,
-    ) -> None:
-        self.known = known or {}
-        self.losses: list[tuple[Node, LossRecord]] = []
-        self.nonlinear: list[tuple[Node, SampleAxis]] = []
-        self.bent_above: set[Node] = set()
-        self.curved_above: set[Node] = set()
-        order = self._order(starts)
-        self.outputs = list(outputs)
-        active: dict[Node, bool] = {}
-        for node in reversed(order):
-            children = self._children(node)
-            active[node] = TAPS in notes(node) or any(active.get(c, False) for c in children)
-        below_loss = {record.edge.node for _, record in self.losses}
-        unknown_loss = not self.losses
-        for node in order:
-            if self._loss(node) is not None:
-                curved = node in self.curved_above
-                bent = False
-            else:
-                curved, bent = node in self.curved_above or unknown_loss, node in self.bent_above
-                inputs = [c for c, _ in node.next_functions if c is not None and active.get(c)]
-                if not curved and inputs:
-                    kind = kind_of(node)
-                    if NONLINEAR in notes(node) and len(inputs) == 1:
-                        recording, axis = notes(node)[NONLINEAR]
-                        self.nonlinear.append((node, recording.among_all(axis)))
-                        bent = True
-                    elif kind in PRODUCTS:
-                        divides = kind == "Div" and node.next_functions[0][0] not in inputs
-                        curved = len(inputs) > 1 or divides
-                    elif kind in BATCH_NORMS:
-                        curved = bool(getattr(node, "_saved_training", True))
-                    elif kind not in LINEAR:
-                        curved = True
-            for child in self._children(node):
-                if curved:
-                    self.curved_above.add(child)
-                if bent and child not in below_loss:
-                    self.bent_above.add(child)
-
-    def _loss(self, node: Node) -> LossRecord | None:
-        """The loss that a node computes: noted there, or recognised."""
-        return self.known[node][0] if node in self.known else loss_at(node)
-
-    def _children(self, node: Node) -> list[Node]:
-        record = self._loss(node)
-        if record is not None:
-            return [record.edge.node]
-        return [child for child, _ in node.next_functions if child is not None]
-
-    def _order(self, starts: list[Node]) -> list[Node]:
-        """Nodes, each before those below it."""
-        order = upwards(starts, self._children)[::-1]
-        for node in order:
-            record = self._loss(node)
-            if record is not None:
-                self.losses.append((node, record))
-        return order
-
-    def linear_in(self, leaf: Leaf) -> bool:
-        """Whether a parameter enters linearly, and not on top of another use of it."""
-        linear = all(s.linear and s.edge is None for _, _, s in leaf.uses)
-        return linear and not (len(leaf.uses) > 1 and self.nested({node for node, _, _ in leaf.uses}))
-
-    def nested(self, nodes: set[Node]) -> bool:
-        """Whether one of the nodes lies below another."""
-        return any(not nodes.isdisjoint(walk(children_of(node))) for node in nodes)
-
-    def entries(self) -> int:
-        """Curved entries per sample."""
-        return sum(
-            prod(node._input_metadata[0].shape) // max(batch.size, 1) for node, batch in self.nonlinear
-        )
 
 
 # --------------------------------------------------------------------------------------
@@ -224,16 +139,12 @@ def _columns(
         entries = torch.arange(flat.shape[1], device=flat.device)
         if has_values(flat):
             entries = flat.abs().amax(0).nonzero().flatten()
-        for k in _chunks(entries, count):
+        for k in chunks_of(entries, count):
             picked = torch.zeros(len(k), *flat.shape, dtype=flat.dtype, device=flat.device)
             rows = torch.arange(len(k), device=flat.device)
             picked[rows, :, k] = flat[:, k].T.abs().sqrt()
             columns = batch.join(picked.reshape(len(k), *batch.split(residual).shape), 1)
             yield Columns([below], [columns], flat[:, k].T.sign(), rest)
-
-
-def _chunks(index: Tensor, count: int) -> Iterator[Tensor]:
-    return (part for part in index.split(count) if len(part))
 
 
 def refuse_mixing(given: Pass) -> None:
@@ -296,7 +207,7 @@ def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
     size, like = prod(shape[1:]), gradient.detach()
     # Unit columns, what becomes of them, and both once more as columns of twice the number.
     count = given.at_once(4 * [edge], like.device.type)
-    for k in _chunks(torch.arange(size, device=like.device), count):
+    for k in chunks_of(torch.arange(size, device=like.device), count):
         basis = like.new_zeros(len(k), shape[0], size)
         basis[torch.arange(len(k), device=like.device), :, k] = 1
         basis = batch.join(basis.reshape(len(k), *shape), 1)
@@ -365,7 +276,7 @@ def sampled(
     found = gradients(given.roots, edges, create_graph=True)
     known = [g for g in found if g is not None and g.requires_grad]
     for _ in range(count if known else 0):
-        signs = [None if g is None else _signs(g, generator) for g in found]
+        signs = [None if g is None else random_signs(g, generator) for g in found]
         drawn = [u for u, g in zip(signs, found, strict=True) if g is not None and g.requires_grad]
         with differentiable_twice():
             curved = torch.autograd.grad(
@@ -387,112 +298,5 @@ def sampled(
                 yield Columns(places, columns, sign / count, {leaf.parameter}, carried=True)
     for leaf in given.leaves:
         if leaf not in by_output and leaf.samples:
-            draws = partial(_drawn_entries, count=count, generator=generator)
-            yield _parameter_hessian(given, path, leaf, per_sample, draws)
-
-
-def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(2, like.shape, generator=generator, device=like.device)
-    return (2 * bits - 1).to(like.dtype)
-
-
-# --------------------------------------------------------------------------------------
-# By entries of the parameter
-
-
-def _parameter_hessian(
-    given: Pass,
-    path: CurvatureMap,
-    leaf: Leaf,
-    per_sample: bool,
-    entries: Callable[[Tensor | None, Tensor, GradientEdge, bool, int | None], Tensor],
-) -> Columns:
-    parameter, create = leaf.parameter, torch.is_grad_enabled()
-    place = get_gradient_edge(parameter)
-    with hooks_suspended(parameter), torch.enable_grad():
-        if per_sample:
-            found = _sample_gradients(given.roots, path, leaf, place)
-            rows = [entries(each, parameter, place, create, n) for n, each in enumerate(found)]
-            diagonal = torch.stack(rows)
-        else:
-            (gradient,) = gradients(given.roots, [place], create_graph=True)
-            diagonal = entries(gradient, parameter, place, create, None)
-    parts = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
-    sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
-    sign[1] = -1
-    return Columns([place], [parts], sign, {parameter}, carried=True)
-
-
-def _sample_gradients(
-    starts: Starts, path: CurvatureMap, leaf: Leaf, place: GradientEdge
-) -> Iterator[Tensor | None]:
-    """Gradients of single samples, by masking the gradient at the model output."""
-    if any(tap.above and not tap.within for _, tap, _ in leaf.uses):
-        raise NotImplementedError(
-            f"the Hessian diagonal of single samples of a parameter of shape "
-            f"{tuple(leaf.parameter.shape)}, which is used above the model's output in a way that is "
-            "not linear, is not known; use DiagHessian, or use the parameter inside an extended module"
-        )
-    if not path.outputs:
-        raise NotImplementedError(
-            "the Hessian diagonal of single samples of a parameter that is used several times needs to "
-            "know the model output; call loss.backward(), or use DiagHessian"
-        )
-    edges, batches = zip(*path.outputs, strict=True)
-    outputs = gradients(starts, edges, create_graph=True)
-    for n in range(leaf.samples):
-        masked = []
-        for edge, gradient, batch in zip(edges, outputs, batches, strict=True):
-            if gradient is None:
-                continue
-            mask = (batch.sample_ids(gradient.device) == n).to(gradient.dtype)
-            mask = mask.reshape([-1 if d == batch.dim else 1 for d in range(gradient.dim())])
-            masked.append((edge, gradient * mask))
-        yield gradients(masked, [place], create_graph=True)[0]
-
-
-def _entries(
-    gradient: Tensor | None,
-    parameter: Tensor,
-    place: GradientEdge,
-    create: bool,
-    sample: int | None,
-    passing: Sequence[GradientEdge],
-    chunk_size: int | None,
-) -> Tensor:
-    if gradient is None or not gradient.requires_grad:
-        return torch.zeros_like(parameter)
-    edge, like, found = get_gradient_edge(gradient), gradient.detach(), []
-    count = columns_at_once([place, place, *passing], like.device.type, chunk_size)
-    with torch.set_grad_enabled(create):
-        for k in _chunks(torch.arange(parameter.numel(), device=like.device), count):
-            units = like.new_zeros(len(k), parameter.numel())
-            units[torch.arange(len(k), device=like.device), k] = 1
-            (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing, sample)
-            if rows is None:
-                return torch.zeros_like(parameter)
-            # A copy: a view would hold all rows.
-            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1))
-    return torch.cat(found).reshape(parameter.shape)
-
-
-def _drawn_entries(
-    gradient: Tensor | None,
-    parameter: Tensor,
-    place: GradientEdge,
-    create: bool,
-    sample: int | None,
-    count: int,
-    generator: torch.Generator | None,
-) -> Tensor:
-    diagonal = torch.zeros_like(parameter)
-    if gradient is None or not gradient.requires_grad:
-        return diagonal
-    for _ in range(count):
-        u = _signs(gradient, generator)
-        with differentiable_twice():
-            (product,) = torch.autograd.grad(
-                *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
-            )
-        diagonal = diagonal if product is None else diagonal + u * product / count
-    return diagonal
+            draws = partial(drawn_entries, count=count, generator=generator)
+            yield parameter_hessian(given, path, leaf, per_sample, draws)

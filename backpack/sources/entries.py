@@ -1,0 +1,120 @@
+"""The Hessian's diagonal at the parameter itself: entry by entry, or with random signs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
+from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
+from backpack.sources.curvature_map import CurvatureMap
+
+
+def parameter_hessian(
+    given: Pass,
+    path: CurvatureMap,
+    leaf: Leaf,
+    per_sample: bool,
+    entries: Callable[[Tensor | None, Tensor, GradientEdge, bool, int | None], Tensor],
+) -> Columns:
+    parameter, create = leaf.parameter, torch.is_grad_enabled()
+    place = get_gradient_edge(parameter)
+    with hooks_suspended(parameter), torch.enable_grad():
+        if per_sample:
+            found = _sample_gradients(given.roots, path, leaf, place)
+            rows = [entries(each, parameter, place, create, n) for n, each in enumerate(found)]
+            diagonal = torch.stack(rows)
+        else:
+            (gradient,) = gradients(given.roots, [place], create_graph=True)
+            diagonal = entries(gradient, parameter, place, create, None)
+    parts = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
+    sign = torch.ones(2, leaf.samples, dtype=parts.dtype, device=parts.device)
+    sign[1] = -1
+    return Columns([place], [parts], sign, {parameter}, carried=True)
+
+
+def chunks_of(index: Tensor, count: int) -> Iterator[Tensor]:
+    return (part for part in index.split(count) if len(part))
+
+
+def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    bits = torch.randint(2, like.shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)
+
+
+def _sample_gradients(
+    starts: Starts, path: CurvatureMap, leaf: Leaf, place: GradientEdge
+) -> Iterator[Tensor | None]:
+    """Gradients of single samples, by masking the gradient at the model output."""
+    if any(tap.above and not tap.within for _, tap, _ in leaf.uses):
+        raise NotImplementedError(
+            f"the Hessian diagonal of single samples of a parameter of shape "
+            f"{tuple(leaf.parameter.shape)}, which is used above the model's output in a way that is "
+            "not linear, is not known; use DiagHessian, or use the parameter inside an extended module"
+        )
+    if not path.outputs:
+        raise NotImplementedError(
+            "the Hessian diagonal of single samples of a parameter that is used several times needs to "
+            "know the model output; call loss.backward(), or use DiagHessian"
+        )
+    edges, batches = zip(*path.outputs, strict=True)
+    outputs = gradients(starts, edges, create_graph=True)
+    for n in range(leaf.samples):
+        masked = []
+        for edge, gradient, batch in zip(edges, outputs, batches, strict=True):
+            if gradient is None:
+                continue
+            mask = (batch.sample_ids(gradient.device) == n).to(gradient.dtype)
+            mask = mask.reshape([-1 if d == batch.dim else 1 for d in range(gradient.dim())])
+            masked.append((edge, gradient * mask))
+        yield gradients(masked, [place], create_graph=True)[0]
+
+
+def exact_entries(
+    gradient: Tensor | None,
+    parameter: Tensor,
+    place: GradientEdge,
+    create: bool,
+    sample: int | None,
+    passing: Sequence[GradientEdge],
+    chunk_size: int | None,
+) -> Tensor:
+    if gradient is None or not gradient.requires_grad:
+        return torch.zeros_like(parameter)
+    edge, like, found = get_gradient_edge(gradient), gradient.detach(), []
+    count = columns_at_once([place, place, *passing], like.device.type, chunk_size)
+    with torch.set_grad_enabled(create):
+        for k in chunks_of(torch.arange(parameter.numel(), device=like.device), count):
+            units = like.new_zeros(len(k), parameter.numel())
+            units[torch.arange(len(k), device=like.device), k] = 1
+            (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing, sample)
+            if rows is None:
+                return torch.zeros_like(parameter)
+            # A copy: a view would hold all rows.
+            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1))
+    return torch.cat(found).reshape(parameter.shape)
+
+
+def drawn_entries(
+    gradient: Tensor | None,
+    parameter: Tensor,
+    place: GradientEdge,
+    create: bool,
+    sample: int | None,
+    count: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    diagonal = torch.zeros_like(parameter)
+    if gradient is None or not gradient.requires_grad:
+        return diagonal
+    for _ in range(count):
+        u = random_signs(gradient, generator)
+        with differentiable_twice():
+            (product,) = torch.autograd.grad(
+                *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
+            )
+        diagonal = diagonal if product is None else diagonal + u * product / count
+    return diagonal
