@@ -30,7 +30,7 @@ ROOMS = {
     "quantities": """products processes combining reading base parts first_order diagonal square_root
         kronecker matrix_products""",
     "engine": """left_out state layer_io refusals costs debug certificate collect exchange shards loop
-        pass_state saving reducing listening run direct block plan""",
+        pass_state saving reducing listening run direct watch block plan""",
     "dataset": "totals micro_batches spread accumulating loop",
     "testing": "oracle",
 }
