@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.forms import base, strips, sums
+from backpack.forms import base, sides, strips, sums
 from backpack.forms import outer as outer_forms
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
@@ -361,7 +361,7 @@ def test_large_matrices_in_strips(v: int, strip: int, monkeypatch: pytest.Monkey
     for limits in (strips.STRIP_BYTES, base.PATCH_BYTES):
         monkeypatch.setitem(limits, "cpu", strip)
     monkeypatch.setattr(sums, "SMALL", 0)
-    monkeypatch.setattr(outer_forms, "SMALL_BYTES", 0)
+    monkeypatch.setattr(sides, "SMALL_BYTES", 0)
     torch.manual_seed(0)
     for name, form in large_matrices(v).items():
         dense, sign = form.dense(), rand(v, form.samples)
