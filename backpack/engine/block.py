@@ -31,6 +31,7 @@ class backpack:  # noqa: N801
     """Compute quantities during the backward passes inside the block.
 
     Example:
+        >>> import torch
         >>> from backpack import extend
         >>> from backpack.extensions import BatchL2Grad, DiagGGNExact
         >>> model, lossfunc = extend(torch.nn.Linear(4, 3)), extend(torch.nn.CrossEntropyLoss())
