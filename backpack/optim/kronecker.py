@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from backpack import extensions
@@ -31,11 +30,9 @@ from backpack.kronecker.matrices import (
 )
 from backpack.optim.base import Params, State
 from backpack.optim.curvature import CurvatureOptimizer, Use, made
+from backpack.optim.factors import damped_inverse, mixed, overlap, rounding, thinned
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Blocks, Never, Rule, Sums, SumUp
-
-# A factor that is not positive definite after this many doublings of its damping is an error.
-DOUBLINGS = 10
 
 
 class _Kronecker(CurvatureOptimizer):
@@ -89,13 +86,13 @@ class _Kronecker(CurvatureOptimizer):
         factors = [working(factor) for factor in block]
         # The factor that is a sum over samples has the scale of the loss, the other has none.
         factors[block.grows] = factors[block.grows] / use.scale
-        factors = [_thin(factor) for factor in factors]
+        factors = [thinned(factor) for factor in factors]
         # Without averages factors are not kept, and an average that begins later begins here.
         if decay and "factors" in use.state:
             old = map(working, use.state["factors"])
-            factors = [_mix(o, new, decay) for o, new in zip(old, factors, strict=True)]
+            factors = [mixed(o, new, decay) for o, new in zip(old, factors, strict=True)]
         shifts = pi_damping(factors, use.gamma)
-        inverses = [_inverse(f, s, use.name) for f, s in zip(factors, shifts, strict=True)]
+        inverses = [damped_inverse(f, s, use.name) for f, s in zip(factors, shifts, strict=True)]
         dtype = use.parameter.dtype
         new: State = {
             "transposed": block.layout == "convt",
@@ -136,7 +133,7 @@ class _EigenvalueCorrected(_Kronecker):
         eigenvalues = working(block.eigenvalues) / use.scale
         if decay:
             old = zip(use.state["bases"], bases, strict=True)
-            overlaps = [_overlap(new, working(each)) for each, new in old]
+            overlaps = [overlap(new, working(each)) for each, new in old]
             carried = multiply(overlaps, working(use.state["eigenvalues"]))
             eigenvalues = carried.lerp(eigenvalues, 1 - decay)
         dtype = use.parameter.dtype
@@ -153,7 +150,7 @@ class _EigenvalueCorrected(_Kronecker):
         if use.gamma:
             rotated = rotated / (eigenvalues + use.gamma)
         else:
-            small = eigenvalues <= _tolerance(eigenvalues)
+            small = eigenvalues <= rounding(eigenvalues)
             rotated = (rotated / eigenvalues).masked_fill(small, 0.0)
         return as_parameter(multiply(bases, rotated), state["transposed"], use.parameter.shape)
 
@@ -231,67 +228,6 @@ def _held(form: Form) -> Form:
     if isinstance(form, Sum):
         return Sum(tuple(map(_held, form.forms)))
     return Dense(form.dense())
-
-
-# --------------------------------------------------------------------------------------
-# Matrices
-
-
-def _overlap(new: Tensor, old: Tensor) -> Tensor:
-    """``(Q_new^T Q_old)^2``, squared entries."""
-    return (new * old if new.dim() == 1 else new.mT @ old).square()
-
-
-def _thin(factor: Tensor) -> Tensor:
-    """The diagonal, if there is nothing else: row frequencies of an embedding, above all."""
-    if factor.dim() == 1:
-        return factor
-    diagonal = factor.diagonal()
-    alone = len(factor) > 1 and int(factor.count_nonzero()) == int(diagonal.count_nonzero())
-    return diagonal.clone() if alone else factor
-
-
-def _mix(old: Tensor, new: Tensor, decay: float) -> Tensor:
-    if old.dim() != new.dim():
-        old, new = (torch.diag(each) if each.dim() == 1 else each for each in (old, new))
-    return old.lerp(new, 1 - decay)
-
-
-def _tolerance(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues up to this are rounding errors of the largest."""
-    return eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
-
-
-def _inverse(factor: Tensor, shift: float, name: str) -> Tensor:
-    """``(F + shift I)^{-1}``; the pseudo-inverse if ``shift`` is zero."""
-    if not shift:
-        return _pseudo_inverse(factor, name)
-    for _ in range(DOUBLINGS + 1):
-        if factor.dim() == 1:
-            if bool((factor + shift > 0).all()):
-                return 1 / (factor + shift)
-        else:
-            shifted = factor.clone()
-            shifted.diagonal().add_(shift)
-            root, failed = torch.linalg.cholesky_ex(shifted)
-            if not bool(failed):
-                return torch.cholesky_inverse(root)
-        shift *= 2
-    raise ValueError(
-        f"a Kronecker factor of parameter {name} is not positive definite, even with {shift / 2:.1e} "
-        "on its diagonal; use more damping"
-    )
-
-
-def _pseudo_inverse(factor: Tensor, name: str) -> Tensor:
-    eigenvalues, basis = (factor, None) if factor.dim() == 1 else spectrum(factor)
-    tolerance = _tolerance(eigenvalues)
-    if bool((eigenvalues < -tolerance).any()):
-        raise ValueError(
-            f"a Kronecker factor of parameter {name} has negative eigenvalues; use damping"
-        )
-    inverses = eigenvalues.reciprocal().masked_fill(eigenvalues <= tolerance, 0.0)
-    return inverses if basis is None else (basis * inverses) @ basis.mT
 
 
 # --------------------------------------------------------------------------------------

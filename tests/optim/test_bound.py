@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import extend, optim
-from backpack.optim import private
+from backpack.optim import bounds
 
 N, C = 6, 0.05
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -226,7 +226,7 @@ def test_losses_that_break_it(loss: str, model: str) -> None:
 
 @pytest.mark.parametrize("count", [*range(1, 40), 100, 128, 1000])
 def test_sets_tell_all_pairs_apart(count: int) -> None:
-    inside = private._sets(count).bool()
+    inside = bounds._sets(count).bool()
     apart = (inside[:, :, None] & ~inside[:, None, :]).any(0)
     assert bool((apart | torch.eye(count).bool()).all())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backpack import backpack, extend, optim
 from backpack import extensions as E
 from backpack.kronecker.matrices import pi_damping
-from backpack.optim.kronecker import _inverse
+from backpack.optim.factors import damped_inverse
 from backpack.testing.oracle import Oracle
 from tests.cases import Apply, P
 from tests.optim.problems import Problem, dense
@@ -239,16 +239,16 @@ def indefinite() -> Tensor:
 
 def test_damping_is_doubled_until_a_factor_can_be_inverted() -> None:
     matrix, eye = indefinite(), torch.eye(3, dtype=torch.float64)
-    close(_inverse(matrix, 3e-4, "'w'"), torch.linalg.inv(matrix + 12e-4 * eye))
+    close(damped_inverse(matrix, 3e-4, "'w'"), torch.linalg.inv(matrix + 12e-4 * eye))
     vector = torch.tensor([-1e-3, 0.5], dtype=torch.float64)
-    close(_inverse(vector, 3e-4, "'w'"), 1 / (vector + 12e-4))
+    close(damped_inverse(vector, 3e-4, "'w'"), 1 / (vector + 12e-4))
     for factor in (matrix, vector):
         with pytest.raises(
             ValueError, match="of parameter 'w' is not positive definite, even with 1.0e-09"
         ):
-            _inverse(factor, 1e-12, "'w'")
+            damped_inverse(factor, 1e-12, "'w'")
         with pytest.raises(ValueError, match="of parameter 'w' has negative eigenvalues"):
-            _inverse(factor, 0.0, "'w'")
+            damped_inverse(factor, 0.0, "'w'")
 
 
 def test_a_factor_that_cannot_be_inverted() -> None:
@@ -271,7 +271,7 @@ def test_low_rank_in_single_precision(seed: int) -> None:
     features = torch.randn(64, 512) * torch.logspace(0, -6, 512)
     features = features.relu() * (torch.rand(512) < 0.5)
     moments = features.T @ features / 64
-    inverse = _inverse(moments, 0.0, "'w'").double()
+    inverse = damped_inverse(moments, 0.0, "'w'").double()
     eigenvalues, basis = torch.linalg.eigh(moments.double())
     large = eigenvalues > 1e-2 * eigenvalues[-1]
     product = basis[:, large].T @ inverse @ basis[:, large]
