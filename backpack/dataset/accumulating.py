@@ -6,27 +6,27 @@ A quantity is collected when it is finished, in each backward pass, and put toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from backpack.dataset.individual import PutAway
+from backpack.dataset.reductions import alike, reduction_of
 from backpack.dataset.spread import Spread
-from backpack.dataset.totals import GRADIENT, Batches, Individual, SampleCount, Totals
+from backpack.dataset.totals import GRADIENT, Individual, SampleCount, Totals
 from backpack.engine.block import backpack
-from backpack.graph.nodes import walk
 from backpack.graph.survey import leaves_below
 from backpack.quantities.base import BackpropExtension
-from backpack.quantities.combining import Added, Joined, Rule
+from backpack.quantities.combining import Added, Rule
 from backpack.quantities.parts import Entry, checked_rule
 from backpack.quantities.processes import Processes
 
 
-class accumulating(Batches):
+class accumulating(PutAway):
     """A block in which quantities of all backward passes are combined, as if they were of one batch.
 
     Example:
@@ -104,18 +104,10 @@ class accumulating(Batches):
                 )
             self.spread = Spread(Processes(process_group, gather), model)
         extensions = backpack(*extensions, **options).extensions or (SampleCount(),)
-        super().__init__(extensions, [_checked_rule(ext) for ext in extensions])
-        if individual is not None and samples is None:
-            raise ValueError("individual values are scaled and placed by the number of all `samples`")
-        if individual is not None and not callable(individual) and model is None:
-            raise ValueError("files are named by parameters; pass the `model`")
+        rules = [_checked_rule(ext) for ext in extensions]
+        super().__init__(extensions, rules, individual, samples, model)
         self.reduction, self.options = reduction, options
-        self.individual, self.expected = individual, samples
         self.weight: float | Tensor | None = None
-        self._names: dict[Tensor, str] | None = None
-        if model is not None:
-            self._names = {p: name for name, p in model.named_parameters()}
-        self._files: dict[tuple[Tensor, str], Tensor] = {}
         # Parts have the weight of their loss over this one.
         self._reference: float | None = None
         # What means divided by in the first batch, for each sample.
@@ -226,7 +218,7 @@ class accumulating(Batches):
 
     def _look_at(self, root: Node) -> None:
         """Find out what the loss is a mean of, while its graph is there."""
-        kind, self._divisors = _reduction(root)
+        kind, self._divisors = reduction_of(root)
         if self.reduction is None:
             self.reduction = "mean" if self.weight is not None else kind  # type: ignore[assignment]
         if self.reduction is None:
@@ -277,7 +269,7 @@ class accumulating(Batches):
             self._ratios, self._told = ratios, self.weight is not None
         if self._told != (self.weight is not None):
             raise ValueError("total.weight must be set for all batches or for none")
-        if len(ratios) == len(self._ratios) and all(map(_alike, ratios, self._ratios)):
+        if len(ratios) == len(self._ratios) and all(map(alike, ratios, self._ratios)):
             return float(samples)
         one = len(set(ratios)) == len(set(self._ratios)) == 1
         if not one or callable(self.individual):
@@ -290,77 +282,7 @@ class accumulating(Batches):
         return samples * ratios[0] / self._ratios[0]
 
     # ----------------------------------------------------------------------------------
-    # Values of single samples
-
-    def _put_away(self, batch: dict[Tensor, dict[str, Entry]], samples: int) -> None:
-        """Hand individual values to the function, or write them to files."""
-        if self.individual is None:
-            return
-        rows = slice(self.samples, self.samples + samples)
-        assert self.expected is not None
-        if rows.stop > self.expected:
-            raise RuntimeError(
-                f"there are more samples than the {self.expected} that individual values were scaled "
-                "for; pass the right number of `samples`"
-            )
-        found = [
-            (p, field, fields.pop(field))
-            for p, fields in batch.items()
-            for field in [*fields]
-            if isinstance(fields[field].rule, Joined)
-        ]
-        if not callable(self.individual):
-            for p, field, entry in found:
-                self._write(p, field, entry, rows)
-            return
-        for p, field, entry in found:
-            setattr(p, field, entry.value())
-        try:
-            self.individual(rows)
-        finally:
-            for p, field, _ in found:
-                p.__dict__.pop(field, None)
-
-    def _write(self, p: Tensor, field: str, entry: Entry, rows: slice) -> None:
-        assert isinstance(entry.rule, Joined)
-        value, axis = entry.value(), entry.rule.axis
-        shape = [*value.shape]
-        shape[axis] = self.expected or 0
-        if not value.numel():
-            return
-        if (p, field) not in self._files:
-            self._place(p, field).unlink(missing_ok=True)
-            self._files[p, field] = self._open(p, field, shape, value.dtype)
-        file = self._files[p, field]
-        if list(file.shape) != shape:
-            raise ValueError(
-                f"{field} of parameter '{self._name(p)}' has the shape {tuple(value.shape)}, which "
-                f"does not fit those of earlier batches, {tuple(file.shape)} with all samples"
-            )
-        file[(slice(None),) * axis + (rows,)] = value.to(file.device)
-
-    def _place(self, p: Tensor, field: str) -> Path:
-        assert isinstance(self.individual, (str, Path))
-        folder = Path(self.individual)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{self._name(p)}.{field}"
-
-    def _open(self, p: Tensor, field: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size = torch.Size(shape).numel()
-        file = torch.from_file(str(self._place(p, field)), shared=True, size=size, dtype=dtype)
-        return file.reshape(tuple(shape))
-
-    # ----------------------------------------------------------------------------------
     # Resuming
-
-    def _name(self, p: Tensor) -> str:
-        if self._names is None:
-            raise ValueError("parameters need names here; pass the `model`")
-        if p not in self._names:
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is not in the model that was given"
-            )
-        return self._names[p]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a new object of the same arguments needs to go on after these batches.
@@ -443,37 +365,3 @@ def _checked_rule(ext: BackpropExtension) -> Rule:
             "for p in model.parameters()}), or call backpack.accumulate, which does both"
         )
     return rule
-
-
-def _reduction(root: Node) -> tuple[str | None, list[float]]:
-    """Whether a loss is a mean or a sum, if its node tells, and what each mean in it divides by."""
-    kind = "mean" if _divides_by(root) is not None else None
-    if getattr(root, "_saved_reduction", None) == 2:
-        kind = "sum"
-    divisors = (_divides_by(node) for node in walk([root], _numbers_below))
-    return kind, [divisor for divisor in divisors if divisor is not None]
-
-
-def _numbers_below(node: Node) -> list[Node]:
-    """The children that compute a number, below one that is no mean."""
-    found: list[Node] = []
-    for child, place in node.next_functions if _divides_by(node) is None else ():
-        about = getattr(child, "_input_metadata", ())
-        if child is not None and len(about) > place and not len(about[place].shape):
-            found.append(child)
-    return found
-
-
-def _divides_by(node: Node) -> float | None:
-    """What a mean divides by; ``None`` for other nodes."""
-    if getattr(node, "_saved_reduction", None) == 1:
-        weight = getattr(node, "_saved_total_weight", None)
-        return float(node._saved_self.numel() if weight is None else weight)  # type: ignore[attr-defined]
-    if node.name().startswith("MeanBackward"):
-        number = getattr(node, "_saved_self_sym_numel", None)
-        return None if number is None else float(number)
-    return None
-
-
-def _alike(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-12 * abs(b)
