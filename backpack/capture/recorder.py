@@ -25,35 +25,26 @@ from backpack._torch import (
     uncompiled_calls,
     without_torch_function,
 )
-from backpack.capture.in_place import FUNCTIONAL_TWINS, InPlaceTracker
+from backpack.capture.in_place import FUNCTIONAL_TWINS
 from backpack.capture.said import axis_of_bags, state
+from backpack.capture.sequences import SequenceTracker
 from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, note_own, tensors_in
-from backpack.graph.making import lost_form, of_sample, store_tap
 from backpack.graph.taps import LAYERS, NONLINEAR, TAPS, UNBATCHED, Recording, Tap, notes
 from backpack.graph.transformed import note_transformed
 from backpack.losses.base import LOSSES
 from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.decompositions import OPENED
-from backpack.rules.fallback import fallback
-from backpack.rules.packed import PACKED, packed_axes
-from backpack.rules.recurrent import recurrent_axis
 from backpack.samples.axis import MARK, SampleAxis, current_inputs, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, argument, spellings
-from backpack.samples.propagate import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved, settled
+from backpack.samples.propagate import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
 # Functions whose results need a second look.
 _WATCHED = BATCH_NORMS | EXPANSIONS
 _LAYER_NORM = torch.nn.functional.layer_norm
 _NORM_OPTIONS = {"weight", "bias", "eps"}
-
-
 # Each result is made from one of the arguments, the one at the same place.
 _EACH = frozenset(spellings("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
-
-
 # Movers that ask for shapes and numbers only: where they have put an axis is kept, for calls alike.
 _BY_SHAPES = frozenset(
     spellings(*"transpose swapaxes swapdims permute reshape view flatten unflatten squeeze".split())
@@ -63,12 +54,10 @@ _BY_SHAPES = frozenset(
 _places: dict[tuple[Any, ...], tuple[SampleAxis, SampleAxis]] = {}
 _MOST_PLACES = 2**14
 _NUMBERS = frozenset({int, tuple, torch.Size})
-
-
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
 
 
-class Recorder(InPlaceTracker, TorchFunctionMode):
+class Recorder(SequenceTracker, TorchFunctionMode):
     """Sees every operation of one forward pass; ``finish`` is the hook that ends it."""
 
     def __init__(self, recording: Recording, finish: Callable[..., None]) -> None:
@@ -306,16 +295,6 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
                 mark(gradient, axis.moved(axis.dim + gradient.dim() - given.dim()))
         return out
 
-    def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Packing and padding of sequences: of the results only the first is data."""
-        out = func(*args, **kwargs)
-        try:
-            marked, sources, faint = self.sort_arguments(args[:1], kwargs)
-            self.note_result(func, args, kwargs, out[0], 0, marked, sources, faint)
-        except Exception as error:
-            self.give_up(func, out[0], error)
-        return out
-
     def _bags(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Bags of words that begin where an input says: the samples of the model."""
         with without_torch_function():
@@ -352,55 +331,6 @@ class Recorder(InPlaceTracker, TorchFunctionMode):
         except Exception as error:
             self.give_up(func, out, error)
         return out
-
-    def _recurrent(
-        self,
-        func: Any,
-        args: tuple,
-        kwargs: dict[str, Any],
-        out: tuple[Tensor, ...],
-        marked: list[tuple[Tensor, SampleAxis]],
-        sources: list[Tensor],
-        faint: list[SampleAxis],
-    ) -> None:
-        """A recurrent layer of one layer and direction, whose outputs are hidden and last states."""
-        packed = isinstance(args[3], (list, tuple))
-        hx, rules = args[2 if packed else 1], PACKED if packed else SEVERAL_OUTPUTS
-        states = hx if isinstance(hx, (list, tuple)) else (hx,)
-        if packed:
-            axis, last, demoted = packed_axes(args[0], args[1], states, marked)
-        else:
-            axis, demoted = recurrent_axis(args[0], states, marked, bool(args[-1]))
-            last = axis.moved(1)
-        sources = sources + [t for t in demoted if t.requires_grad]
-        data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
-        inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
-        for place, each in enumerate(out):
-            here = last if place else axis
-            batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
-            if batch.tentative and faint and not batch.lost and each.requires_grad:
-                batch = self.settle_doubt(func, batch, each, args, faint)
-            if batch.lost:
-                self.lose(func, each, batch)
-                if batch.tentative:
-                    continue
-            else:
-                mark(each, batch)
-            if each.grad_fn is not None and sources:
-                own = batch.single()
-                if whole:
-                    found = fallback(own, place, func, args, kwargs, sources, True)
-                elif batch.lost:
-                    found = [(s, lost_form) for s in sources]
-                else:
-                    found = rules[func](axis.single(), place, out[0].detach(), *args)
-                pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
-                if own is not batch:
-                    pairs = [(t, of_sample(f, batch)) for t, f in pairs]
-                store_tap(
-                    *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
-                )
 
 
 _ROUTES: dict[Any, Callable[..., Any]] = {
