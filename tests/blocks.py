@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.sources.table import ExactRoot
-from backpack.testing.oracle import Oracle, Report
+from backpack.testing.oracle import Oracle
+from backpack.testing.report import Report
 
 
 def hessian_block(loss: Tensor, p: Tensor) -> Tensor:

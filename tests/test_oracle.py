@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from backpack import extensions as E
 from backpack.engine.run import Run
-from backpack.testing.oracle import Report, check
+from backpack.testing.oracle import check
+from backpack.testing.report import Report
 from tests.cases import Apply
 
 

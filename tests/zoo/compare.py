@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.quantities.base import BackpropExtension
-from backpack.testing.oracle import Oracle, Report
+from backpack.testing.oracle import Oracle
+from backpack.testing.report import Report
 from tests.zoo.setting import N, Setting
 
 FIRST = E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()
