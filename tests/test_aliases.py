@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, extend
+from backpack._ambient import ambient
 from backpack.extensions import BatchGrad
-from backpack.samples.axis import MARK, current_inputs
+from backpack.samples.axis import MARK
 from tests.cases import Apply
 from tests.rows import compare
 
@@ -117,7 +118,7 @@ def test_writes_that_keep_rows_are_cheap() -> None:
         h.mul_(2)
         h[:, 0] += h[:, 1]
         view.mul_(2).add_(view)
-        assert not current_inputs.written
+        assert not ambient.written
 
     compare(_written(f), [torch.randn(4, 4)])
 
@@ -235,7 +236,7 @@ def test_nothing_is_left_on_buffers() -> None:
     with backpack(BatchGrad()):
         model(torch.randn(3, 3)).sum().backward()
     assert not hasattr(model.mean, MARK) and not hasattr(model.bank, MARK)
-    assert not current_inputs.written and not current_inputs.axes
+    assert not ambient.written and not ambient.axes
 
 
 def test_values_of_parameters_are_no_data() -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, check, extend
-from backpack.capture import hooks, in_place, tracker
+from backpack._ambient import ambient
+from backpack.capture import in_place, tracker
 from backpack.extensions import BatchGrad
-from backpack.samples.axis import current_inputs
 from tests.cases import Apply
 
 
@@ -50,7 +50,7 @@ def test_a_mistake_of_ours_loses_the_axis_at_most(name: str, monkeypatch: pytest
                 patch.setattr(module, name, broken)
         found = model(X)
     torch.testing.assert_close(found, wanted)
-    assert not current_inputs.axes and hooks._state.recorder is None
+    assert not ambient.axes and ambient.recorder is None
     with pytest.raises(RuntimeError), backpack(BatchGrad()):
         found.sum().backward()
     if name != "settled":

@@ -59,7 +59,7 @@ EXTRAS = {
 # Lines of the longest file: some 400.
 LONGEST = 420
 # Files at the top, which hold names only.
-TOP = {"__init__", "_torch", "own", "compat", "context"}
+TOP = {"__init__", "_ambient", "_torch", "own", "compat", "context"}
 
 
 def imports(path: Path) -> set[str]:
@@ -91,7 +91,7 @@ def ours(path: Path) -> set[str]:
 def test_imports_go_one_way(name: str) -> None:
     found = ours(ROOT / f"{name.replace('.', '/')}.py")
     above = {f"backpack.{other}" for other in RIVER[: RIVER.index(name)]}
-    above.add("backpack._torch")
+    above |= {"backpack._ambient", "backpack._torch"}
     assert found <= above | {f"backpack.{room}" for room in ROOMS if f"backpack.{room}.base" in above}
 
 
@@ -170,6 +170,18 @@ def test_private_names_of_torch_are_in_one_file(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             private = [part for part in (node.module or "").split(".") if part.startswith("_")]
             assert not private, (path.name, node.module)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_ambient_state_is_in_one_file(path: Path) -> None:
+    """But for the monitor's, which stands on the door as anybody's code."""
+    if path.stem == "_ambient" or path.parent.name == "cockpit":
+        return
+    names = {
+        ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+    }
+    assert not names & {"threading.local", "contextvars.ContextVar"}
+    assert not imports(path) & {"contextvars", "_thread"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, disable, extend
-from backpack.engine import state as blocks
+from backpack._ambient import ambient, within
+from backpack.engine.state import current_block
 from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian
-from backpack.forms import products
 from backpack.losses.base import LOSSES
-from backpack.rules import convolution
 from backpack.rules.base import RULES
 from backpack.samples import axis as batch
 from backpack.samples import separability as probe
@@ -35,10 +34,10 @@ def untouched() -> Iterator[Callable[[], None]]:
     """A check that nothing is left of a pass."""
 
     def check() -> None:
-        assert batch.current_inputs.axes == {}
-        assert convolution._kept.values is None
-        assert products._grams.known is None
-        assert blocks.open_blocks == []
+        assert ambient.axes == {} and ambient.recorder is None
+        assert ambient.patches is None
+        assert ambient.grams is None
+        assert ambient.blocks == []
         assert disable.store_io
 
     check()
@@ -95,6 +94,19 @@ def test_after_an_exception_in_a_hook(ext, module: type[nn.Module], gradient: bo
     left = ("input0", "input1", "output")
     assert seen and not any(hasattr(each, name) for each in seen for name in left)
     assert not any(hasattr(p, ext().savefield) for p in model.parameters())
+
+
+def test_a_scope_puts_back_what_was_there() -> None:
+    seen: list[object] = []
+    with within(grams=[], patch_bytes=3):
+        outer = ambient.grams
+        with pytest.raises(ZeroDivisionError), within(grams=None, axes={1: None}):
+            assert ambient.grams is None and ambient.axes == {1: None} and ambient.patch_bytes == 3
+            in_thread(lambda: seen.extend((ambient.axes, ambient.patch_bytes)))
+            _raises()
+        assert ambient.grams is outer and not ambient.axes
+    assert ambient.grams is None and ambient.patch_bytes == 0
+    assert seen == [{}, 0], "threads have their own"
 
 
 def test_after_an_exception_in_forward(untouched) -> None:
@@ -161,7 +173,7 @@ def test_disable_holds_in_autograds_own_threads(untouched) -> None:
     block = backpack(BatchGrad())
     found = []
     with pytest.warns(UserWarning, match="no backward pass ran"), block:
-        (entry,) = blocks.open_blocks
+        (entry,) = ambient.blocks
         in_thread(lambda: found.append(entry.listens))
         with disable():
             in_thread(lambda: found.append(entry.listens))
@@ -184,7 +196,7 @@ def test_one_block_object_in_two_threads(untouched) -> None:
         thread.start()
         assert current_inputs.wait(60)
         loss_of(models[0]).backward()
-    assert blocks.current_block() is None
+    assert current_block() is None
     left.set()
     thread.join()
     for model in models:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 import weakref
 from typing import Any
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
+from backpack._ambient import ambient
 from backpack._torch import called_compiled, fakes, in_transform, rows_in_transform
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
-from backpack.capture.passages import Passages, passages
+from backpack.capture.passages import passages
 from backpack.capture.recorder import Recorder
 from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
@@ -25,30 +25,14 @@ from backpack.capture.tracker import flatten, is_own
 from backpack.graph.outputs import ModelOutput
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, Recording, notes
 from backpack.graph.transformed import note_transformed
-from backpack.samples.axis import (
-    MADE,
-    SampleAxis,
-    current_inputs,
-    mark,
-    regular_axis,
-    sample_axis_of,
-    solo_axis,
-)
-
-
-class _State(threading.local):
-    recorder: Recorder | None = None
-    passages: Passages | None = None
-
-
-_state = _State()
+from backpack.samples.axis import MADE, SampleAxis, mark, regular_axis, sample_axis_of, solo_axis
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of extended modules: the outermost call opens a recording."""
     if torch.compiler.is_compiling():  # first of all, so that nothing else is traced
         return
-    recorder = _state.recorder
+    recorder = ambient.recorder
     if recorder is not None and recorder.live and in_transform():
         return recorder.enter_transform()
     if recorder is not None:
@@ -62,7 +46,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         # A forward pass that ended without its hook (KeyboardInterrupt). Its mode may lie below
         # others on torch's stack: it stays there, and passes everything on.
         recorder.close()
-        _state.recorder = None
+        ambient.recorder = None
         _forget()
     if not _recordable():
         return
@@ -72,11 +56,11 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
-    current_inputs.axes, current_inputs.written = _axes_of_inputs(recording, module, args, kwargs), {}
-    current_inputs.ids = frozenset(map(id, recording.arguments))
-    _state.recorder = Recorder(recording, after_forward)
-    _state.passages = passages(_state.recorder, module)
-    _state.recorder.__enter__()
+    ambient.axes, ambient.written = _axes_of_inputs(recording, module, args, kwargs), {}
+    ambient.ids = frozenset(map(id, recording.arguments))
+    ambient.recorder = Recorder(recording, after_forward)
+    ambient.passages = passages(ambient.recorder, module)
+    ambient.recorder.__enter__()
 
 
 def _note_transformed(module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -107,7 +91,7 @@ def _axes_of_inputs(
             recording.size = only.shape[dim]
             return {id(only): regular_axis(recording.size, dim)}
         recording.size = None if axis is None else axis.size
-        current_inputs.stated = () if axis is None else (axis,)
+        ambient.stated = () if axis is None else (axis,)
         return {}
     named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in flatten(x)]
     named += [(name, t) for name, x in kwargs.items() for t in flatten(x)]
@@ -126,7 +110,7 @@ def _axes_of_inputs(
     if said:
         return _beside(said, recording, tensors)
     marked = [axis for t in tensors if (axis := sample_axis_of(t)) is not None]
-    current_inputs.stated = tuple(marked)
+    ambient.stated = tuple(marked)
     free = [
         (name, t)
         for name, t in named
@@ -166,7 +150,7 @@ def _beside(said: Said, recording: Recording, tensors: list[Tensor]) -> dict[int
     """The axes that the user has stated; other inputs of as many rows as samples are guesses."""
     dim, size = recording.batch_dim, said[0][1].size
     recording.size, recording.stated = size, True
-    current_inputs.stated = tuple(axis for _, axis in said)
+    ambient.stated = tuple(axis for _, axis in said)
     own = [t for t in tensors if isinstance(t, nn.Parameter) and type(t) is not Tensor]
     axes = {
         id(t): regular_axis(size, dim, tentative=True)
@@ -184,7 +168,7 @@ def _beside(said: Said, recording: Recording, tensors: list[Tensor]) -> dict[int
 
 def current_recorder() -> Recorder | None:
     """What sees the forward pass of an extended module that runs in this thread."""
-    recorder = _state.recorder
+    recorder = ambient.recorder
     return recorder if recorder is not None and recorder.live else None
 
 
@@ -223,14 +207,14 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of extended modules (called also if forward raised): close the recording."""
     if torch.compiler.is_compiling():
         return
-    recorder = _state.recorder
+    recorder = ambient.recorder
     if recorder is None or recorder.recording.module() is not module:
         return
     recording = recorder.recording
     if recording.depth:
         recording.depth -= 1
         return
-    _state.recorder = None
+    ambient.recorder = None
     try:
         recorder.close()
         recorder.__exit__(None, None, None)
@@ -314,7 +298,7 @@ def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: T
     if torch.compiler.is_compiling():
         return
     node = output.grad_fn
-    if node is None or _state.recorder is not None or not _recordable():
+    if node is None or ambient.recorder is not None or not _recordable():
         return
     func, names = LOSS_MODULES[type(module)]
     f = args[0] if args else kwargs["input"]
@@ -328,8 +312,7 @@ def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: T
 
 def _forget() -> None:
     """What is known of tensors in a forward pass goes with it."""
-    if _state.passages is not None:
-        _state.passages.close()
-        _state.passages = None
-    current_inputs.axes, current_inputs.ids, current_inputs.written = {}, frozenset(), {}
-    current_inputs.stated = ()
+    if ambient.passages is not None:
+        ambient.passages.close()
+        ambient.passages = None
+    ambient.forget_forward()

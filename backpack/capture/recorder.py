@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from backpack._ambient import ambient
 from backpack._torch import (
     in_transform,
     modes_open,
@@ -34,7 +35,7 @@ from backpack.graph.transformed import note_transformed
 from backpack.losses.base import LOSSES
 from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.decompositions import OPENED
-from backpack.samples.axis import MARK, SampleAxis, current_inputs, mark, sample_axis_of
+from backpack.samples.axis import MARK, SampleAxis, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, argument, spellings
 from backpack.samples.propagate import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved
 
@@ -122,7 +123,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             self.touch(args, kwargs)
         if type(out) is not Tensor and type(out) in _PLAIN:
             return
-        usual = not (current_inputs.written or self.functions.touched)
+        usual = not (ambient.written or self.functions.touched)
         if usual and func in LAYERS and self._layer(func, args, kwargs, out):
             return
         key = None
@@ -140,7 +141,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         # Nearly all calls: data at one place of the graph or several alike, beside parameters or none.
         data: list[tuple[Tensor, SampleAxis]] = []
         sources = nested = False
-        axes = current_inputs.axes
+        axes = ambient.axes
         for a in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(a, Tensor):
                 batch = getattr(a, MARK, None) or axes.get(id(a))
@@ -217,7 +218,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 return False
             args = (*args, kwargs.get("weight"), kwargs.get("bias"), kwargs.get("eps", 1e-5))
         at, *own = LAYERS[func]
-        input, axes = args[at], current_inputs.axes
+        input, axes = args[at], ambient.axes
         axis: SampleAxis | None = getattr(input, MARK, None) or axes.get(id(input))
         if axis is None or axis.lost is not None or axis.picked is not None:
             return False
@@ -275,7 +276,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         out = func(*args, **kwargs)
         x = args[0]
         own = x.requires_grad and x.is_leaf and not isinstance(x, nn.Parameter)
-        if own and (sample_axis_of(x) is not None or id(x) in current_inputs.axes):
+        if own and (sample_axis_of(x) is not None or id(x) in ambient.axes):
             self.recording.entries.add(get_gradient_edge(x).node)
         return out
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from backpack._ambient import ambient
 from backpack._torch import without_torch_function
 from backpack.graph.taps import Recording
 from backpack.samples.aliases import Written
 from backpack.samples.axis import (
     SampleAxis,
     axis_of,
-    current_inputs,
     mark,
     memory_of,
     picked_axis,
@@ -88,13 +88,13 @@ def state(recording: Recording, x: Tensor, axis: SampleAxis) -> None:
     """From here on, ``x`` has this axis in a forward pass, and others no guessed one that disagrees."""
     recording.size, recording.stated = axis.size, True
     recording.inputs = []
-    current_inputs.stated = (*current_inputs.stated, axis)
-    axes = current_inputs.axes
+    ambient.stated = (*ambient.stated, axis)
+    axes = ambient.axes
     for given in recording.arguments:
         known = axes.get(id(given))
         if known is not None and known.size != axis.size:
             del axes[id(given)]
-    memory = current_inputs.written.get(memory_of(x))  # type: ignore[arg-type]
+    memory = ambient.written.get(memory_of(x))  # type: ignore[arg-type]
     if isinstance(memory, Written):
         memory.write(x, axis)
     mark(x, axis)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 
-# How often each thread has switched capture off. Not a thread's own state: autograd's threads for
-# devices ask for the thread that called backward.
-_switched_off: dict[int, int] = {}
+from backpack._ambient import ambient
 
 
 def captures(thread: int) -> bool:
     """Whether capture is on in a thread."""
-    return thread not in _switched_off
+    return thread not in ambient.switched_off
 
 
 class _StoreIO:
@@ -32,13 +30,13 @@ class disable:  # noqa: N801
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        _switched_off[thread] = _switched_off.get(thread, 0) + 1
+        ambient.switched_off[thread] = ambient.switched_off.get(thread, 0) + 1
 
     def __exit__(self, *exc: object) -> None:
         thread = threading.get_ident()
-        _switched_off[thread] -= 1
-        if not _switched_off[thread]:
-            del _switched_off[thread]
+        ambient.switched_off[thread] -= 1
+        if not ambient.switched_off[thread]:
+            del ambient.switched_off[thread]
 
     @staticmethod
     def should_store_io() -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from backpack._ambient import ambient
 from backpack.capture.switch import captures
 from backpack.engine.left_out import LeftOut, Mode
 from backpack.quantities.base import BackpropExtension
@@ -90,7 +91,7 @@ class Block:
         new = {id(p): p for p in parameters}
         fields = {ext.savefield for ext in self.owner.extensions}
         with _expecting:
-            for other in list(open_blocks):
+            for other in list(ambient.blocks):
                 same = fields & {ext.savefield for ext in other.owner.extensions}
                 if other.thread != self.thread and same:
                     taken = next((p for key, p in new.items() if key in other.expected), None)
@@ -113,33 +114,32 @@ class Block:
         return self.owner.active and captures(self.thread)
 
 
-open_blocks: list[Block] = []
 # Held while a block looks at what those of other threads expect.
 _expecting = threading.Lock()
 
 
 def current_block() -> Block | None:
     """The innermost block of this thread; autograd's device threads share the only thread's."""
-    if not open_blocks:
+    if not ambient.blocks:
         return None
     ident = threading.get_ident()
-    for block in reversed(open_blocks):
+    for block in reversed(ambient.blocks):
         if block.thread == ident:
             return block
     for thread in threading.enumerate():
         if thread.ident == ident and not isinstance(thread, threading._DummyThread):
             return None
-    if len({block.thread for block in open_blocks}) > 1:
+    if len({block.thread for block in ambient.blocks}) > 1:
         raise RuntimeError(
             "several threads have entered backpack(...), and a backward pass on a device cannot be "
             "told apart between them; let one thread at a time use backpack"
         )
-    return open_blocks[-1]
+    return ambient.blocks[-1]
 
 
 def mark_used(thread: int) -> None:
     """A backward pass runs in this thread."""
-    for block in open_blocks:
+    for block in ambient.blocks:
         if block.thread == thread:
             block.used = True
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from backpack._ambient import ambient
 from backpack._torch import (
     call_at_end,
     current_node,
@@ -26,14 +27,7 @@ from backpack._torch import (
 from backpack.capture import loss_records
 from backpack.engine.direct import fill, fills, pass_down
 from backpack.engine.run import Run
-from backpack.engine.state import (
-    Block,
-    Nested,
-    Options,
-    current_block,
-    mark_used,
-    open_blocks,
-)
+from backpack.engine.state import Block, Nested, Options, current_block, mark_used
 from backpack.graph.outputs import LossRecord
 from backpack.graph.taps import Recording
 from backpack.quantities.matrix_products import Product
@@ -49,7 +43,7 @@ class WatchedBlock(Block):
     def open(self) -> None:
         """From now on, calls of its thread are seen."""
         self.compile_again = uncompiled_calls()
-        open_blocks.append(self)
+        ambient.blocks.append(self)
         self.watch.__enter__()
 
     def close(self) -> None:
@@ -59,7 +53,7 @@ class WatchedBlock(Block):
         finally:
             self.compile_again()
             del self.watch  # which refers to the block
-            open_blocks.remove(self)
+            ambient.blocks.remove(self)
             for run in list(self.runs.values()):
                 run.abort()
             self.runs.clear()

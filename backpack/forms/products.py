@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from backpack._ambient import ambient, within
 from backpack._torch import has_values
 from backpack.forms.memory import fresh
 
@@ -20,28 +17,14 @@ MIRRORED = 2**26
 LARGEST_KEPT = 2**11
 
 
-class _Grams(threading.local):
-    """Products already made of columns at one place, while they are reduced for several parameters."""
-
-    known: list[tuple[Tensor, Tensor]] | None = None
-
-
-_grams = _Grams()
-
-
-@contextmanager
-def products_kept() -> Iterator[None]:
+def products_kept() -> within:
     """Within the block, :func:`gram` of the same entries is computed once."""
-    outer, _grams.known = _grams.known, []
-    try:
-        yield
-    finally:
-        _grams.known = outer
+    return within(grams=[])
 
 
 def gram(x: Tensor) -> Tensor:
     """``x^T x``, a new tensor."""
-    known = _grams.known if x.shape[1] <= LARGEST_KEPT and not torch.is_grad_enabled() else None
+    known = ambient.grams if x.shape[1] <= LARGEST_KEPT and not torch.is_grad_enabled() else None
     known = known if has_values(x) else None
     for y, product in known or ():
         if (y.data_ptr(), y.shape, y.stride()) == (x.data_ptr(), x.shape, x.stride()):

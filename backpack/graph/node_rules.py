@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack._ambient import within
 from backpack.forms.base import Dense, Form
 from backpack.graph.nodes import kind_of
 from backpack.graph.origins import source_at
@@ -20,7 +21,7 @@ from backpack.graph.tangents import vector_jacobian
 from backpack.graph.taps import Source
 from backpack.rules.base import RULES
 from backpack.rules.elementwise import reduce_to
-from backpack.samples.axis import SampleAxis, entering
+from backpack.samples.axis import SampleAxis
 
 # By the number of axes of what they take.
 _CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
@@ -108,7 +109,7 @@ def _asked(
 ) -> Callable[[Tensor], Form] | None:
     """What the rule of an operation says of its argument at a place (the weight, or the bias)."""
     x = x.detach() if not torch.is_grad_enabled() else x
-    with entering({id(x): axis}):
+    with within(axes={id(x): axis}):
         pairs = RULES[function](axis, x, weight, *more)
     wanted = weight if place == 1 else more[0]
     for tensor, form in pairs or ():

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack._ambient import within
 from backpack.forms.base import Form
 from backpack.forms.several import among
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, ToForm
 from backpack.rules.fallback import fallback
-from backpack.samples.axis import SampleAxis, current_inputs
+from backpack.samples.axis import SampleAxis
 
 # Plain layers, one node of one output each: places of the input, the weight and the bias (if there is
 # one) among their arguments.
@@ -155,15 +156,12 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            before, current_inputs.axes = current_inputs.axes, {id(self.args[at]): self.own}
-            try:
+            with within(axes={id(self.args[at]): self.own}):
                 pairs = RULES[self.func](self.own, *self.args)
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]
                     pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
-            finally:
-                current_inputs.axes = before
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack._ambient import ambient, within
 from backpack.forms.base import Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.outer import Outer
@@ -21,40 +20,26 @@ from backpack.samples.axis import SampleAxis, sample_axis_of
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
-class _Kept(threading.local):
-    values: dict[Any, Tensor | Patches] | None = None
-    size: int = 0
-
-
-_kept = _Kept()
-
-
-@contextmanager
-def patches_kept() -> Iterator[None]:
+def patches_kept() -> within:
     """Within the block, patches of the same input are made once, as far as memory goes."""
-    outer = _kept.values, _kept.size
-    _kept.values, _kept.size = {}, 0
-    try:
-        yield
-    finally:
-        _kept.values, _kept.size = outer
+    return within(patches={}, patch_bytes=0)
 
 
 def kept(key: Any, compute: Callable[[], Tensor | Patches]) -> Tensor | Patches:
     """Patches, written out once at most within :func:`patches_kept`."""
-    if _kept.values is None:
+    if ambient.patches is None:
         return compute()
     key = key, torch.is_grad_enabled()  # those of one mode are not differentiable in the other
-    if key in _kept.values:
-        return _kept.values[key]
+    if key in ambient.patches:
+        return ambient.patches[key]
     value = compute()
     like = value.windows if isinstance(value, Patches) else value
     size = value.shape.numel() * like.element_size()
-    if _kept.size + size <= KEPT_BYTES.get(like.device.type, 2**28):
+    if ambient.patch_bytes + size <= KEPT_BYTES.get(like.device.type, 2**28):
         if isinstance(value, Patches):
             value.keep = True
-        _kept.values[key] = value
-        _kept.size += size
+        ambient.patches[key] = value
+        ambient.patch_bytes += size
     return value
 
 

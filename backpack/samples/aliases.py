@@ -17,17 +17,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from backpack._ambient import ambient
 from backpack._torch import storage_users
-from backpack.samples.axis import (
-    NOBODY,
-    SampleAxis,
-    axis_of,
-    current_inputs,
-    mark,
-    memory_of,
-    noted,
-    owners_of,
-)
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of, mark, memory_of, noted, owners_of
 
 # The owner of entries in which samples are mixed.
 _MIXED = NOBODY - 1
@@ -104,14 +96,14 @@ def wrote(tensor: Tensor, before: SampleAxis | None, after: SampleAxis, shared: 
         shared: whether others looked at the same memory before.
     """
     key = memory_of(tensor)
-    memory = None if key is None else current_inputs.written.get(key)
+    memory = None if key is None else ambient.written.get(key)
     if memory is None and (key is None or not shared or _same(before, after)):
         mark(tensor, after)
         return
     assert key is not None
     if memory is None:
         memory = _begun(tensor, before, after.size)
-        current_inputs.written = {**current_inputs.written, key: memory}
+        ambient.written = {**ambient.written, key: memory}
     assert isinstance(memory, Written)
     memory.write(tensor, after)
     mark(tensor, after)
@@ -135,7 +127,7 @@ def _begun(tensor: Tensor, before: SampleAxis | None, size: int) -> Written:
     """What was known before the first write, from the marks of a tensor and of what it is a view of."""
     address, requires_grad = memory_of(tensor)  # type: ignore[misc]
     memory = Written(tensor, size)
-    constant = current_inputs.written.get((address, False)) if requires_grad else None
+    constant = ambient.written.get((address, False)) if requires_grad else None
     if isinstance(constant, Written):  # no more than values so far
         memory.owners.copy_(constant.owners)
         memory.certain = constant.certain

@@ -11,15 +11,15 @@ where it is; those that move, merge, drop or mix it are listed in ``movers.py``,
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from backpack._ambient import ambient
 
 MARK = "_backpack_batch"
 
@@ -328,40 +328,8 @@ class Memory(Protocol):
         """The sample axis of a tensor that looks at this memory."""
 
 
-class _Inputs(threading.local):
-    """What is known of tensors other than by marks on them, in the forward pass of this thread.
-
-    Inputs belong to the user, who may pass them elsewhere too: their axes are not noted on them.
-
-    Attributes:
-        axes: sample axes of the inputs, by the inputs' ids.
-        ids: ids of all inputs.
-        written: memory that was written through one of several tensors, by its address and whether
-            who look at it require grad.
-        stated: axes that the user has stated. Rows that nobody has written to may belong to any sample.
-    """
-
-    axes: dict[int, SampleAxis] = {}
-    ids: frozenset[int] = frozenset()
-    written: dict[tuple[int, bool], Memory] = {}
-    stated: tuple[SampleAxis, ...] = ()
-
-
-current_inputs = _Inputs()
-
-
-@contextmanager
-def entering(axes: dict[int, SampleAxis]) -> Iterator[None]:
-    """Within the block, these are the axes of inputs; also if it raises, the former ones afterwards."""
-    before, current_inputs.axes = current_inputs.axes, axes
-    try:
-        yield
-    finally:
-        current_inputs.axes = before
-
-
 def memory_of(tensor: Tensor) -> tuple[int, bool] | None:
-    """The key of ``current_inputs.written``; ``None`` for tensors that are not laid out in memory."""
+    """The key of ``ambient.written``; ``None`` for tensors that are not laid out in memory."""
     if tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage()._cdata, tensor.requires_grad
@@ -369,8 +337,8 @@ def memory_of(tensor: Tensor) -> tuple[int, bool] | None:
 
 def sample_axis_of(tensor: Tensor) -> SampleAxis | None:
     """The sample axis of ``tensor``; ``None`` if it does not depend on the data."""
-    if current_inputs.written and not (tensor.is_leaf and tensor.requires_grad):
-        memory = current_inputs.written.get(memory_of(tensor))  # type: ignore[arg-type]
+    if ambient.written and not (tensor.is_leaf and tensor.requires_grad):
+        memory = ambient.written.get(memory_of(tensor))  # type: ignore[arg-type]
         if memory is not None:
             return memory.axis(tensor)
     return noted(tensor)
@@ -379,12 +347,12 @@ def sample_axis_of(tensor: Tensor) -> SampleAxis | None:
 def noted(tensor: Tensor) -> SampleAxis | None:
     """What is noted for the tensor itself, whatever was written to its memory later."""
     batch = getattr(tensor, MARK, None)
-    return current_inputs.axes.get(id(tensor)) if batch is None else batch
+    return ambient.axes.get(id(tensor)) if batch is None else batch
 
 
 def mark(tensor: Tensor, batch: SampleAxis) -> None:
     """Note the sample axis on the tensor object itself, so that nothing is kept alive."""
-    if id(tensor) in current_inputs.ids and not hasattr(tensor, MARK):
-        current_inputs.axes[id(tensor)] = batch
+    if id(tensor) in ambient.ids and not hasattr(tensor, MARK):
+        ambient.axes[id(tensor)] = batch
     else:
         setattr(tensor, MARK, batch)

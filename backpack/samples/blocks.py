@@ -9,13 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import (
-    NOBODY,
-    SampleAxis,
-    axis_of,
-    current_inputs,
-    sample_axis_of,
-)
+from backpack._ambient import ambient
+from backpack.samples.axis import NOBODY, SampleAxis, axis_of, sample_axis_of
 from backpack.samples.movers import argument, mover
 
 
@@ -54,7 +49,7 @@ def axis_by_groups(
     free = highest == NOBODY
     if bool(free.any()):
         # Rows that are made from nothing are anybody's.
-        for known in current_inputs.stated:
+        for known in ambient.stated:
             if known.length == count and not known.bare and known.size == batch.size:
                 here = known.sample_ids(ids.device)
                 if bool((free | (here == highest)).all()):

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.samples.axis import (
-    SampleAxis,
-    current_inputs,
-    owners_of,
-    regular_axis,
-    sample_axis_of,
-)
+from backpack._ambient import ambient
+from backpack.samples.axis import SampleAxis, owners_of, regular_axis, sample_axis_of
 from backpack.samples.entries import FREE, Call, coded, decoded, moves_entries
 from backpack.samples.movers import argument, mover
 
@@ -95,7 +90,7 @@ def assigned(
     if own is None or (own.tentative > source.tentative and not target.requires_grad):
         guess = source.tentative
         candidates = [regular_axis(source.size, d, tentative=guess) for d in range(target.dim())]
-        for known in (*(() if guess else current_inputs.stated), source):
+        for known in (*(() if guess else ambient.stated), source):
             candidates += [known.moved(d) for d in range(target.dim())]
         for axis in candidates:
             if fits(axis):
