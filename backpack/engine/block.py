@@ -87,8 +87,8 @@ class backpack:  # noqa: N801
             accumulated and hooks of parameters are called, once all quantities are there; until then
             output gradients of all layers are held. What has no form, or not all of its gradient in it
             (inputs, weight decay, sparse tables), gets autograd's from the same pass. The pass is an
-            ordinary one without quantities of first order, and while ``DistributedDataParallel`` learns
-            a static graph.
+            ordinary one without quantities of first order, while ``DistributedDataParallel`` learns a
+            static graph, and where tensors inside of a model keep their gradients (``retain_grad()``).
         parameters: compute quantities of these parameters only; by default of all that have a gradient.
         certify: how often to try out, by two more passes through the graph, that below the model's
             output samples are apart as it seemed in the forward pass: ``"once"`` for each model and
@@ -306,7 +306,9 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         # Looked up each time: tools that watch backward passes put their own functions there.
         if func is not Tensor.backward and func is not torch.autograd.grad:  # nearly all calls
-            return func(*args, **kwargs) if kwargs else func(*args)
+            result = func(*args, **kwargs) if kwargs else func(*args)
+            self.block.made.note(result)
+            return result
         kwargs = kwargs or {}
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
         if products and not self.block.nested:
@@ -354,6 +356,7 @@ class _Watch(TorchFunctionMode):
         outer = block.roots, block.wanted, block.complete
         mark_used(block.thread)
         plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
+        block.made.note(outputs)
         if block.nested or not plain or not block.owner.active or current_block() is not block:
             return func(*args, **kwargs)
         if fakes():

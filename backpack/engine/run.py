@@ -54,6 +54,7 @@ from backpack.graph.forwards import (
     several_forwards,
     unseen_group,
 )
+from backpack.graph.retained import retaining
 from backpack.graph.survey import Graph, survey
 from backpack.graph.taps import LossRecord, Source, Tap
 from backpack.kronecker.block import KroneckerBlock
@@ -132,6 +133,7 @@ class Run:
 
     def begin(self) -> None:
         """Survey the graph, check that nothing is missed, and listen at taps and parameters."""
+        self.block.retaining = retaining(self.block.thread)
         roots = self.block.roots
         if roots is None:
             return
@@ -667,6 +669,7 @@ class Run:
         self.uses.clear()
         self.modules.clear()
         self.inputs.clear()
+        self.block.retaining = []
         self.graph = NOTHING
         number_alike(self.groups)
 

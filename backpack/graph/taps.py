@@ -22,6 +22,7 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.outer import Outer
 from backpack.forms.several import Part, Pullback, among, of_one
 from backpack.graph.nodes import IDENTITY, kind_of
+from backpack.graph.retained import Made
 from backpack.losses.base import LossHessian
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, Pairs, ToForm
 from backpack.rules.fallback import fallback
@@ -224,6 +225,7 @@ class Recording:
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
+        made: the tensors that were made, weakly: their gradients may be kept.
     """
 
     module: weakref.ref[nn.Module]
@@ -243,6 +245,7 @@ class Recording:
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None
+    made: Made = field(default_factory=Made)
     number: int = field(default_factory=itertools.count().__next__)
     place: tuple[int, int] | None = None
     _among: dict[SampleAxis, SampleAxis] = field(default_factory=dict)
