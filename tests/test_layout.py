@@ -22,8 +22,8 @@ ROOMS = {
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         packed fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
-    "graph": """nodes taps outputs origins making transformed scaling tangents tracing carry derived
-        recognised node_rules above region followed differentiated residuals unseen survey forwards""",
+    "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
+        derived recognised node_rules above region followed differentiated residuals unseen survey forwards""",
     "capture": """switch functions contest inputs said loss_records tracker in_place sequences recorder
         passages hooks marks extend""",
     "sources": "columns at_output curvature_map entries hessian kfra table",

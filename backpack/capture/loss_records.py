@@ -48,6 +48,7 @@ def note_loss(
         named = [kwargs[name] for name in ("input", "target") if name in kwargs]
         _, *others = [t for t in (*args, *named) if isinstance(t, Tensor)]
         record.inputs = lambda: (first(), *others)
+    recording.made.note(f)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: on_backward(recording, record, grads))
 

@@ -91,10 +91,13 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         route = _ROUTES.get(func)
         if route is not None:
-            return route(self, func, args, kwargs or {})
+            out = route(self, func, args, kwargs or {})
+            self.recording.made.note(out)
+            return out
         if kwargs and kwargs.get("out") is not None:
             return self.write_into(func, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
+        self.recording.made.note(out)
         # The user's forward pass goes on, whatever happens here. Other modes are told of none of it.
         try:
             if modes_open():

@@ -64,8 +64,8 @@ class backpack:  # noqa: N801
             accumulated and hooks of parameters are called, once all quantities are there; until then
             output gradients of all layers are held. What has no form, or not all of its gradient in it
             (inputs, weight decay, sparse tables), gets autograd's from the same pass. The pass is an
-            ordinary one without quantities of first order, and while ``DistributedDataParallel`` learns
-            a static graph.
+            ordinary one without quantities of first order, while ``DistributedDataParallel`` learns a
+            static graph, and where tensors inside of a model keep their gradients (``retain_grad()``).
         parameters: compute quantities of these parameters only; by default of all that have a gradient.
         certify: how often to try out, by two more passes through the graph, that below the model's
             output samples are apart as it seemed in the forward pass: ``"once"`` for each model and

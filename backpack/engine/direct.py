@@ -21,6 +21,7 @@ from backpack.engine.refusals import Names
 from backpack.engine.run import Run
 from backpack.engine.state import Block, Nested
 from backpack.graph.nodes import walk
+from backpack.graph.retained import retaining
 from backpack.sources.table import LossGradient
 
 
@@ -39,8 +40,9 @@ def pass_down(block: Block, keeps: bool) -> None:
 def fills(block: Block) -> bool:
     """Whether ``p.grad`` is to come from forms, in this pass.
 
-    Without quantities of first order there is nothing that it would be a by-product of; and a static
-    graph of ``DistributedDataParallel`` is learned in an ordinary pass.
+    Without quantities of first order there is nothing that it would be a by-product of; a static graph
+    of ``DistributedDataParallel`` is learned in an ordinary pass, and tensors inside of a model keep
+    their gradients (``retain_grad()``) in one.
     """
     assert block.roots is not None
     exts = block.owner.extensions
@@ -48,7 +50,17 @@ def fills(block: Block) -> bool:
         block.owner.gradient == "forms"
         and any(isinstance(ext.source, LossGradient) for ext in exts)
         and not static_graphs(edge.node for edge, _ in block.roots)
+        and not _retains(block)
     )
+
+
+def _retains(block: Block) -> bool:
+    """Whether a tensor between the leaves and where the pass starts keeps its gradient."""
+    tensors = retaining(block.thread)
+    if not tensors:
+        return False
+    nodes = set(walk(edge.node for edge, _ in block.roots or ()))
+    return any(tensor.grad_fn in nodes for tensor in tensors)
 
 
 def fill(block: Block, keeps: bool, inputs: Sequence[Tensor | GradientEdge] | None) -> None:

@@ -152,5 +152,6 @@ class PassState:
         self.uses.clear()
         self.modules.clear()
         self.inputs.clear()
+        self.block.retaining = []
         self.graph = NOTHING
         number_alike(self.groups)

@@ -30,6 +30,7 @@ from backpack.engine.shards import (
     shards_below,
 )
 from backpack.engine.state import Nested, current_block
+from backpack.graph.retained import retaining
 from backpack.graph.survey import Graph
 from backpack.quantities import products
 from backpack.sources.columns import cotangent_places
@@ -40,6 +41,7 @@ class Run(Listening):
 
     def begin(self) -> None:
         """Survey the graph, check that nothing is missed, and listen at taps and parameters."""
+        self.block.retaining = retaining(self.block.thread)
         roots = self.block.roots
         if roots is None:
             return

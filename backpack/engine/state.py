@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from backpack._ambient import ambient
 from backpack.capture.switch import captures
 from backpack.engine.left_out import LeftOut, Mode
+from backpack.graph.retained import Made, Untouched
 from backpack.quantities.base import BackpropExtension
 from backpack.quantities.combining import Rule
 from backpack.quantities.processes import Processes
@@ -65,6 +66,8 @@ class Block:
         expected: parameters that took part in its passes, by ids; their earlier values go at its end.
         saved: fields that were saved in it, with ids of their parameters.
         wrappers: ``DistributedDataParallel`` models whose first backward pass this may be.
+        made: tensors that were made in it, weakly.
+        retaining: those inside of models that keep their gradients, while a pass runs.
     """
 
     def __init__(self, owner: Options) -> None:
@@ -80,6 +83,8 @@ class Block:
         self.expected: dict[int, Tensor] = {}
         self.saved: set[tuple[int, str]] = set()
         self.wrappers: list[Any] = []
+        self.made = Made()
+        self.retaining: list[Tensor] = []
 
     def expect(self, parameters: Iterable[Tensor]) -> Tensor | None:
         """Parameters whose values will be this block's.
@@ -148,15 +153,18 @@ class Nested:
     """Hooks that fire while backpack itself differentiates are not meant for it.
 
     Nor is its pass the one at whose end ``DistributedDataParallel`` exchanges gradients, where a static
-    graph is to be learned.
+    graph is to be learned. Tensors that keep their gradients (``retain_grad()``) keep none of it.
     """
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.asleep: list[Any] = []
+        self.untouched = Untouched(block.retaining) if block.retaining else None
 
     def __enter__(self) -> None:
         self.block.nested += 1
+        if self.untouched is not None:
+            self.untouched.__enter__()
         for each in self.block.wrappers:
             if not each._static_graph_delay_allreduce_enqueued:
                 each._static_graph_delay_allreduce_enqueued = True
@@ -164,6 +172,8 @@ class Nested:
 
     def __exit__(self, *exc: object) -> None:
         self.block.nested -= 1
+        if self.untouched is not None:
+            self.untouched.__exit__(*exc)
         for each in self.asleep:
             each._static_graph_delay_allreduce_enqueued = False
         self.asleep.clear()

@@ -73,7 +73,9 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         # Looked up each time: tools that watch backward passes put their own functions there.
         if func is not Tensor.backward and func is not torch.autograd.grad:  # nearly all calls
-            return func(*args, **kwargs) if kwargs else func(*args)
+            result = func(*args, **kwargs) if kwargs else func(*args)
+            self.block.made.note(result)
+            return result
         kwargs = kwargs or {}
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
         if products and not self.block.nested:
@@ -121,6 +123,7 @@ class _Watch(TorchFunctionMode):
         outer = block.roots, block.wanted, block.complete
         mark_used(block.thread)
         plain = all(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs)
+        block.made.note(outputs)
         if block.nested or not plain or not block.owner.active or current_block() is not block:
             return func(*args, **kwargs)
         if fakes():

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._ambient import within
 from backpack.forms.base import Form
 from backpack.forms.several import among
+from backpack.graph.retained import Made
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, ToForm
 from backpack.rules.fallback import fallback
 from backpack.samples.axis import SampleAxis
@@ -210,6 +211,7 @@ class Recording:
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
+        made: the tensors that were made, weakly: their gradients may be kept.
     """
 
     module: weakref.ref[nn.Module]
@@ -229,6 +231,7 @@ class Recording:
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None
+    made: Made = field(default_factory=Made)
     number: int = field(default_factory=itertools.count().__next__)
     place: tuple[int, int] | None = None
     _among: dict[SampleAxis, SampleAxis] = field(default_factory=dict)
