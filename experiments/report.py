@@ -84,7 +84,7 @@ def _curve(chosen: Chosen, name: str) -> np.ndarray:
 def tables(runs: list[Record], times: list[Record]) -> Iterator[str]:
     """One Markdown table for each problem and budget, and one of step times for each problem."""
     for budget, chosen in choose(runs).items():
-        yield f"### {PROBLEMS[budget[0]].title}\n\n{budget_text(budget, chosen)}\n\n{_finals(chosen)}\n"
+        yield f"### {PROBLEMS[budget[0]].title}\n\n{budget_text(budget, chosen)}\n\n{finals(chosen)}\n"
     for record in times:
         head = ["optimizer", "ms / step", "x SGD"]
         fastest = {name: min(seconds) for name, seconds in record["seconds"].items()}
@@ -97,7 +97,7 @@ def tables(runs: list[Record], times: list[Record]) -> Iterator[str]:
         yield f"### Time of a step: {title}\n\n{table(head, rows)}\n"
 
 
-def _finals(chosen: list[Chosen]) -> str:
+def finals(chosen: list[Chosen]) -> str:
     """Chosen settings, medians over seeds, and how soon the first-order optimizers' loss is reached."""
     head = ["optimizer", "lr", "damping", "settings", "train loss", "validation accuracy"]
     head += ["test accuracy (range)", "s / epoch", "epochs to target", "s to target"]
