@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel sdist release coverage test-slow test-triton test-browser gpu versions experiments clients zoo support
+.PHONY: demo test smoke wheel sdist release coverage stranger test-slow test-triton test-browser gpu versions experiments clients zoo support
 .PHONY: bench bench-quick bench-large bench-influence bench-cockpit bench-vivit bench-regressions
 .PHONY: docs check-site
 .PHONY: lint format clean
@@ -62,6 +62,11 @@ release: $(STAMPS)/release
 coverage: $(STAMPS)/test $(STAMPS)/coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=backpack --cov-report=term:skip-covered \
 		--cov-report=html $(COVERED)
+
+# A fresh clone, its two commands, and every how-to copied from its page; minutes for each. PACKAGES=--packages takes
+# those that need transformers, Lightning and TensorBoard, too.
+stranger:
+	$(PYTHON) tests/stranger.py $(PACKAGES)
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
