@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.libraries import COMBINED, EXTEND, GRADIENT, QUANTITIES
-from benchmarks.report import Cell, Entry, cell, number, standard
+from benchmarks.report import TITLES, Cell, Entry, cell, number, standard
 
 ROOT = Path(__file__).parents[1]
 COSTS = ROOT / "benchmarks" / "results" / "2026-11-21-2-cores.json"
 OPTIMIZERS = ROOT / "benchmarks" / "results" / "optimizers.json"
 TRAINING = ROOT / "experiments" / "results" / "2026-11-21-2-cores.json"
-PAGES = {"networks": "docs/costs.md", "digits": "docs/experiments.md", "optimizers": "docs/optim.md"}
+LOW_RANK = ROOT / "benchmarks" / "results" / "vivit.json"
+LOW_RANK_KINDS = "eigenvalues", "pairs", "derivatives", "newton"
+PAGES = {
+    **{"networks": "docs/costs.md", "optimizers": "docs/optim.md"},
+    **{"low_rank": "docs/vivit.md", "digits": "docs/experiments.md"},
+}
 NETWORKS = {
     "3c3d": "3C3D, 32 images",
     "mlp": "MLP 784-512-256-10, 128 samples",
@@ -105,6 +110,33 @@ def digits() -> str:
     kept |= {"s / epoch": "s / epoch"}
     rows = [[each.strip() for each in line.strip("|").split("|")] for line in lines]
     return plain(list(kept.values()), [[row[names.index(name)] for name in kept] for row in rows])
+
+
+def low_rank() -> str:
+    """Eigenvalues, eigenvectors and steps, beside the original."""
+    found: dict[str, Any] = results(LOW_RANK)
+    about = found["machine"]
+    rows = []
+    for problem, each in found["problems"].items():
+        kind = "exact" if f"{LOW_RANK_KINDS[0]}, exact" in each["libraries"]["low-rank"] else "sampled"
+        row = [f"{TITLES.get(problem, problem)}, {each['batch']} samples, {kind} columns"]
+        for name in LOW_RANK_KINDS:
+            ours, theirs = (
+                each["libraries"][library][f"{name}, {kind}"]
+                for library in ("low-rank", "vivit-for-pytorch")
+            )
+            texts = [
+                f"{c['minimum']:.2g} s, {c['bytes'] / 1e6:.0f} MB" if "minimum" in c else "fails"
+                for c in (ours, theirs)
+            ]
+            row.append(f"{texts[0]} ({texts[1]})")
+        rows.append(row)
+    head = ["", "all eigenvalues", "ten pairs", "their slopes and curvatures", "a damped Newton step"]
+    return (
+        f"Seconds and memory beyond the network's; in parentheses those of vivit-for-pytorch "
+        f"{found['versions']['vivit-for-pytorch']}\n({about['cpu']}, {about['cores']} cores, torch "
+        f"{about['torch']}, {found['date']}; the least of several turns):\n\n" + plain(head, rows)
+    )
 
 
 def optimizers() -> str:

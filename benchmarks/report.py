@@ -25,6 +25,7 @@ TITLES = {
     "2c2d": "2C2D",
     "3c3d": "3C3D",
     "allcnnc": "All-CNN-C",
+    "resnet-32": "ResNet-32",
     "wrn-16-4": "WideResNet 16-4",
     "char-lstm": "char-LSTM",
     "gpt2": "GPT-2, 4 layers",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import pictures, report
+from benchmarks import pictures, report, vivit
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("2*-cores.json"))
 
@@ -16,6 +16,11 @@ RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("2*
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_tables_are_those_of_the_results(path: Path) -> None:
     assert path.with_suffix(".md").read_text() == report.markdown(json.loads(path.read_text()))
+
+
+def test_tables_of_low_rank_curvature() -> None:
+    path = RESULTS[-1].with_name("vivit.json")
+    assert path.with_suffix(".md").read_text() == vivit.markdown(json.loads(path.read_text()))
 
 
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
