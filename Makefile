@@ -11,7 +11,7 @@ PEERS := .venv-peers
 ZOO := .venv-zoo
 TRITON := .venv-triton
 
-.PHONY: demo test smoke wheel sdist coverage test-slow test-triton test-browser gpu versions experiments clients zoo support
+.PHONY: demo test smoke wheel sdist release coverage stranger test-slow test-triton test-browser gpu versions experiments clients zoo support
 .PHONY: bench bench-quick bench-large bench-influence bench-cockpit bench-vivit bench-regressions
 .PHONY: docs check-site
 .PHONY: lint format clean
@@ -50,10 +50,23 @@ sdist: $(STAMPS)/test $(STAMPS)/release
 	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q -n 0 \
 		tests/test_smoke.py tests/test_layout.py tests/test_pages.py tests/test_howto.py tests/test_support.py
 
+# What goes to a package index: ADDRESS is where the repository is, for links of the README.
+release: $(STAMPS)/release
+	test -n "$(ADDRESS)"
+	rm -rf build/release && mkdir -p build/release/tree
+	git archive HEAD | tar -x --directory build/release/tree
+	$(BIN)/python docs/absolute.py $(ADDRESS) build/release/tree
+	$(BIN)/python -m build --outdir build/release build/release/tree
+
 # Which lines of the library no test reaches: a table, and htmlcov/index.html.
 coverage: $(STAMPS)/test $(STAMPS)/coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=backpack --cov-report=term:skip-covered \
 		--cov-report=html $(COVERED)
+
+# A fresh clone, its two commands, and every how-to copied from its page; minutes for each. PACKAGES=--packages takes
+# those that need transformers, Lightning and TensorBoard, too.
+stranger:
+	$(PYTHON) tests/stranger.py $(PACKAGES)
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow

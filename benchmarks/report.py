@@ -1,4 +1,4 @@
-"""Tables and pictures of results.
+"""Tables of results; pictures of them are drawn by :mod:`benchmarks.pictures`.
 
 python -m benchmarks.report benchmarks/results/<date>-<machine>.json
 """
@@ -11,24 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.libraries import COMBINED, EXTEND, FIRST_ORDER, GRADIENT, LIBRARIES, QUANTITIES
+from benchmarks.libraries import GRADIENT, LIBRARIES, QUANTITIES
 
 Cell = dict[str, Any]
 Entry = dict[str, Any]
 
-# Multiples of the plain gradient that this library should not exceed.
-GOALS_FOR = ("3c3d", "mlp", "char-lstm")
-GOALS: dict[str, tuple[float | None, float | None, float | None]] = {
-    EXTEND: (1.03, 1.05, 1.1),
-    "BatchGrad": (2.5, 25, 3),
-    "BatchL2Grad": (1.5, 1.25, 3),
-    "SumGradSquared": (1.6, 1.3, 3),
-    "Variance": (1.65, 1.35, 3),
-    "DiagGGNMC": (1.8, 1.6, 5),
-    "DiagGGNExact": (7.5, 2.5, None),
-    "KFAC": (2.2, 2.0, None),
-    "KFLR": (5, 5, None),
-}
+# Other ways of a library that is listed by itself.
+OPTIONS = "ours-no-gradient", "ours-forms", "opacus-ghost"
 SECOND_ORDER = ("DiagGGNMC", "DiagGGNExact", "KFAC", "KFLR", "DiagHessian")
 TITLES = {
     "logreg": "logistic regression",
@@ -36,6 +25,7 @@ TITLES = {
     "2c2d": "2C2D",
     "3c3d": "3C3D",
     "allcnnc": "All-CNN-C",
+    "resnet-32": "ResNet-32",
     "wrn-16-4": "WideResNet 16-4",
     "char-lstm": "char-LSTM",
     "gpt2": "GPT-2, 4 layers",
@@ -71,32 +61,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def versions(results: Entry) -> str:
+    """Of torch and of each library, once; `ours` and its options are this library."""
+    known = {"ours": "this library", "torch.func": "torch"}
+    said = {name: version for name, version in results["versions"].items() if name not in OPTIONS}
+    return ", ".join(f"{known.get(name, name)} {version}" for name, version in said.items())
+
+
 def mark(found: Cell) -> str:
     """The ratio, or why there is none."""
     if "ratio" in found:
         return number(found["ratio"]) + (" (differs)" if found.get("agrees") is False else "")
     return "fails" if "failed" in found else "skipped" if "skipped" in found else ""
-
-
-def goals(results: Entry) -> str:
-    """The table that says how far there is to go."""
-    entries = {each["problem"]: each for each in standard(results)}
-    head = ["quantity"]
-    for name in GOALS_FOR:
-        head += [f"{TITLES[name]}: backpack-for-pytorch", "ours", "to reach"]
-    rows = []
-    for quantity in (*GOALS, "DiagHessian", COMBINED):
-        row = [quantity]
-        for j, name in enumerate(GOALS_FOR):
-            entry = entries.get(name)
-            goal = GOALS[quantity][j] if quantity in GOALS else None
-            theirs, ours = (
-                cell(entry, library, quantity) for library in ("backpack-for-pytorch", "ours")
-            )
-            reached = goal is not None and ours.get("ratio", goal + 1) <= goal
-            row += [mark(theirs), f"**{mark(ours)}**" if reached else mark(ours), number(goal) or "-"]
-        rows.append(row)
-    return table(head, rows)
 
 
 def problem(entry: Entry) -> str:
@@ -174,15 +150,12 @@ def markdown(results: Entry) -> str:
     place = f"{about['cpu']}, {about['cores']} cores, {about['memory'] / 2**30:.0f} GB"
     place += f", {about['gpu']}" if about["gpu"] else ""
     place += f", load {about['load']:.1f} at the start"
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    goal = goals(results)
     parts = [
-        f"# {results['date']}, {place}",
-        f"{versions}.",
+        f"# What quantities cost: {results['date']}, {place}",
+        f"{versions(results)}.",
         "One forward and one backward pass, as a multiple of the plain gradient's: fastest run to"
         " fastest run, both in the same process and the same rounds (see `benchmarks/suite.py`)."
-        " Bold: reached. KFAC and DiagGGNMC are sampled, and their numbers not compared.",
-        goal,
+        " KFAC and DiagGGNMC are sampled, and their numbers not compared.",
         "Limits: what the arithmetic takes, in multiples of the gradient's (see"
         f" `benchmarks/limits.py`). Matrix products: {2 * about['macs'] / 1e9:.0f} GFLOP/s, copies:"
         f" {about['bytes'] / 1e9:.0f} GB/s.",
@@ -193,137 +166,6 @@ def markdown(results: Entry) -> str:
     return "\n\n".join([*parts, *(["## Sizes", more] if more else [])]) + "\n"
 
 
-COLOURS = {
-    "ours": "tab:orange",
-    "ours-no-gradient": "tab:red",
-    "ours-forms": "tab:brown",
-    "backpack-for-pytorch": "tab:blue",
-    "torch.func": "tab:green",
-    "opacus": "tab:purple",
-    "opacus-ghost": "tab:pink",
-    "curvlinops": "tab:olive",
-}
-
-
-def bars(axes: Any, entry: Entry, quantities: tuple[str, ...], field: str = "ratio") -> None:
-    """A group of bars for each quantity; a cross where a library fails."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    present = [each for each in quantities if any(cell(entry, lib, each) for lib in LIBRARIES)]
-    scale = cell(entry, "ours", GRADIENT).get("bytes") or 1
-    for place, quantity in enumerate(present):
-        tried = [lib for lib in COLOURS if cell(entry, lib, quantity)]
-        for j, library in enumerate(tried):
-            found = cell(entry, library, quantity)
-            at = place + 0.8 * ((j + 0.5) / len(tried) - 0.5)
-            value = found.get(field)
-            if value is None:
-                axes.plot([at], [1.02], "x", color=COLOURS[library], clip_on=False)
-                continue
-            value = value / scale if field == "bytes" else value
-            axes.bar(at, value, 0.8 / len(tried), color=COLOURS[library], log=True)
-            axes.annotate(number(value), (at, value), ha="center", va="bottom", fontsize=6)
-        limit = entry["limits"].get(quantity, {}).get("limit")
-        if limit and field == "ratio":
-            axes.plot([place - 0.4, place + 0.4], [limit, limit], color="black", linewidth=1)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(present)), [each.replace("+", "+\n") for each in present], fontsize=7)
-    axes.tick_params(axis="x", rotation=20)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(f"{TITLES[entry['problem']]}, batch {entry['batch']}", fontsize=9)
-
-
-def panels(entries: list[Entry], quantities: tuple[str, ...], path: Path, field: str = "ratio") -> None:
-    """One picture, a panel for each problem."""
-    import matplotlib.pyplot as plt
-    from matplotlib.artist import Artist
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Rectangle
-
-    entries = [
-        each
-        for each in entries
-        if any(field in cell(each, lib, q) for lib in LIBRARIES for q in quantities)
-    ]
-    if not entries:
-        return
-    columns = min(3, len(entries))
-    rows = -(-len(entries) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(max(10, 6 * columns), 3.4 * rows), squeeze=False, layout="constrained"
-    )
-    for axes, entry in zip(grid.flat, entries, strict=False):
-        bars(axes, entry, quantities, field)
-    for axes in grid.flat[len(entries) :]:
-        axes.set_visible(False)
-    used = [lib for lib in COLOURS if any(cell(e, lib, q) for e in entries for q in quantities)]
-    handles: list[Artist] = [Rectangle((0, 0), 1, 1, color=COLOURS[lib]) for lib in used]
-    names = used
-    if field == "ratio":
-        handles = [*handles, Line2D([], [], color="black")]
-        names = [*used, "limit"]
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
-    what = "time" if field == "ratio" else "peak memory"
-    figure.supylabel(f"{what} / {what} of the gradient", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def lines(results: Entry, path: Path) -> None:
-    """How times grow with one size: a panel for each problem and size."""
-    import matplotlib.pyplot as plt
-
-    series: dict[tuple[str, str], list[Entry]] = {}
-    for entry in results["problems"].values():
-        if entry["sweep"]:
-            series.setdefault((entry["problem"], entry["sweep"]), []).append(entry)
-    if not series:
-        return
-    figure, grid = plt.subplots(
-        1, len(series), figsize=(4 * len(series), 3.6), squeeze=False, layout="constrained"
-    )
-    for axes, ((name, size), entries) in zip(grid.flat, series.items(), strict=True):
-        entries.sort(key=lambda each: each[size])
-        for library, style in (("ours", "-"), ("backpack-for-pytorch", ":")):
-            for j, quantity in enumerate(QUANTITIES[2:]):
-                points = [(each[size], cell(each, library, quantity).get("ratio")) for each in entries]
-                points = [each for each in points if each[1] is not None]
-                if points:
-                    label = quantity if library == "ours" else None
-                    xs, ys = zip(*points, strict=True)
-                    axes.plot(xs, ys, style, marker=".", color=f"C{j}", label=label)
-        axes.set(xscale="log", yscale="log", xlabel=size)
-        axes.set_xticks([each[size] for each in entries], [each[size] for each in entries])
-        axes.minorticks_off()
-        axes.set_title(TITLES[name], fontsize=9)
-    shown: dict[str, Any] = {}
-    for axes in grid.flat:
-        handles, names = axes.get_legend_handles_labels()
-        shown |= dict(zip(names, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown), fontsize=8)
-    figure.supylabel("multiple of the gradient's time", fontsize=9)
-    figure.supxlabel("solid: ours, dotted: backpack-for-pytorch", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def pictures(results: Entry, stem: Path) -> None:
-    """Overheads as in the paper's and the thesis's figures, memory, and scaling."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    entries = list(standard(results))
-    paper = [each for each in entries if each["problem"] in ("3c3d", "allcnnc")]
-    everything = (*FIRST_ORDER, *SECOND_ORDER)
-    for entry in paper:
-        panels([entry], everything, stem.with_name(f"{stem.name}-{entry['problem']}.png"))
-    panels(entries, (EXTEND, *FIRST_ORDER), stem.with_name(f"{stem.name}-first-order.png"))
-    panels(entries, (*SECOND_ORDER, COMBINED), stem.with_name(f"{stem.name}-second-order.png"))
-    panels(entries, everything, stem.with_name(f"{stem.name}-memory.png"), "bytes")
-    lines(results, stem.with_name(f"{stem.name}-scaling.png"))
-
-
 def write(path: Path, pictures_too: bool = True) -> None:
     """Everything beside the results."""
     results = json.loads(path.read_text())
@@ -331,7 +173,9 @@ def write(path: Path, pictures_too: bool = True) -> None:
     path.with_suffix(".md").write_text(text)
     print(text)
     if pictures_too:
-        pictures(results, path.with_suffix(""))
+        from benchmarks import pictures  # which takes names from here, and matplotlib
+
+        pictures.draw(results, path.with_suffix(""))
 
 
 if __name__ == "__main__":

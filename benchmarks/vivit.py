@@ -22,9 +22,11 @@ import torch
 from benchmarks.libraries import GRADIENT
 from benchmarks.low_rank import EXACT, SAMPLED
 from benchmarks.problems import make, setting
+from benchmarks.report import TITLES
 from benchmarks.suite import RESULTS, Handle, Measurement, WorkerError, machine
 
 NAMES = "low-rank", "vivit-for-pytorch", "lanczos"
+SHOWN = {"low-rank": "this library", "lanczos": "curvlinops (Lanczos)"}
 # Batches on which the original works within the memory of a laptop.
 BATCH = {"mlp": 128, "2c2d": 32, "3c3d": 64, "resnet-32": 16, "allcnnc": 4, "vit": 16, "gpt2": 8}
 TOO_MANY = {"gpt2"}  # exact columns: one for every word at every position
@@ -83,20 +85,29 @@ def markdown(results: dict[str, Any]) -> str:
         f"# Low-rank curvature, {results['date']}",
         "",
         f"{about['cpu']}, {about['cores']} cores; torch {about['torch']}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ". Seconds (the least of all turns) and peak memory beyond the network's, in MB; "
-        "`low-rank` is this library. Ten pairs, damping 0.01. An empty cell: not offered. "
+        + ", ".join(f"{SHOWN.get(name, name)} {version}" for name, version in versions.items())
+        + ". Seconds (the least of all turns) and peak memory beyond the network's, in MB. "
+        "Ten pairs, damping 0.01. An empty cell: not offered. "
         "All-CNN-C ends in adaptive pooling here, which the original does not take.",
     ]
     for problem, entry in results["problems"].items():
-        lines += ["", f"## {problem}, batch {entry['batch']}, {entry['parameters']:,} parameters", ""]
+        about = f"batch {entry['batch']}, {entry['parameters']:,} parameters"
+        lines += ["", f"## {TITLES[problem]}, {about}", ""]
         names = list(entry["libraries"])
-        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [
+            "| | " + " | ".join(SHOWN.get(name, name) for name in names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
         for quantity in quantities(problem):
             cells = [_cell(entry["libraries"][name].get(quantity)) for name in names]
             lines.append(f"| {quantity} | " + " | ".join(cells) + " |")
     if results.get("largest"):
-        lines += ["", "## Most samples within 2 GB", "", "| | " + " | ".join(NAMES[:2]) + " |"]
+        lines += [
+            "",
+            "## Most samples within 2 GB",
+            "",
+            "| | " + " | ".join(SHOWN.get(name, name) for name in NAMES[:2]) + " |",
+        ]
         lines.append("|---" * 3 + "|")
         for row, found in results["largest"].items():
             lines.append(f"| {row} | " + " | ".join(str(found.get(n, "")) for n in NAMES[:2]) + " |")
@@ -108,7 +119,7 @@ def _cell(cell: dict[str, Any] | None) -> str:
         return ""
     if "failed" in cell:
         return "not supported" if cell["failed"].startswith("NotImpl") else cell["failed"][:60]
-    peak = f", {cell['bytes'] / 2**20:.0f} MB" if "bytes" in cell else ""
+    peak = f", {cell['bytes'] / 1e6:.0f} MB" if "bytes" in cell else ""
     wrong = "" if cell.get("agrees", True) else f" (differs by {cell['error']:.0e})"
     return f"{cell['minimum']:.3g} s{peak}{wrong}"
 

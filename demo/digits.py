@@ -234,17 +234,18 @@ def figure(model: nn.Module, history: History, data: Data) -> Figure:
     """Loss, signal-to-noise, gradient norms, curvature, and the quietest and loudest digits."""
     canvas = Figure(figsize=(12, 10), dpi=130, facecolor="white")
     panels, strip = canvas.add_gridspec(
-        2, 1, height_ratios=(5.8, 0.92), left=0.075, right=0.965, top=0.875, bottom=0.06, hspace=0.2
+        2, 1, height_ratios=(5.8, 0.92), left=0.075, right=0.965, top=0.862, bottom=0.06, hspace=0.2
     )
     grid = panels.subgridspec(2, 2, hspace=0.38, wspace=0.2)
     canvas.text(
-        0.075, 0.962, "What one backward pass knows", size=20, weight="bold", color=INK, va="center"
+        0.075, 0.968, "What one backward pass knows", size=20, weight="bold", color=INK, va="center"
     )
     canvas.text(
         0.075,
-        0.931,
+        0.927,
         "A small CNN learns handwritten digits. All but the test error comes out of the backward "
-        "passes that train it.",
+        "passes that train it.\n"
+        "Thin lines: every step. Thick lines: geometric running mean over half an epoch.",
         size=11.5,
         color=INK,
         va="center",
@@ -305,6 +306,7 @@ def _layer_panel(axes: Axes, history: History, rows: list[list[float]], title: s
     for name, color, line in zip(history.layers, COLORS, values.T, strict=True):
         axes.semilogy(x, line, color=color, lw=0.7, alpha=0.25)
         axes.semilogy(x, _smooth(line, history.epoch_length // 2), color=color, lw=2, label=name)
+    axes.set_ylim(top=2.5 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=len(history.layers))
     axes.set_xlabel("epoch")
 

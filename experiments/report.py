@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import BytesIO
 from math import ceil
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from PIL import Image  # comes with matplotlib
 
+from benchmarks.pictures import INK, plain_ticks, save, style
 from benchmarks.report import number, table
 from experiments.optimizers import OPTIMIZERS
 from experiments.problems import PROBLEMS
@@ -37,7 +34,6 @@ COLORS = {
     "CGNewton": "#bc5090",
 }
 FIRST_ORDER = "SGD", "Adam"
-INK, FAINT = "#222b36", "#d9dee4"
 PANELS = {
     "train_loss": "training loss",
     "train_accuracy": "training accuracy",
@@ -88,7 +84,7 @@ def _curve(chosen: Chosen, name: str) -> np.ndarray:
 def tables(runs: list[Record], times: list[Record]) -> Iterator[str]:
     """One Markdown table for each problem and budget, and one of step times for each problem."""
     for budget, chosen in choose(runs).items():
-        yield f"### {PROBLEMS[budget[0]].title}\n\n{budget_text(budget, chosen)}\n\n{_finals(chosen)}\n"
+        yield f"### {PROBLEMS[budget[0]].title}\n\n{budget_text(budget, chosen)}\n\n{finals(chosen)}\n"
     for record in times:
         head = ["optimizer", "ms / step", "x SGD"]
         fastest = {name: min(seconds) for name, seconds in record["seconds"].items()}
@@ -101,7 +97,7 @@ def tables(runs: list[Record], times: list[Record]) -> Iterator[str]:
         yield f"### Time of a step: {title}\n\n{table(head, rows)}\n"
 
 
-def _finals(chosen: list[Chosen]) -> str:
+def finals(chosen: list[Chosen]) -> str:
     """Chosen settings, medians over seeds, and how soon the first-order optimizers' loss is reached."""
     head = ["optimizer", "lr", "damping", "settings", "train loss", "validation accuracy"]
     head += ["test accuracy (range)", "s / epoch", "epochs to target", "s to target"]
@@ -136,25 +132,9 @@ def draw(runs: list[Record], times: list[Record], folder: Path) -> Iterator[Path
     for budget, chosen in choose(runs).items():
         problem, epochs, batch, samples = budget
         name = f"{problem}-{epochs}-epochs-batch-{batch}" + f"-{samples}-samples" * bool(samples)
-        yield _save(curves(budget, chosen), folder / f"{name}.png")
+        yield save(curves(budget, chosen), folder / f"{name}.png", 100)
     if times:
-        yield _save(bars(times), folder / "step-times.png")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """With a palette of 256 colours: a third of the size, and no difference to be seen."""
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=100)
-    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
-    return path
-
-
-def _style(axes: Axes, title: str = "") -> None:
-    axes.set_title(title, loc="left", size=11, weight="bold", color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9, color=FAINT)
-    axes.tick_params(which="minor", color=FAINT)
+        yield save(bars(times), folder / "step-times.png", 100)
 
 
 def curves(budget: Budget, chosen: list[Chosen]) -> Figure:
@@ -179,14 +159,14 @@ def curves(budget: Budget, chosen: list[Chosen]) -> Figure:
     figure.text(0.05, 1 - 0.52 / height, subtitle, size=9.5, color=INK)
     for row, against in zip(grid, ("epoch", "seconds"), strict=True):
         for axes, (name, title) in zip(row, PANELS.items(), strict=True):
-            _style(axes, title)
+            style(axes, title)
             axes.set_xlabel("epoch" if against == "epoch" else "seconds of training", color=INK)
             for each in chosen:
                 _line(axes, each, against, name)
             _scale(axes, chosen, name)
             if against == "seconds":
                 axes.set_xscale("log")
-                _few_ticks(axes.xaxis)
+                plain_ticks(axes.xaxis)
     handles, _ = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -214,19 +194,11 @@ def _scale(axes: Axes, chosen: list[Chosen], name: str) -> None:
     """Losses by their logarithm; accuracies from where the best half of the first epochs begins."""
     if name.endswith("loss"):
         axes.set_yscale("log")
-        _few_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         return
     after_one = [float(np.median(_curve(each, name), 0)[1]) for each in chosen if _lasts(each)]
     if after_one:
         axes.set_ylim(max(0.0, median(after_one) - 0.1), min(1.005, axes.get_ylim()[1]))
-
-
-def _few_ticks(axis: Axis) -> None:
-    """Plain numbers at 1, 2, 5, 10, ..., or at powers of ten alone if there are many."""
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _lasts(chosen: Chosen) -> bool:
@@ -236,20 +208,28 @@ def _lasts(chosen: Chosen) -> bool:
 def bars(times: list[Record]) -> Figure:
     """Milliseconds of each optimizer's fastest step, a panel for each problem."""
     longest = max(len(record["seconds"]) for record in times)
-    figure = Figure(figsize=(14, 1.5 + 0.33 * longest), facecolor="white", layout="constrained")
+    height = 2.2 + 0.33 * longest
+    figure = Figure(figsize=(14, height), facecolor="white")
     grid = figure.subplots(1, len(times), squeeze=False)[0]
+    figure.subplots_adjust(
+        left=0.09, right=0.985, top=1 - 1.15 / height, bottom=0.6 / height, wspace=0.42
+    )
+    title = "Time of a step: forward, backward and update"
+    figure.text(0.01, 1 - 0.3 / height, title, size=15, weight="bold", color=INK)
+    about = f"the fastest of several rounds in turns; {machine_text(times[0])}"
+    figure.text(0.01, 1 - 0.55 / height, about, size=9.5, color=INK)
     for axes, record in zip(grid, times, strict=True):
-        _style(axes, f"{PROBLEMS[record['problem']].title}, batch {record['batch']}")
+        style(axes, f"{PROBLEMS[record['problem']].title}, batch {record['batch']}")
         names = [name for name in OPTIMIZERS if name in record["seconds"]]
         values = [1e3 * min(record["seconds"][name]) for name in names]
         axes.barh(names, values, color=[COLORS[name] for name in names], height=0.65)
         base = values[names.index("SGD")] if "SGD" in names else None
         for j, value in enumerate(values):
-            ratio = "" if base is None else f" ({value / base:.1f}x)"
+            ratio = "" if base is None else f" ({value / base:.1f})"
             text = f"{number(value)}{ratio}"
             axes.annotate(text, (value, j), (4, 0), textcoords="offset points", va="center", size=9)
         axes.invert_yaxis()
         axes.set_xlim(right=1.28 * max(values))
-        axes.set_xlabel("milliseconds of a step (multiple of SGD's)", color=INK)
-    figure.suptitle(machine_text(times[0]), size=9.5, color=INK, x=0.01, ha="left")
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel("milliseconds (in multiples of SGD's)", color=INK)
     return figure

@@ -89,6 +89,11 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+def failed(request: Any) -> bool:
+    """Whether there was nothing to load; a picture that the next page came before is no fault."""
+    return "ERR_ABORTED" not in (request.failure or "")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
 def test_pages(browser: Any, width: int, scheme: str) -> None:
@@ -97,7 +102,7 @@ def test_pages(browser: Any, width: int, scheme: str) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("requestfailed", lambda request: wrong.append(f"failed {request.url}"))
+    page.on("requestfailed", lambda request: failed(request) and wrong.append(f"failed {request.url}"))
     page.on("request", lambda request: request.url.startswith("http") and wrong.append(request.url))
     for name in SHOWN:
         page.goto(f"file://{SITE.resolve() / name}")

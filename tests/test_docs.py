@@ -73,22 +73,23 @@ def test_first_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == printed
 
 
-def test_numbers_of_the_readme() -> None:
-    """The comparison has the numbers of the page on costs, in its columns for 3C3D."""
-    part = (DOCS / "costs.md").read_text().partition("### 3C3D, 32 images\n")[2].partition("\n### ")[0]
-    lines = [line for line in part.splitlines() if line.startswith("|")]
-    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
-    rows = {name: dict(zip(cells[0][1:], values, strict=True)) for name, *values in cells[2:]}
-    table = (DOCS.parent / "README.md").read_text().partition("3C3D, 32 images")[2].partition("\n\n")[0]
-    quantity = {"norms": "BatchL2Grad", "variance": "Variance", "KFAC": "KFAC"}
-    column = {"this one": "ours", "backpack-for-pytorch 1.7": "original"}
-    found = 0
-    for line in table.splitlines()[2:]:
-        who, *_, cell = (each.strip() for each in line.strip("|").split("|"))
-        for name, value in re.findall(r"(norms|variance|KFAC) ([\d.]+)", cell):
-            assert rows[quantity[name]][column.get(who, "others")] == value, (who, name)
-            found += 1
-    assert found == 9
+def test_absolute_links_of_the_readme(tmp_path: Path) -> None:
+    """What goes to a package index has no relative link, and the address in its metadata."""
+    for name in ("README.md", "pyproject.toml"):
+        (tmp_path / name).write_text((DOCS.parent / name).read_text())
+    runpy.run_path(str(DOCS / "absolute.py"))["main"]("https://example.org/some/project/", tmp_path)
+    written, address = (tmp_path / "README.md").read_text(), "https://example.org/some/project"
+    links = re.findall(r"\]\(([^)]*)\)", written)
+    assert links and all(each.startswith("https://") for each in links)
+    version = re.findall(r'^version = "(.*)"', (tmp_path / "pyproject.toml").read_text(), re.MULTILINE)[
+        0
+    ]
+    ours = [each.removeprefix(f"{address}/") for each in links if each.startswith(address)]
+    for place in ours:
+        kind, tag, path = place.split("/", 2)
+        assert tag == f"v{version}" and (DOCS.parent / path).is_file()
+        assert (kind == "raw") == path.endswith(".png")
+    assert len(ours) > 20 and f'Source = "{address}"' in (tmp_path / "pyproject.toml").read_text()
 
 
 def test_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
