@@ -90,7 +90,7 @@ class Tracker:
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
-        self.functions = Functions()
+        self.functions = Functions(recording)
         self.met = Met(recording.rivals)
         # Tensors that got an axis by an operation in place.
         self.adopted: list[weakref.ref[Tensor]] = []
@@ -99,7 +99,7 @@ class Tracker:
         """The sample axis of a tensor, also where no operation that was seen has made it."""
         batch = sample_axis_of(tensor)
         if is_custom(tensor):
-            found = self.functions.axis(tensor, batch, self.recording.entries)
+            found = self.functions.axis(tensor, batch)
         elif batch is None and tensor._base is not None:
             found = through_base(tensor)
         else:
@@ -241,8 +241,12 @@ class Tracker:
     def touch(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Data is read without grad: inside a custom Function, perhaps."""
         for a in tensors_in((*args, *kwargs.values())):
-            if a.requires_grad and (axis := self.axis_of(a)) is not None:
-                self.functions.touch(a, axis)
+            if a.requires_grad:
+                axis = self.axis_of(a)
+                if axis is not None:
+                    self.functions.touch(a, axis)
+                else:
+                    self.functions.read = True
 
     def forget_adopted(self) -> None:
         """Tensors that are not the model's alone are left as they were found."""
