@@ -189,7 +189,8 @@ class Tracker:
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
             note_loss(recording, func, at, args, kwargs, node, module)
-        elif func in BATCH_NORMS and _trains(args, kwargs):
+        elif func in BATCH_NORMS and _trains(args, kwargs) and (batch.lost or batch.dim != 1):
+            # Samples among the channels, each of which has statistics of its own, are not mixed.
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in ELEMENTWISE_NONLINEAR and len(marked) == 1 and not batch.lost:
             notes(node)[NONLINEAR] = recording, batch
