@@ -15,6 +15,7 @@ from backpack._torch import SPACES
 from backpack.capture.contest import Met, makes_pairs
 from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
+from backpack.capture.pairs import axis_by_pairs
 from backpack.forms.base import Dense
 from backpack.graph.making import make_tap, store_tap
 from backpack.graph.taps import ENDS, MIXES, NONLINEAR, Recording, notes
@@ -163,6 +164,8 @@ class Tracker:
         if demoted and not batch.tentative and makes_pairs(func, out, batch, marked, demoted):
             recording.contest = f"{name_of(func)} pairs each row of one with each of another"
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        if batch.lost and not batch.tentative:
+            batch = axis_by_pairs(func, args, kwargs, out, marked) or batch
         fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self.settle_doubt(func, batch, out, args, faint)
