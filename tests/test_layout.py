@@ -24,7 +24,7 @@ ROOMS = {
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
         derived recognised node_rules above region followed differentiated residuals unseen survey forwards""",
-    "capture": """switch functions contest inputs said loss_records tracker in_place sequences recorder
+    "capture": """switch functions contest inputs said loss_records pairs tracker in_place sequences recorder
         passages hooks marks extend""",
     "sources": "columns at_output curvature_map entries hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
