@@ -23,9 +23,10 @@ ROOMS = {
         packed fallback decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
-        derived recognised node_rules above region followed differentiated residuals unseen survey forwards""",
-    "capture": """switch functions contest inputs said loss_records pairs tracker in_place sequences recorder
-        passages hooks marks extend""",
+        derived recognised node_rules above region followed differentiated residuals unseen survey
+        forwards""",
+    "capture": """switch functions contest inputs said loss_records pairs tracker in_place sequences
+        recorder passages hooks marks extend""",
     "sources": "columns at_output curvature_map entries hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root
