@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.distributions import Distribution, Transform
 
 from backpack._torch import SPACES
 from backpack.capture.contest import Met, makes_pairs
@@ -41,6 +42,9 @@ ELEMENTWISE_NONLINEAR = frozenset(
 BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
 
 
+_DISTRIBUTIONS = (Distribution, Transform)
+
+
 # On tensors that are computed from parameters alone.
 _OWN = "_backpack_own"
 
@@ -68,21 +72,32 @@ def tensors_in(args: tuple | list) -> Iterator[Tensor]:
 
 def flatten(value: Any) -> Iterator[Tensor]:
     """Tensors in nested containers, in order."""
+    return (tensor for tensor, _ in with_owners(value))
+
+
+def with_owners(value: Any, owner: Any = None) -> Iterator[tuple[Tensor, Any]]:
+    """Tensors in nested containers, in order, each with the object whose attribute it is (or ``None``).
+
+    Of objects that are no containers, such as batches and results with attributes, or distributions,
+    the attributes are asked; of other objects inside of these no more, since they may lead anywhere.
+    """
+    parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
-        yield value
+        yield value, owner
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from flatten(each)
+        parts = value.values()
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from flatten(each)
+        parts = value
     elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from flatten(getattr(value, name))
+        parts = (getattr(value, name) for name in value.__dataclass_fields__)
     elif callable(getattr(type(value), "keys", None)) and hasattr(type(value), "__getitem__"):
         # Batches of graphs or of words.
-        for name in value.keys():  # noqa: SIM118
-            yield from flatten(value[name])
+        parts = (value[name] for name in value.keys())  # noqa: SIM118
+    elif isinstance(value, _DISTRIBUTIONS) or (owner is None and not callable(value)):
+        found = with_owners(list(getattr(value, "__dict__", {}).values()), value)
+        yield from {id(tensor): (tensor, at) for tensor, at in found}.values()
+    for each in parts:
+        yield from with_owners(each, owner)
 
 
 class Tracker:
