@@ -21,7 +21,9 @@ from backpack.extensions import (
 from tests.cases import Apply
 
 
-class Custom(torch.autograd.Function):
+class Clipped(torch.autograd.Function):
+    """Its backward is not linear."""
+
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
@@ -30,7 +32,7 @@ class Custom(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
         x, w = ctx.saved_tensors
-        return g * w, (g * x).sum(0)
+        return g * w, (g * x).sum(0).clamp(-1e-3, 1e-3)
 
 
 class Net(nn.Module):
@@ -71,12 +73,12 @@ def works_afterwards(data: tuple[Tensor, Tensor]) -> None:
     assert model.weight.diag_ggn_exact.shape == model.weight.shape
 
 
-@pytest.mark.parametrize("ext", [BatchGrad, DiagGGNExact, DiagHessian])
+@pytest.mark.parametrize("ext", [BatchGrad, DiagGGNExact])
 def test_custom_function(data, ext) -> None:
     X, y = data
-    model, lossfunc = Net(lambda m, a: Custom.apply(a, m.scale)), extend(nn.CrossEntropyLoss())
+    model, lossfunc = Net(lambda m, a: Clipped.apply(a, m.scale)), extend(nn.CrossEntropyLoss())
     loss = lossfunc(extend(model)(X), y)
-    with pytest.raises(RuntimeError, match="'(scale|last.weight|last.bias)'"), backpack(ext()):
+    with pytest.raises(RuntimeError, match="Clipped, .* is not linear"), backpack(ext()):
         loss.backward()
     assert not any(hasattr(p, ext().savefield) for p in model.parameters())
     works_afterwards(data)
@@ -87,12 +89,11 @@ def test_hidden_part_added_to_data(data) -> None:
     """Below the hidden part there are taps: counting it as made from parameters would count twice."""
     X, y = data
     scripted = torch.jit.script(Scale())
-    for hidden in (lambda m, a: a + Custom.apply(a, m.scale), lambda m, a: a + scripted(a)):
-        model = extend(Net(hidden))
-        model.scripted = scripted
-        loss = F.cross_entropy(model(X), y)
-        with pytest.raises(RuntimeError, match="cannot see"), backpack(BatchGrad()):
-            loss.backward()
+    model = extend(Net(lambda m, a: a + scripted(a)))
+    model.scripted = scripted
+    loss = F.cross_entropy(model(X), y)
+    with pytest.raises(RuntimeError, match="cannot see"), backpack(BatchGrad()):
+        loss.backward()
 
 
 def test_adversarial_input(data) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from backpack.samples import separability as probe
-from tests.cases import Apply
+from backpack.testing.oracle import check
+from tests.cases import Apply, P
 from tests.rows import compare
 
 
@@ -260,3 +261,39 @@ def test_gradients_and_hooks_are_left_alone() -> None:
         count = len(seen)
         loss.backward()
     assert count == 0 and seen
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+# Of torch's nodes that something is known of.
+NAMES = (
+    "Abs Add Alias Clamp Clone Convolution Div Expand Mm Mul Permute Relu Sigmoid Sum T View".split()
+)
+PLACES: dict[str, Callable[[Call], nn.Module]] = {
+    "inside": _between,
+    "last": lambda f: Apply(lambda m, x: f(m.l(x)), l=nn.Linear(4, 3)),
+    "weight": lambda f: Apply(lambda m, x: m.l(x) @ f(m.w), l=nn.Linear(4, 3), w=P(3, 3)),
+    "above": lambda f: nn.Linear(4, 3),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_named_as_operations_of_torch(name: str, place: str) -> None:
+    torch.manual_seed(0)
+    f = type(name, (Cube,), {}).apply
+
+    def lossfunc(output: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(f(output) if place == "above" else output, y)
+
+    report = check(PLACES[place](f), lossfunc, torch.randn(3, 4), torch.zeros(3, 3), tolerance=1e-7)
+    assert report.ok, f"\n{report}"

@@ -25,8 +25,8 @@ ROOMS = {
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
         derived recognised node_rules above region followed differentiated residuals unseen survey
         forwards""",
-    "capture": """switch functions contest inputs said loss_records tracker in_place sequences recorder
-        passages hooks marks extend""",
+    "capture": """switch functions contest inputs said loss_records pairs tracker in_place sequences
+        recorder passages hooks marks extend""",
     "sources": "columns at_output curvature_map entries hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root

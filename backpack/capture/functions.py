@@ -2,10 +2,13 @@
 
 ``Function.apply`` is no operation that can be seen, and what runs inside ``forward`` need not be what
 ``backward`` differentiates. So a result is known by its node, and the node's own ``backward`` is tried.
+Where parameters enter beside data the node is a tap, whose ``backward`` is called for one sample after
+another.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +17,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack._torch import leaf_of
+from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import walk
-from backpack.graph.taps import TAPS, notes
+from backpack.graph.taps import TAPS, Recording, Tap, notes
 from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
 from backpack.samples.separability import axis_by_backward
 
@@ -36,9 +41,12 @@ def settle(tensor: Tensor, axis: SampleAxis | None) -> None:
 class Functions:
     """The custom Functions of one forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
         # Sample axes of tensors that were touched without grad, by their places in the graph.
         self.touched: dict[tuple[Node, int], SampleAxis] = {}
+        # Whether parameters were.
+        self.read = False
 
     def touch(self, tensor: Tensor, axis: SampleAxis) -> None:
         """Data was read where grad mode is off: inside a Function, perhaps."""
@@ -48,13 +56,12 @@ class Functions:
             edge = get_gradient_edge(tensor)
         self.touched[edge.node, edge.output_nr] = axis
 
-    def axis(self, tensor: Tensor, noted: SampleAxis | None, entries: set[Node]) -> SampleAxis | None:
+    def axis(self, tensor: Tensor, noted: SampleAxis | None) -> SampleAxis | None:
         """The sample axis of a Function's result.
 
         Args:
             tensor: the result.
             noted: what the operations inside ``forward`` have left on it.
-            entries: nodes of inputs of the model that require grad.
 
         Returns:
             ``None`` if it is made from parameters only.
@@ -63,14 +70,31 @@ class Functions:
         assert node is not None
         known = notes(node).setdefault(_FUNCTION, {})
         if tensor.output_nr not in known:
-            known[tensor.output_nr] = self._find(tensor, node, noted, entries)
+            ruled = any(tap.place == tensor.output_nr for tap in notes(node).get(TAPS, ()))
+            found = noted if ruled else self._find(tensor, node, noted)
+            known[tensor.output_nr] = found
+            if found is not None and not ruled:
+                self._note_parameters(node, tensor.output_nr, found)
         return known[tensor.output_nr]
 
-    def _find(
-        self, tensor: Tensor, node: Node, noted: SampleAxis | None, entries: set[Node]
-    ) -> SampleAxis | None:
-        if TAPS in notes(node):
-            return noted
+    def _note_parameters(self, node: Node, number: int, axis: SampleAxis) -> None:
+        """Note a tap, where parameters enter beside data."""
+        places, inputs = [], []
+        for place, (child, nr) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            if (child, nr) in self.touched or _holds_data(child, self.recording.entries):
+                inputs.append(child)
+            elif any(leaf_of(each) is not None for each in walk([child])):
+                places.append(place)
+        if places:
+            sources = [source_of(node, number, place, axis) for place in places]
+            tap = Tap(node.name(), number, axis, tuple(inputs), self.recording, sources)
+            tap.by_node = True
+            notes(node).setdefault(TAPS, []).append(tap)
+            self.recording.taps.append(weakref.ref(tap))
+
+    def _find(self, tensor: Tensor, node: Node, noted: SampleAxis | None) -> SampleAxis | None:
         name = node.name().removesuffix("Backward")
         edges = [GradientEdge(child, nr) for child, nr in node.next_functions if child is not None]
         axes = [self.touched.get((edge.node, edge.output_nr)) for edge in edges]
@@ -80,7 +104,7 @@ class Functions:
         lost = next((axis for _, axis in data if axis.lost), None)
         if lost is not None:
             return lost
-        if any(_holds_data(each, entries) for each in unknown):
+        if any(_holds_data(each, self.recording.entries) for each in unknown):
             return SampleAxis(
                 size, lost=f"{name}, a custom autograd.Function, hides what it does to data"
             )

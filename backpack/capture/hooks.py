@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributions import Categorical
 from torch.nn.utils.rnn import PackedSequence
 
 from backpack._ambient import ambient
@@ -21,7 +22,8 @@ from backpack.capture.passages import passages
 from backpack.capture.recorder import Recorder
 from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
-from backpack.capture.tracker import flatten, is_own
+from backpack.capture.tracker import flatten, is_own, with_owners
+from backpack.graph.nodes import kind_of
 from backpack.graph.outputs import ModelOutput
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, Recording, notes
 from backpack.graph.transformed import note_transformed
@@ -218,7 +220,8 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
     try:
         recorder.close()
         recorder.__exit__(None, None, None)
-        outputs = [output] if type(output) is Tensor else list(flatten(output))
+        found = [(output, None)] if type(output) is Tensor else list(with_owners(output))
+        outputs = [tensor for tensor, _ in found]
         axes = [_last_axis(recorder, tensor) for tensor in outputs]
         known = [sample_axis_of(tensor) for tensor in outputs]
         recording.contest = recording.contest or contested(recorder.met, recording, outputs, known)
@@ -226,10 +229,11 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
     finally:
         _forget()
         recording.arguments.clear()
-    for tensor, axis in zip(outputs, axes, strict=True):
-        node = tensor.grad_fn
-        if node is None:
+    for (tensor, owner), axis in zip(found, axes, strict=True):
+        if tensor.grad_fn is None:
             continue
+        edge = _given(tensor, owner)
+        node, place = edge.node, edge.output_nr
         if axis is not None:
             # What the loss takes is data, whatever its targets look like.
             axis = axis if axis.lost else axis.certain()
@@ -237,10 +241,24 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
         elif recording.contest is None and _is_penalty(recording, tensor):
             continue
         recording.doubt = recording.doubt or _doubt(recording, tensor, axis)
-        border, kept = ModelOutput(recording, tensor.output_nr, axis, tensor.shape), notes(node)
+        border, kept = ModelOutput(recording, place, axis, tensor.shape), notes(node)
         kept.setdefault(MODEL_OUTPUT, []).append(border)
         if LOSS not in kept:  # which is listened to
             node.register_prehook(lambda grads: on_backward(recording, None, grads))
+
+
+def _given(output: Tensor, owner: Any) -> GradientEdge:
+    """Where an output is in the graph: of a distribution over classes, what the model has made it from.
+
+    Its logits are normalised, so that the loss is linear in them and its Hessian nothing.
+    """
+    edge = get_gradient_edge(output)
+    if isinstance(owner, Categorical) and kind_of(edge.node) == "Sub":
+        (below, place), (normaliser, _) = edge.node.next_functions
+        if below is not None and normaliser is not None and kind_of(normaliser) == "Logsumexp":
+            if normaliser.next_functions[0] == (below, place):
+                return GradientEdge(below, place)
+    return edge
 
 
 def _is_penalty(recording: Recording, output: Tensor) -> bool:

@@ -126,7 +126,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             self.touch(args, kwargs)
         if type(out) is not Tensor and type(out) in _PLAIN:
             return
-        usual = not (ambient.written or self.functions.touched)
+        usual = not (ambient.written or self.functions.touched or self.functions.read)
         if usual and func in LAYERS and self._layer(func, args, kwargs, out):
             return
         key = None

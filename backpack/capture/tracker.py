@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.distributions import Distribution, Transform
 
 from backpack._torch import SPACES
 from backpack.capture.contest import Met, makes_pairs
 from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
+from backpack.capture.pairs import axis_by_pairs
 from backpack.forms.base import Dense
 from backpack.graph.making import make_tap, store_tap
 from backpack.graph.taps import ENDS, MIXES, NONLINEAR, Recording, notes
@@ -38,6 +40,9 @@ ELEMENTWISE_NONLINEAR = frozenset(
 
 
 BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
+
+
+_DISTRIBUTIONS = (Distribution, Transform)
 
 
 # On tensors that are computed from parameters alone.
@@ -67,21 +72,32 @@ def tensors_in(args: tuple | list) -> Iterator[Tensor]:
 
 def flatten(value: Any) -> Iterator[Tensor]:
     """Tensors in nested containers, in order."""
+    return (tensor for tensor, _ in with_owners(value))
+
+
+def with_owners(value: Any, owner: Any = None) -> Iterator[tuple[Tensor, Any]]:
+    """Tensors in nested containers, in order, each with the object whose attribute it is (or ``None``).
+
+    Of objects that are no containers, such as batches and results with attributes, or distributions,
+    the attributes are asked; of other objects inside of these no more, since they may lead anywhere.
+    """
+    parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
-        yield value
+        yield value, owner
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from flatten(each)
+        parts = value.values()
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from flatten(each)
+        parts = value
     elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from flatten(getattr(value, name))
+        parts = (getattr(value, name) for name in value.__dataclass_fields__)
     elif callable(getattr(type(value), "keys", None)) and hasattr(type(value), "__getitem__"):
         # Batches of graphs or of words.
-        for name in value.keys():  # noqa: SIM118
-            yield from flatten(value[name])
+        parts = (value[name] for name in value.keys())  # noqa: SIM118
+    elif isinstance(value, _DISTRIBUTIONS) or (owner is None and not callable(value)):
+        found = with_owners(list(getattr(value, "__dict__", {}).values()), value)
+        yield from {id(tensor): (tensor, at) for tensor, at in found}.values()
+    for each in parts:
+        yield from with_owners(each, owner)
 
 
 class Tracker:
@@ -90,7 +106,7 @@ class Tracker:
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
-        self.functions = Functions()
+        self.functions = Functions(recording)
         self.met = Met(recording.rivals)
         # Tensors that got an axis by an operation in place.
         self.adopted: list[weakref.ref[Tensor]] = []
@@ -99,7 +115,7 @@ class Tracker:
         """The sample axis of a tensor, also where no operation that was seen has made it."""
         batch = sample_axis_of(tensor)
         if is_custom(tensor):
-            found = self.functions.axis(tensor, batch, self.recording.entries)
+            found = self.functions.axis(tensor, batch)
         elif batch is None and tensor._base is not None:
             found = through_base(tensor)
         else:
@@ -163,6 +179,8 @@ class Tracker:
         if demoted and not batch.tentative and makes_pairs(func, out, batch, marked, demoted):
             recording.contest = f"{name_of(func)} pairs each row of one with each of another"
         batch, whole = settled(func, out, batch, recording.batch_dim, marked)
+        if batch.lost and not batch.tentative:
+            batch = axis_by_pairs(func, args, kwargs, out, marked) or batch
         fresh = True
         if batch.tentative and faint and not batch.lost and out.requires_grad:
             batch = self.settle_doubt(func, batch, out, args, faint)
@@ -189,7 +207,8 @@ class Tracker:
             own = any(f is t for t in recording.arguments)
             module = recording.module() if own else None
             note_loss(recording, func, at, args, kwargs, node, module)
-        elif func in BATCH_NORMS and _trains(args, kwargs):
+        elif func in BATCH_NORMS and _trains(args, kwargs) and (batch.lost or batch.dim != 1):
+            # Samples among the channels, each of which has statistics of its own, are not mixed.
             notes(node)[MIXES] = "batch norm in training mode"
         elif func in ELEMENTWISE_NONLINEAR and len(marked) == 1 and not batch.lost:
             notes(node)[NONLINEAR] = recording, batch
@@ -241,8 +260,12 @@ class Tracker:
     def touch(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Data is read without grad: inside a custom Function, perhaps."""
         for a in tensors_in((*args, *kwargs.values())):
-            if a.requires_grad and (axis := self.axis_of(a)) is not None:
-                self.functions.touch(a, axis)
+            if a.requires_grad:
+                axis = self.axis_of(a)
+                if axis is not None:
+                    self.functions.touch(a, axis)
+                else:
+                    self.functions.read = True
 
     def forget_adopted(self) -> None:
         """Tensors that are not the model's alone are left as they were found."""

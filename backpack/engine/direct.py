@@ -193,8 +193,8 @@ def _reach_taps(run: Run, beside: Sequence[Tensor]) -> dict[Tensor, Tensor]:
     if run.takes_gradient:
         edges = [GradientEdge(node, tap.place) for node, tap in taps]
         edges += [get_gradient_edge(leaf) for leaf in beside]
-        # Forms above the model's outputs are made from nodes, which must not be freed yet.
-        keeps = run.keeps or any(tap.above for _, tap in taps)
+        # Some forms are made by nodes, which must not be freed yet.
+        keeps = run.keeps or any(tap.by_node or tap.above for _, tap in taps)
         grads = _gradients(run, edges, keeps)
         others = zip(beside, grads[len(taps) :], strict=True)
         found = {leaf: grad for leaf, grad in others if grad is not None}

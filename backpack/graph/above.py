@@ -137,7 +137,7 @@ def taps_above(roots: Sequence[Node]) -> Above:
             continue
         sources = [source_of(node, number, i, axis) for i in own]
         tap = Tap(node.name(), number, axis, (), recording, sources)
-        tap.above = True
+        tap.above = tap.by_node = True
         found.taps.append((node, tap))
     return found
 

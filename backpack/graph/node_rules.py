@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._ambient import within
 from backpack.forms.base import Dense, Form
+from backpack.graph.making import lost_form
 from backpack.graph.nodes import kind_of
 from backpack.graph.origins import source_at
 from backpack.graph.tangents import vector_jacobian
@@ -34,9 +36,10 @@ def source_of(node: Node, number: int, place: int, axis: SampleAxis) -> Source:
     edge = GradientEdge(child, nr)
     about = child._input_metadata[nr] if not hasattr(child, "variable") else child.variable
     shape = torch.Size(about.shape)
-    form = _by_rule(node, place, axis, shape)
+    form = None if axis.lost else _by_rule(node, place, axis, shape)
     if form is None:
-        return source_at(edge, shape, _one_by_one(node, number, place, axis, shape), False)
+        alone = lost_form if axis.lost else _one_by_one(node, number, place, axis, shape)
+        return source_at(edge, shape, alone, False)
     linear = not (kind_of(node) == "Div" and place == 1)
     return source_at(edge, shape, form, linear)
 
@@ -140,6 +143,26 @@ def _one_by_one(
         for n in range(axis.size):
             own = (ids == n).reshape([-1 if d == axis.dim else 1 for d in range(g.dim() - 1)])
             found.append(torch.stack([pulled(c * own) for c in g]))
-        return Dense(torch.stack(found, 1))
+        values = torch.stack(found, 1)
+        if isinstance(node, BackwardCFunction):
+            _check_sum(node, values, torch.stack([pulled(c) for c in g]))
+        return Dense(values)
 
     return form
+
+
+def _check_sum(node: Node, parts: Tensor, whole: Tensor) -> None:
+    """The backward of a custom Function may be anything: only a linear one has samples of its own.
+
+    Raises:
+        RuntimeError: if the gradients of samples ``[v, N, *p]`` do not add up to the batch's.
+    """
+    tolerance = torch.finfo(parts.dtype).eps ** 0.5 * parts.abs().sum(1).amax()
+    if bool(((parts.sum(1) - whole).abs() > tolerance).any()):
+        name = node.name().removesuffix("Backward")
+        raise RuntimeError(
+            f"the backward of {name}, a custom autograd.Function, is not linear in the gradient that "
+            "arrives: what it gives for single samples does not add up to what it gives for the batch, "
+            "so that a sample has no gradient of its own. Freeze its parameters with "
+            "requires_grad_(False), or give it a rule (backpack.own.op_rule)"
+        )

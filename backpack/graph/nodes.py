@@ -37,8 +37,14 @@ BATCH_NORMS = frozenset({"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 
 
 def kind_of(node: Node) -> str:
-    """The name of a node's operation."""
-    return node.name().rstrip("0123456789").removesuffix("Backward")
+    """The name of a node's operation.
+
+    Torch's own nodes are numbered (``MulBackward0``). A custom ``autograd.Function`` that is called
+    ``Mul`` has ``MulBackward``, and keeps that as the name of its kind: it may be nothing like torch's.
+    """
+    name = node.name()
+    own = name.rstrip("0123456789")
+    return own.removesuffix("Backward") if own != name else name
 
 
 def children_of(node: Node) -> list[Node]:

@@ -31,13 +31,13 @@ def sources_of(tensor: Tensor, form: ToForm, linear: bool) -> list[Source]:
 
 def _terms(node: Node, shape: torch.Size) -> list[tuple[GradientEdge, float]] | None:
     """The terms of a sum, with their factors; ``None`` if it is none, or a term is broadcast."""
-    name = node.name().rstrip("0123456789")
-    if name not in ("AddBackward", "SubBackward"):
+    kind = kind_of(node)
+    if kind not in ("Add", "Sub"):
         return None
     alpha = node._saved_alpha  # type: ignore[attr-defined]
     found = []
     for (child, number), factor in zip(
-        node.next_functions, (1, alpha if name == "AddBackward" else -alpha), strict=True
+        node.next_functions, (1, alpha if kind == "Add" else -alpha), strict=True
     ):
         if child is not None:
             leaf = leaf_of(child)

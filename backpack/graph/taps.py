@@ -89,12 +89,13 @@ class Tap:
         input: its first argument, as long as somebody else holds it.
         above: whether it is above the model's outputs.
         within: whether it is part of a derivative of a model, inside of the loss.
+        by_node: whether its forms are made by its node, which must not be freed before.
         read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "own", "inputs", "recording", "released"),
-        *("args", "input", "read", "above", "within", "_version", "_sources", "__weakref__"),
+        *("args", "input", "read", "above", "within", "by_node", "_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -119,7 +120,7 @@ class Tap:
         self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
-        self.above = self.within = False
+        self.above = self.within = self.by_node = False
 
     @property
     def op(self) -> str:

@@ -13,6 +13,7 @@ from backpack._torch import shows, tree_flatten, tree_unflatten
 from backpack.forms.base import Dense, Form
 from backpack.rules.base import Pairs, ToForm
 from backpack.samples.axis import SampleAxis, sample_axis_of
+from backpack.samples.separability import spare
 
 
 def fallback(
@@ -48,6 +49,11 @@ def fallback(
             other = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != source.dtype
             return x.to(source.dtype) if other else x
 
+        def argument(x: Any, axis: SampleAxis | None) -> Any:
+            """An argument for another call of the operation."""
+            constant = isinstance(x, Tensor) and axis is None and not x.requires_grad
+            return alike(spare(x) if constant else x)
+
         def values(g: Tensor, own: bool) -> Tensor:
             """VJP of each sample, ``[v, n, *source]`` (``own``: each sample has its own rows)."""
             data = [
@@ -59,7 +65,10 @@ def fallback(
 
             def one(cotangent: Tensor, point: Tensor, *data: Tensor) -> Tensor:
                 rest = iter(data)
-                here = [next(rest) if axis else alike(x) for axis, x in zip(axes, leaves, strict=True)]
+                here = [
+                    next(rest) if axis else argument(x, axis)
+                    for axis, x in zip(axes, leaves, strict=True)
+                ]
 
                 def run(p: Tensor) -> Tensor:
                     for j in where:
@@ -91,7 +100,10 @@ def fallback(
             """The VJP of the operation on the whole batch."""
 
             def run(p: Tensor) -> Tensor:
-                here = [p if j in where else alike(x) for j, x in enumerate(leaves)]
+                here = [
+                    p if j in where else argument(x, axis)
+                    for j, (x, axis) in enumerate(zip(leaves, axes, strict=True))
+                ]
                 new_args, new_kwargs = tree_unflatten(here, spec)
                 result = func(*new_args, **new_kwargs)
                 return result if isinstance(result, Tensor) else result[place]

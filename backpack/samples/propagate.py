@@ -173,7 +173,10 @@ def _axis_tried_out(
     """An axis of the result on which samples are apart, where they are not on the argument's."""
     axes = [axis for _, axis in marked]
     size = axes[0].size
-    if any(axis.size != size or axis.tentative for axis in axes) or not remembers(func, args, kwargs):
+    # A guess that holds beside what is certain is none any more.
+    if all(axis.tentative for axis in axes) or any(axis.size != size for axis in axes):
+        return None
+    if not remembers(func, args, kwargs):
         return None
     candidates = [
         regular_axis(size, dim, outer, length // (outer * size))

@@ -94,7 +94,8 @@ def _separable_by_values(
         return True
 
     def results(changed: dict[int, Tensor]) -> Tensor:
-        here = [changed.get(j, x) for j, x in enumerate(leaves)]
+        kept = [x if id(x) in axes or not isinstance(x, Tensor) else spare(x) for x in leaves]
+        here = [changed.get(j, x) for j, x in enumerate(kept)]
         new_args, new_kwargs = tree_unflatten(here, spec)
         found = func(*new_args, **new_kwargs)
         return (found if isinstance(found, Tensor) else found[place]).detach()
@@ -126,6 +127,11 @@ def _exchanged(x: Tensor, axis: SampleAxis, sample: int) -> Tensor:
         return torch.where(own, torch.where(x == 0, torch.ones_like(x), torch.zeros_like(x)), x)
     following = torch.searchsorted(values, x.contiguous()).add(1).remainder(len(values))
     return torch.where(own, values[following], x)
+
+
+def spare(x: Tensor) -> Tensor:
+    """A copy for a call that is not the user's: the operation may write to it (running statistics)."""
+    return x.detach().clone()
 
 
 def _remember(key: Any, verdict: Any) -> None:
@@ -259,9 +265,11 @@ def _scales(
 ) -> bool:
     here, places = list(leaves), []
     for j, x in enumerate(leaves):
+        if isinstance(x, Tensor) and id(x) not in axes:
+            here[j] = spare(x)
         if not _differentiable(x):
             continue
-        copy = x.detach()
+        copy = here[j].detach()
         if wide:
             copy = copy.to(torch.complex128 if x.is_complex() else torch.float64)
         if id(x) in axes:
