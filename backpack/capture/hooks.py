@@ -225,6 +225,9 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
         recorder.forget_adopted()
     finally:
         _forget()
+        # Inference tensors count no versions: theirs are not known to be the same.
+        if not any(t.is_inference() for t in recording.arguments):
+            recording.data = [(weakref.ref(t), t._version) for t in recording.arguments]
         recording.arguments.clear()
     for tensor, axis in zip(outputs, axes, strict=True):
         node = tensor.grad_fn
