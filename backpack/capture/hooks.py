@@ -182,7 +182,7 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _say_that_it_is_uncompiled(module: nn.Module) -> None:
-    if module not in _told and called_compiled():
+    if module not in _told and called_compiled(within=8):
         _told.add(module)
         warnings.warn(
             f"a compiled {type(module).__name__} runs uncompiled inside of backpack(...) blocks, where "
