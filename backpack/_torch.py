@@ -152,10 +152,10 @@ def uncompiled_calls() -> Callable[[], None]:
     return end
 
 
-def called_compiled() -> bool:
-    """Whether the hook that asks is one of a module that is called through ``torch.compile``."""
+def called_compiled(within: int = sys.maxsize) -> bool:
+    """Whether the code that asks is called through ``torch.compile``, at most that far out."""
     frame = sys._getframe(1)
-    for _ in range(8):
+    for _ in range(within):
         if frame.f_back is None:
             return False
         frame = frame.f_back

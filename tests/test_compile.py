@@ -185,18 +185,21 @@ def test_unextend_and_nested_blocks(backend: Backend) -> None:
     assert backend.calls == 2
 
 
-def test_a_block_in_a_compiled_function(backend: Backend) -> None:
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("forward", ["inside", "outside"])
+def test_a_block_in_a_compiled_function(forward: str, compiler: str, backend: Backend) -> None:
     """Nothing inside can be seen; the error says what to compile instead."""
     model, lossfunc = extend(net()), extend(nn.CrossEntropyLoss())
 
     def step() -> None:
+        loss = lossfunc(model(X), Y) if forward == "outside" else None
         with backpack(E.BatchGrad()):
-            lossfunc(model(X), Y).backward()
+            (lossfunc(model(X), Y) if loss is None else loss).backward()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Dynamo's, about threads
         with pytest.raises(RuntimeError, match="must not be compiled itself"):
-            torch.compile(step, backend="aot_eager")()
+            torch.compile(step, backend=compiler)()
     assert not hasattr(model[0].weight, "grad_batch") and disable.store_io
     step()
     assert model[0].weight.grad_batch.shape == (5, 6, 4)

@@ -188,16 +188,31 @@ def test_a_graph_that_is_used_again() -> None:
     torch.testing.assert_close(model.weight.grad_batch, apart[:3] + apart[3:])
 
 
+def losses_and_difference(a: Tensor, b: Tensor) -> Tensor:
+    return a.square().mean() - b.mean() + F.mse_loss(a, b)
+
+
 AMBIGUOUS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "cat": lambda m, x: torch.cat([m(x[:3]), m(x[3:])]).square().mean(),
     "cat of rows": lambda m, x: torch.cat([m(row[None]) for row in x]).square().mean(),
     "stack of rows": lambda m, x: torch.stack([m(row[None]) for row in x]).square().mean(),
     "losses of rows": lambda m, x: sum(m(row[None]).square().mean() for row in x),
+    "losses of batches": lambda m, x: m(x[:3]).square().mean() + m(x[3:]).square().mean(),
+    "losses in a stack": lambda m, x: torch.stack(
+        [m(part).square().mean() for part in x.split(3)]
+    ).mean(),
+    "a critic": lambda m, x: m(x[:3]).mean() - m(x[3:]).mean(),
+    "a relativistic critic": lambda m, x: F.softplus(m(x[:3]) - m(x[3:]).mean(0, keepdim=True)).mean(),
+    "means of features": lambda m, x: F.mse_loss(m(x[:3]).mean(0), m(x[3:]).mean(0)),
+    "all pairs": lambda m, x: F.cross_entropy(m(x[:3]) @ m(x[3:]).T, torch.arange(3)),
+    "distances of all pairs": lambda m, x: torch.cdist(m(x[:3]), m(x[3:])).mean(),
+    "a copy": lambda m, x: m(x[:3]).square().mean() + m(x[:3].clone()).exp().mean(),
 }
 PLAIN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "two views": lambda m, x: (m(x) - m(x.flip(1))).square().mean(),
     "two views of a row": lambda m, x: (m(x[:1]) - m(x[1:2])).square().mean(),
-    "real and generated": lambda m, x: m(x).square().mean() - m(-x).mean(),
+    "the same rows again": lambda m, x: m(x).square().mean() - m(x).mean(),
+    "losses of rows that meet": lambda m, x: losses_and_difference(m(x), m(-x)),
     "a chain": lambda m, x: m(F.pad(m(x[:1]), (0, 1))).square().mean(),
     "views on an axis of their own": lambda m, x: torch.stack([m(x), m(-x)]).square().mean(),
 }
@@ -213,6 +228,62 @@ def test_what_may_be_either_is_asked(name: str) -> None:
         with backpack(E.BatchGrad(), forwards=forwards):
             AMBIGUOUS[name](model, inputs("")).backward()
         assert len(model.weight.grad_batch) in size
+        torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+        model.zero_grad()
+
+
+def test_a_real_and_a_generated_batch() -> None:
+    """What the two answers mean: twelve samples, or six pairs."""
+    torch.manual_seed(0)
+    model = extend(MODELS["smooth"]().double())
+    parts = [torch.randn(6, 4).double() for _ in range(2)]
+
+    def shares() -> list[list[Tensor]]:
+        losses = [F.binary_cross_entropy_with_logits(model(x)[:, 0], torch.full((6,), t).double(),
+                  reduction="none") / 6 for x, t in zip(parts, (1, 0), strict=True)]  # fmt: skip
+        return [list(each) for each in losses]
+
+    parameters = list(model.parameters())[:3]
+
+    def gradients(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    real, generated = shares()
+    rows = torch.stack([gradients(each) for each in (*real, *generated)])
+    for forwards, wanted in (("further", rows), ("same", rows[:6] + rows[6:])):
+        with backpack(E.BatchGrad(), E.Variance(), E.BatchL2Grad(), forwards=forwards):
+            sum(sum(each) for each in shares()).backward()
+        found = torch.cat([p.grad_batch.flatten(1) for p in parameters], 1)
+        torch.testing.assert_close(found, wanted)
+        variance = torch.cat([p.variance.flatten() for p in parameters])
+        torch.testing.assert_close(variance, wanted.var(0, unbiased=False))
+    with backpack(E.DiagGGNExact(), E.DiagHessian(), E.GGNMP()):  # which do not depend on it
+        sum(sum(each) for each in shares()).backward()
+
+
+def test_passes_that_share_no_parameters_are_not_asked() -> None:
+    """Samples of an ensemble, whose losses are added up."""
+    torch.manual_seed(0)
+    first, second = (extend(nn.Linear(4, 3).double()) for _ in range(2))
+    X = inputs("")
+    with backpack(E.BatchGrad()):
+        (first(X).square().mean() + second(-X).exp().mean()).backward()
+    assert len(first.weight.grad_batch) == len(second.weight.grad_batch) == 6
+    trunk = nn.Linear(4, 4).double()
+    first, second = (extend(nn.Sequential(trunk, nn.Linear(4, 3).double())) for _ in range(2))
+    with pytest.raises(RuntimeError, match="forwards='same'.*'further'"), backpack(E.BatchGrad()):
+        (first(X).square().mean() + second(-X).exp().mean()).backward()
+
+
+def test_data_that_was_overwritten_is_not_the_same() -> None:
+    """A buffer that the next batch is copied to."""
+    model, X = extend(nn.Embedding(5, 4).double()), torch.randint(5, (6,))
+    loss = model(X).square().mean()
+    X.copy_(X.flip(0))
+    loss = loss + model(X).exp().mean()
+    with pytest.raises(RuntimeError, match="forwards='same'.*'further'"), backpack(E.BatchGrad()):
+        loss.backward()
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -104,6 +104,52 @@ def test_scaled_loss(name: str) -> None:
         )
 
 
+class Tied(nn.Module):
+    """A weight that is used twice, so that its Hessian is found entry by entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.layer(self.norm(self.layer(a)).sigmoid())[:, :3]
+
+
+NORMED = {
+    "layer norms": lambda: seq(
+        *(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.GELU()),
+        *(nn.LayerNorm(12), nn.Linear(12, 3)),
+    ),
+    "tied": Tied,
+}
+
+
+@pytest.mark.parametrize("factor", [2.0**6, 2.0**10, 2.0**16])
+@pytest.mark.parametrize("name", NORMED)
+def test_hessians_of_scaled_losses(name: str, factor: float) -> None:
+    """In float16, with the factors of a gradient scaler, also where it begins."""
+    torch.manual_seed(0)
+    model, X, y = extend(NORMED[name]()), torch.randn(6, 6), torch.randint(3, (6,))
+    found: dict[bool, dict[str, Tensor]] = {}
+    for half in (True, False):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        exts = E.DiagHessian(), E.BatchDiagHessian(), E.DiagHessianMC(4, generators[0])
+        exts = *exts, E.BatchDiagHessianMC(4, generators[1])
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = nn.functional.cross_entropy(model(X), y)
+        with backpack(*exts):
+            (factor * loss).backward()
+        found[half] = {
+            f"{name}.{ext.savefield}": getattr(p, ext.savefield) / factor
+            for name, p in model.named_parameters()
+            for ext in exts
+        }
+    for key, expected in found[False].items():
+        size = max(float(expected.abs().max()), 1e-2)
+        error = float((found[True][key] - expected).abs().max())
+        assert error < 0.02 * size, (key, error, size)
+
+
 def test_gradient_scaler() -> None:
     """Fields are those of the scaled loss; `unscale_` divides `grad` only."""
     model, X, y = extend(nn.Linear(4, 3)), torch.randn(8, 4), torch.randint(3, (8,))

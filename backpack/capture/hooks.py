@@ -184,7 +184,7 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _say_that_it_is_uncompiled(module: nn.Module) -> None:
-    if module not in _told and called_compiled():
+    if module not in _told and called_compiled(within=8):
         _told.add(module)
         warnings.warn(
             f"a compiled {type(module).__name__} runs uncompiled inside of backpack(...) blocks, where "
@@ -228,6 +228,9 @@ def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
         recorder.forget_adopted()
     finally:
         _forget()
+        # Inference tensors count no versions: theirs are not known to be the same.
+        if not any(t.is_inference() for t in recording.arguments):
+            recording.data = [(weakref.ref(t), t._version) for t in recording.arguments]
         recording.arguments.clear()
     for (tensor, owner), axis in zip(found, axes, strict=True):
         if tensor.grad_fn is None:

@@ -85,8 +85,9 @@ class backpack:  # noqa: N801
         forwards: what rows of several forward passes below one loss are: with ``"same"``, row ``n`` of
             each is sample ``n`` (two views of it, the steps of a sequence); with ``"further"`` each
             pass has samples of its own, counted in the order of the calls (one pass for an episode, or
-            an image). By default ``"same"``; an error where rows are put beside each other
-            (``torch.cat``), or each pass has one row and they never meet, for that can mean either.
+            an image, a real and a generated batch). By default ``"same"``; an error where passes meet
+            the same parameters, but row ``n`` of one never meets that of the other (losses that are
+            added up, ``torch.cat``), and they are not of the same tensor, for that can mean either.
         process_group: processes that work on parts of one batch (``torch.distributed.group.WORLD``, or
             ``process_group`` of a ``DistributedDataParallel`` model): fields are those of all of their
             samples, in the order of ranks, and of the loss that is the mean of their losses, whose

@@ -58,7 +58,7 @@ class Listening(Reducing):
                     number_further(self.groups)
                     return survey(roots, curvature, anew)
                 if any(ext.per_sample for ext in exts):
-                    refuse_open(roots, self.groups)
+                    refuse_open(roots, self.groups, graph)
             return graph
 
     def listen(self, graph: Graph) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack._torch import ran_compiled
+from backpack._torch import called_compiled, ran_compiled
 from backpack.engine import certificate
 from backpack.engine.exchange import Exchange
 from backpack.engine.left_out import REFUSALS
@@ -61,7 +61,8 @@ class Run(Listening):
         self._begin_columns(graph, roots)
 
     def _begin_columns(self, graph: Graph, roots: Roots) -> None:
-        if not graph.taps and any(ran_compiled(node) for node in graph.nodes):
+        # Some backends leave no node of their own in the graph.
+        if not graph.taps and (any(ran_compiled(node) for node in graph.nodes) or called_compiled()):
             raise RuntimeError(
                 "the forward pass ran compiled, so that backpack saw none of its operations; call the "
                 "model inside of the backpack(...) block, where it runs uncompiled, and extend it; a "

@@ -3,9 +3,11 @@
 Forward passes whose rows are the same samples make a *group*: an extended model that takes the output
 of another, or the same model called step after step with a state. The rows of several groups are the
 same samples (two views of an image) or further ones (one pass for each episode), as the user says.
-Nothing needs to be said where single entries are computed from rows of both (``f(a) - f(b)``): these
-belong together. Where rows are only put beside each other (``torch.cat``), or losses of single samples
-added up, it may be meant either way.
+Nothing needs to be said where row ``n`` of a tensor is computed from row ``n`` of both
+(``f(a) - f(b)``), or where a model was called with the same tensors again: these belong together. Nor
+does it matter where groups have no parameter in common. Where rows are only put beside each other
+(``torch.cat``), each compared with each, or the losses of several passes added up, it may be meant
+either way.
 """
 
 from __future__ import annotations
@@ -16,15 +18,21 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph.nodes import children_of, kind_of, upwards, walk
 from backpack.graph.outputs import ModelOutput
-from backpack.graph.survey import Graph
+from backpack.graph.survey import Graph, leaves_below
 from backpack.graph.taps import MODEL_OUTPUT, TAPS, Recording, notes
 from backpack.graph.tracing import axis_at
+from backpack.samples.axis import SampleAxis
 
 Group = list[Recording]
 # So many sizes are written out.
 SHOWN = 8
 # Operations that put entries beside each other.
 _JOINS = frozenset({"Cat", "Stack", "CopySlices", "IndexPut", "Scatter", "SliceScatter", "IndexCopy"})
+
+# Losses that reduce what they compute from entries at the same place of two tensors.
+_ENTRYWISE = frozenset(
+    "MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv Dot".split()
+)
 
 
 class _Groups:
@@ -133,9 +141,9 @@ def number_alike(groups: Sequence[Group]) -> None:
             recording.put(None)
 
 
-def refuse_open(roots: Sequence[Node], groups: Sequence[Group]) -> None:
+def refuse_open(roots: Sequence[Node], groups: Sequence[Group], graph: Graph) -> None:
     """Ask for what the user has not said, where it can mean either."""
-    why = what_is_open(roots, groups) if len(groups) > 1 else None
+    why = what_is_open(roots, groups, graph) if len(groups) > 1 else None
     if why is not None:
         sizes = ", ".join(str(group[0].size) for group in groups[:SHOWN])
         more = ", ..." if len(groups) > SHOWN else ""
@@ -146,24 +154,39 @@ def refuse_open(roots: Sequence[Node], groups: Sequence[Group]) -> None:
         )
 
 
-def what_is_open(roots: Sequence[Node], groups: Sequence[Group]) -> str | None:
+def what_is_open(roots: Sequence[Node], groups: Sequence[Group], graph: Graph) -> str | None:
     """How rows of several groups may be the same samples or further ones, if they may."""
-    rows = _Rows(roots, groups)
+    rows = _Rows(roots, groups, graph)
     for node in rows.joins:
         if _joins_rows(node, groups, rows):
             return f"{_kind(node)} puts their rows beside each other"
-        rows.unite(node)
-    apart = [group for group in rows.united.all() if (group[0].size or 0) == 1]
-    modules = [{id(each.module()) for each in group} for group in apart]
-    if any(a & b for i, a in enumerate(modules) for b in modules[:i]):
+        rows.meet(node)
+    rows.unite_same_data()
+    apart = [group for group in rows.united.all() if group[0].size is not None]
+    if len(apart) < 2:
+        return None
+    reached = [_parameters_of(group, graph) for group in apart]
+    shared = ((i, j) for j in range(len(apart)) for i in range(j) if reached[i] & reached[j])
+    pair = next(shared, None)
+    if pair is None:
+        return None
+    if all(apart[j][0].size == 1 for j in pair):
         return "each has one row"
-    return None
+    return "row n of one never meets row n of another (their losses are added up, or all rows compared)"
+
+
+def _parameters_of(group: Group, graph: Graph) -> set[int]:
+    """Ids of the parameters that forward passes meet."""
+    taps = [tap for _, tap in graph.taps if any(tap.recording is each for each in group)]
+    sources = [source for tap in taps for source in tap.sources]
+    leaves = [[s.leaf] if s.leaf is not None else leaves_below(s.edge) for s in sources]
+    return {id(leaf) for found in leaves for leaf in found}
 
 
 class _Rows:
     """What lies above the outputs of the models: where rows of several groups come together."""
 
-    def __init__(self, roots: Sequence[Node], groups: Sequence[Group]) -> None:
+    def __init__(self, roots: Sequence[Node], groups: Sequence[Group], graph: Graph) -> None:
         self.all = groups
         self.groups = {id(each): j for j, group in enumerate(groups) for each in group}
         self.united = _Groups()
@@ -175,6 +198,8 @@ class _Rows:
         # Which groups a node depends on, and the model outputs.
         self.below: dict[Node, frozenset[int]] = {}
         self.joins: list[Node] = []
+        # Derivatives of a model, inside of the loss.
+        self.within = {node: tap.recording for node, tap in graph.taps if tap.within}
         for node in upwards(roots, self._enter):
             if node not in self.below:
                 self._leave(node)
@@ -183,26 +208,65 @@ class _Rows:
         borders = [each for each in _borders(node) if each.batch is not None]
         if borders:
             self.outputs[node] = borders
-        if not borders and TAPS not in notes(node):
+        met = [each.recording for each in borders or notes(node).get(TAPS, ())]
+        if not met:
             return children_of(node)
-        self.below[node] = frozenset(self.groups[id(each.recording)] for each in borders)
+        self.below[node] = self._groups_of(met)
         return []
+
+    def _groups_of(self, met: Sequence[Recording]) -> frozenset[int]:
+        return frozenset(self.groups[id(each)] for each in met if id(each) in self.groups)
 
     def _leave(self, node: Node) -> None:
         found = [self.below[child] for child, _ in node.next_functions if child is not None]
+        if node in self.within:
+            found.append(self._groups_of([self.within[node]]))
         self.below[node] = frozenset().union(*found)
         if len(set(found)) < 2 or len(self.below[node]) < 2:
             return
         if _kind(node) in _JOINS:
             self.joins.append(node)
-        elif any(len(about.shape) for about in node._input_metadata):
-            self.unite(node)
+        else:
+            self.meet(node)
 
-    def unite(self, node: Node) -> None:
-        """Entries are computed from rows of these groups: they are the same samples."""
+    def meet(self, node: Node) -> None:
+        """If row ``n`` of a result is computed from row ``n`` of each group, these are one sample."""
         first, *others = (self.all[j][0] for j in self.below[node])
-        for other in others:
-            self.united.unite(first, other)
+        apart = [each for each in others if self.united.of[id(each)] is not self.united.of[id(first)]]
+        if apart and self._row_by_row(node, one_row=all(r.size == 1 for r in (first, *others))):
+            for other in apart:
+                self.united.unite(first, other)
+
+    def _row_by_row(self, node: Node, one_row: bool) -> bool:
+        """Whether a result has rows, each of which is computed from the same row of all groups."""
+        edges = [GradientEdge(node, j) for j in range(len(node._input_metadata))]
+        if not any(len(about.shape) for about in node._input_metadata):
+            if _kind(node) not in _ENTRYWISE:
+                return False
+            edges = [GradientEdge(child, nr) for child, nr in node.next_functions if child is not None]
+        seen = {self.groups[id(b.recording)] for _, b in self.outputs_below(node)}
+        # Of one sample, everything is row 0. What comes from inside of a model, as its derivatives do,
+        # tells nothing about its rows here.
+        if one_row or seen != self.below[node]:
+            return True
+        axes = [axis_at(edge, self.placed_below(edge.node)) for edge in edges]
+        if edges[0].node is not node and len(set(axes)) > 1:
+            return False
+        return any(axis is not None and not axis.lost for axis in axes)
+
+    def unite_same_data(self) -> None:
+        """Calls with the very same tensors, unchanged since, are about the same samples."""
+        seen: dict[tuple[int, ...], Recording] = {}
+        for group in self.all:
+            for each in group:
+                tensors = each.same_data()
+                if tensors:
+                    self.united.unite(seen.setdefault(tensors, each), each)
+
+    def placed_below(self, node: Node) -> list[tuple[GradientEdge, SampleAxis]]:
+        """The model outputs below, with their axes."""
+        below = [(GradientEdge(n, b.place), b.batch) for n, b in self.outputs_below(node)]
+        return [(edge, axis) for edge, axis in below if axis is not None]
 
     def outputs_below(self, node: Node) -> list[tuple[Node, ModelOutput]]:
 
@@ -222,8 +286,7 @@ def _joins_rows(node: Node, groups: Sequence[Group], rows: _Rows) -> bool:
         return dim % len(shape) == groups[0][0].batch_dim
     number_further(groups)
     try:
-        placed = [(GradientEdge(n, b.place), b.batch) for n, b in rows.outputs_below(node)]
-        axis = axis_at(GradientEdge(node, 0), [(e, a) for e, a in placed if a is not None])
+        axis = axis_at(GradientEdge(node, 0), rows.placed_below(node))
     finally:
         number_alike(groups)
     return axis is not None and not axis.lost

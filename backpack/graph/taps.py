@@ -196,6 +196,7 @@ class Recording:
         size: number of samples.
         batch_dim: sample axis of the inputs.
         arguments: all tensors passed in, while the pass runs.
+        data: the same, as long as somebody else holds them, with their versions at that time.
         taps: the taps found.
         unseen: parameters that were read through ``.data``.
         entries: nodes of inputs that require grad: below them, the graph is not this module's.
@@ -219,6 +220,7 @@ class Recording:
     size: int | None
     batch_dim: int = 0
     arguments: list[Tensor] = field(default_factory=list)
+    data: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)
     taps: list[weakref.ref[Tap]] = field(default_factory=list)
     unseen: list[weakref.ref[Tensor]] = field(default_factory=list)
     entries: set[Node] = field(default_factory=set)
@@ -236,6 +238,13 @@ class Recording:
     number: int = field(default_factory=itertools.count().__next__)
     place: tuple[int, int] | None = None
     _among: dict[SampleAxis, SampleAxis] = field(default_factory=dict)
+
+    def same_data(self) -> tuple[int, ...]:
+        """Ids of all tensors passed in; empty if one is gone, or was changed in place since."""
+        tensors = [(ref(), version) for ref, version in self.data]
+        if any(t is None or t._version != version for t, version in tensors):
+            return ()
+        return tuple(id(t) for t, _ in tensors)
 
     def put(self, place: tuple[int, int] | None) -> None:
         """Say where its samples are among those of all forward passes."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import ceil, log2
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from backpack._torch import has_values
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 from backpack.sources.curvature_map import CurvatureMap
@@ -43,6 +45,23 @@ def chunks_of(index: Tensor, count: int) -> Iterator[Tensor]:
 def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
     bits = torch.randint(2, like.shape, generator=generator, device=like.device)
     return (2 * bits - 1).to(like.dtype)
+
+
+def column_length(gradients: Sequence[Tensor | None], edges: Sequence[GradientEdge]) -> float:
+    """How long to make columns that are multiplied with a Hessian, so that half precision holds them.
+
+    The Hessian is as large as the gradients are, and these are as large as float16 allows if the loss
+    is scaled (by ``GradScaler``).
+
+    Args:
+        gradients: gradients that are differentiated.
+        edges: places on the way, whose precision it is about.
+    """
+    if all(edge.node._input_metadata[edge.output_nr].dtype != torch.float16 for edge in edges):
+        return 1.0
+    there = [g.detach() for g in gradients if g is not None and g.numel() and has_values(g)]
+    largest = max((float(g.abs().amax()) for g in there), default=1.0)
+    return 2.0 ** -ceil(log2(largest)) if 1 < largest < float("inf") else 1.0
 
 
 def _sample_gradients(
@@ -85,16 +104,17 @@ def exact_entries(
     if gradient is None or not gradient.requires_grad:
         return torch.zeros_like(parameter)
     edge, like, found = get_gradient_edge(gradient), gradient.detach(), []
+    unit = column_length([like], passing)
     count = columns_at_once([place, place, *passing], like.device.type, chunk_size)
     with torch.set_grad_enabled(create):
         for k in chunks_of(torch.arange(parameter.numel(), device=like.device), count):
             units = like.new_zeros(len(k), parameter.numel())
-            units[torch.arange(len(k), device=like.device), k] = 1
+            units[torch.arange(len(k), device=like.device), k] = unit
             (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing, sample)
             if rows is None:
                 return torch.zeros_like(parameter)
             # A copy: a view would hold all rows.
-            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1))
+            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1) / unit)
     return torch.cat(found).reshape(parameter.shape)
 
 
@@ -104,17 +124,22 @@ def drawn_entries(
     place: GradientEdge,
     create: bool,
     sample: int | None,
+    passing: Sequence[GradientEdge],
     count: int,
     generator: torch.Generator | None,
 ) -> Tensor:
     diagonal = torch.zeros_like(parameter)
     if gradient is None or not gradient.requires_grad:
         return diagonal
+    unit = column_length([gradient], passing)
     for _ in range(count):
         u = random_signs(gradient, generator)
         with differentiable_twice():
             (product,) = torch.autograd.grad(
-                *(gradient, [place], u), retain_graph=True, create_graph=create, allow_unused=True
+                *(gradient, [place], unit * u),
+                retain_graph=True,
+                create_graph=create,
+                allow_unused=True,
             )
-        diagonal = diagonal if product is None else diagonal + u * product / count
+        diagonal = diagonal if product is None else diagonal + u * product / (count * unit)
     return diagonal

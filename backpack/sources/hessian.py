@@ -39,6 +39,7 @@ from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 from backpack.sources.curvature_map import CurvatureMap
 from backpack.sources.entries import (
     chunks_of,
+    column_length,
     drawn_entries,
     exact_entries,
     parameter_hessian,
@@ -205,30 +206,39 @@ def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
         return
     shape = batch.split(gradient).shape
     size, like = prod(shape[1:]), gradient.detach()
+    unit = column_length([like], [edge])
     # Unit columns, what becomes of them, and both once more as columns of twice the number.
     count = given.at_once(4 * [edge], like.device.type)
     for k in chunks_of(torch.arange(size, device=like.device), count):
         basis = like.new_zeros(len(k), shape[0], size)
-        basis[torch.arange(len(k), device=like.device), :, k] = 1
+        basis[torch.arange(len(k), device=like.device), :, k] = unit
         basis = batch.join(basis.reshape(len(k), *shape), 1)
         (curved,) = carry(get_gradient_edge(gradient), [edge], basis)
         if curved is None:
             return
-        pairs, sign = _polarised([(batch, basis, curved)])
+        pairs, sign = _polarised([(batch, basis, curved)], unit)
         yield Columns([edge], pairs, sign, {leaf.parameter}, carried=True)
 
 
+def _full(columns: Tensor, unit: float) -> Tensor:
+    """Columns of length one in at least single precision, in which squares do not overflow."""
+    columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
+    return columns if unit == 1 else columns / unit
+
+
 def _polarised(
-    products: Sequence[tuple[SampleAxis, Tensor, Tensor]],
+    products: Sequence[tuple[SampleAxis, Tensor, Tensor]], unit: float
 ) -> tuple[list[Tensor], Tensor]:
     """Products of columns as signed squares: ``2 a b = ((a + b)^2 - (a - b)^2) / 2``.
 
     Args:
         products: sample axis and columns ``a``, ``b`` of every operation, ``[v, *output.shape]``.
+        unit: what both were multiplied with.
 
     Returns:
         Columns ``[2 v, *output.shape]`` for each, and their signs ``[2 v, n]``.
     """
+    given, products = products, [(batch, _full(a, unit), _full(b, unit)) for batch, a, b in products]
 
     def norms(which: int) -> Tensor:
         parts = [batch.split(ab[which], 1).flatten(2).square().sum(2) for batch, *ab in products]
@@ -245,6 +255,7 @@ def _polarised(
         scale = batch.join(scale, 1)
         left, right = left * scale, right / (2 * scale)
         columns.append(torch.cat([left + right, left - right]))
+    columns = [each.to(left.dtype) for each, (_, left, _) in zip(columns, given, strict=True)]
     sign = torch.ones_like(balance)
     return columns, torch.cat([sign, -sign]) / 2
 
@@ -275,8 +286,9 @@ def sampled(
     edges = [GradientEdge(node, tap.place) for node, tap in taps.values()]
     found = gradients(given.roots, edges, create_graph=True)
     known = [g for g in found if g is not None and g.requires_grad]
+    unit = column_length(found, edges)
     for _ in range(count if known else 0):
-        signs = [None if g is None else random_signs(g, generator) for g in found]
+        signs = [None if g is None else unit * random_signs(g, generator) for g in found]
         drawn = [u for u, g in zip(signs, found, strict=True) if g is not None and g.requires_grad]
         with differentiable_twice():
             curved = torch.autograd.grad(
@@ -293,10 +305,11 @@ def sampled(
                 products = [
                     (tap.batch, *(each.unsqueeze(0) for each in at[id(tap)])) for _, tap in uses
                 ]
-                columns, sign = _polarised(products)  # type: ignore[arg-type]
+                columns, sign = _polarised(products, unit)  # type: ignore[arg-type]
                 places = [GradientEdge(node, tap.place) for node, tap in uses]
                 yield Columns(places, columns, sign / count, {leaf.parameter}, carried=True)
     for leaf in given.leaves:
         if leaf not in by_output and leaf.samples:
-            draws = partial(drawn_entries, count=count, generator=generator)
+            passing = [GradientEdge(node, tap.place) for node, tap, _ in leaf.uses]
+            draws = partial(drawn_entries, passing=passing, count=count, generator=generator)
             yield parameter_hessian(given, path, leaf, per_sample, draws)

@@ -57,7 +57,7 @@ class Cell(NamedTuple):
             # Each of its functions of the output counts as a loss.
             columns *= loss.terms
         # Rows of two passes beside each other may be either.
-        options = {"forwards": "same"} if idiom.name == "cat" else {}
+        options = {"forwards": "same"} if idiom.name in ("cat", "two-losses") else {}
         return Comparison(truth, model, backward, ends_linear, columns=columns, options=options)
 
     def _call(self) -> Callable[[Tensor], Tensor]:

@@ -91,8 +91,8 @@ class Mixing:
             assert abs(float(value.detach() - truth.loss)) < 1e-10
             value.backward()
 
-        # Rows of two passes beside each other may be either.
-        options = {"forwards": "same"} if self.name == "all-views" else {}
+        # Rows of two passes beside each other, or each with each, may be either.
+        options = {"forwards": "same"} if "views" in self.name else {}
         return Comparison(truth, model, backward, options=options)
 
 
