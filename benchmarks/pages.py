@@ -75,10 +75,10 @@ def of_network(problem: str) -> str:
     about = entry(problem)
     limits = {name: number(found.get("limit")) for name, found in about["limits"].items()}
     columns: dict[str, Callable[[str], str]] = {
-        ORIGINAL: lambda name: multiple(cell(about, ORIGINAL, name)),
-        "others": lambda name: multiple(fastest(problem, name)),
         "this library": lambda name: multiple(cell(about, OURS, name)),
         "`gradient=False`": lambda name: multiple(cell(about, ALONE, name)),
+        ORIGINAL: lambda name: multiple(cell(about, ORIGINAL, name)),
+        "others": lambda name: multiple(fastest(problem, name)),
         "limit": lambda name: limits.get(name) or NONE,
     }
     names = {EXTEND: "`extend` alone", COMBINED: "`Variance`, `BatchL2Grad`, `DiagGGNMC` in one pass"}
