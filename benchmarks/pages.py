@@ -21,7 +21,13 @@ COSTS = ROOT / "benchmarks" / "results" / "2026-11-21-2-cores.json"
 OPTIMIZERS = ROOT / "benchmarks" / "results" / "optimizers.json"
 TRAINING = ROOT / "experiments" / "results" / "2026-11-21-2-cores.json"
 LOW_RANK = ROOT / "benchmarks" / "results" / "vivit.json"
-LOW_RANK_KINDS = "eigenvalues", "pairs", "derivatives", "newton"
+LOW_RANK_COLUMNS = {
+    "all eigenvalues, s": ("eigenvalues", "minimum", 1),
+    "ten pairs, s": ("pairs", "minimum", 1),
+    "their slopes and curvatures, s": ("derivatives", "minimum", 1),
+    "a damped Newton step, s": ("newton", "minimum", 1),
+    "its memory, GB": ("newton", "bytes", 1e-9),
+}
 PAGES = {
     **{"networks": "docs/costs.md", "optimizers": "docs/optim.md"},
     **{"low_rank": "docs/vivit.md", "digits": "docs/experiments.md"},
@@ -69,10 +75,10 @@ def of_network(problem: str) -> str:
     about = entry(problem)
     limits = {name: number(found.get("limit")) for name, found in about["limits"].items()}
     columns: dict[str, Callable[[str], str]] = {
-        ORIGINAL: lambda name: multiple(cell(about, ORIGINAL, name)),
-        "others": lambda name: multiple(fastest(problem, name)),
         "this library": lambda name: multiple(cell(about, OURS, name)),
         "`gradient=False`": lambda name: multiple(cell(about, ALONE, name)),
+        ORIGINAL: lambda name: multiple(cell(about, ORIGINAL, name)),
+        "others": lambda name: multiple(fastest(problem, name)),
         "limit": lambda name: limits.get(name) or NONE,
     }
     names = {EXTEND: "`extend` alone", COMBINED: "`Variance`, `BatchL2Grad`, `DiagGGNMC` in one pass"}
@@ -118,24 +124,21 @@ def low_rank() -> str:
     about = found["machine"]
     rows = []
     for problem, each in found["problems"].items():
-        kind = "exact" if f"{LOW_RANK_KINDS[0]}, exact" in each["libraries"]["low-rank"] else "sampled"
-        row = [f"{TITLES.get(problem, problem)}, {each['batch']} samples, {kind} columns"]
-        for name in LOW_RANK_KINDS:
-            ours, theirs = (
-                each["libraries"][library][f"{name}, {kind}"]
-                for library in ("low-rank", "vivit-for-pytorch")
-            )
-            texts = [
-                f"{c['minimum']:.2g} s, {c['bytes'] / 1e6:.0f} MB" if "minimum" in c else "fails"
-                for c in (ours, theirs)
-            ]
+        ours, theirs = (each["libraries"][name] for name in ("low-rank", "vivit-for-pytorch"))
+        kind = "exact" if "newton, exact" in ours else "sampled"
+        row = [
+            f"{TITLES[problem]}, {each['batch']} samples" + ", sampled columns" * (kind == "sampled")
+        ]
+        for name, field, scale in LOW_RANK_COLUMNS.values():
+            pair = [each.get(f"{name}, {kind}", {}).get(field) for each in (ours, theirs)]
+            texts = [f"{scale * value:.2g}" if value else "fails" for value in pair]
             row.append(f"{texts[0]} ({texts[1]})")
         rows.append(row)
-    head = ["", "all eigenvalues", "ten pairs", "their slopes and curvatures", "a damped Newton step"]
     return (
-        f"Seconds and memory beyond the network's; in parentheses those of vivit-for-pytorch "
-        f"{found['versions']['vivit-for-pytorch']}\n({about['cpu']}, {about['cores']} cores, torch "
-        f"{about['torch']}, {found['date']}; the least of several turns):\n\n" + plain(head, rows)
+        "In parentheses vivit-for-pytorch "
+        f"{found['versions']['vivit-for-pytorch']}; memory is beyond the network's\n"
+        f"({about['cpu']}, {about['cores']} cores, torch {about['torch']}, {found['date']}; "
+        "the least\nof several turns):\n\n" + plain(["", *LOW_RANK_COLUMNS], rows)
     )
 
 

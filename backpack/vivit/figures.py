@@ -65,16 +65,19 @@ def draw_noise(found: Derivatives, values: Tensor | None = None, axes: Any = Non
         each = each.detach().double().cpu()
         places = torch.arange(1, each.shape[1] + 1)
         low, middle, high = torch.quantile(each, torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
-        spread = places + 0.5 * (torch.rand(each.shape) - 0.5)
+        own = torch.Generator().manual_seed(0)  # a picture takes none of the program's random numbers
+        spread = places + 0.5 * (torch.rand(each.shape, generator=own) - 0.5)
         ax.plot(spread.flatten().numpy(), each.flatten().numpy(), ".", ms=2, alpha=0.4, color="0.6")
         ax.vlines(places.numpy(), low.numpy(), high.numpy(), lw=4, color="C0", alpha=0.7)
         ax.plot(places.numpy(), middle.numpy(), "_", color="white", ms=8)
         ax.plot(places.numpy(), each.mean(0).numpy(), "o", color="C1", label="mean")
-        labels = [f"{k}\nSNR {float(s):.2g}" for k, s in zip(places.tolist(), snr, strict=True)]
+        labels = [f"{k}: {float(s):.2g}" for k, s in zip(places.tolist(), snr, strict=True)]
         if values is not None:
-            labels = [f"{a}\n{float(v):.2g}" for a, v in zip(labels, values, strict=True)]
-        ax.set_xticks(places.numpy(), labels, fontsize=7)
-        ax.set(xlabel="direction", ylabel=name)
+            labels = [f"{a}, {float(v):.2g}" for a, v in zip(labels, values, strict=True)]
+        # Upright, so that many directions do not lie on each other.
+        ax.set_xticks(places.numpy(), labels, fontsize=7, rotation=90)
+        what = "direction: signal-to-noise ratio" + ", eigenvalue" * (values is not None)
+        ax.set(xlabel=what, ylabel=name)
         ax.axhline(0, color="k", lw=0.5)
     axes[0].legend()
     return axes

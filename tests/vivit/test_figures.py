@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import matplotlib
@@ -12,6 +13,7 @@ from torch import nn
 
 from backpack import extend
 from backpack.vivit import (
+    Derivatives,
     LowRank,
     draw_noise,
     draw_overlaps,
@@ -53,11 +55,22 @@ def test_spectrum() -> None:
 def test_noise() -> None:
     found = curvature()
     pairs = found.eigh(4)
+    state = torch.get_rng_state()
     slopes, curvatures = draw_noise(found.derivatives(pairs), pairs.values)
+    assert torch.equal(torch.get_rng_state(), state)
     slopes.figure.canvas.draw()
     means = slopes.lines[2].get_ydata()
     torch.testing.assert_close(torch.as_tensor(means).float(), found.derivatives(pairs).gammas.mean(0))
-    assert "SNR" in curvatures.get_xticklabels()[0].get_text()
+    assert curvatures.get_xticklabels()[0].get_text().startswith("1: ")
+    assert curvatures.get_xlabel() == "direction: signal-to-noise ratio, eigenvalue"
+
+
+def test_labels_of_many_directions_are_apart() -> None:
+    many = Derivatives(torch.randn(5, 14), 1e3 * torch.rand(5, 14))
+    for axes in draw_noise(many, torch.rand(14)):
+        axes.figure.canvas.draw()
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def test_overlaps() -> None:

@@ -97,7 +97,7 @@ axes.semilogx(curvature, names, "o", label="GGN diagonal")
 axes.semilogx(variance, names, "s", label="variance of gradients")
 axes.invert_yaxis()
 axes.set(xlabel="mean over entries")
-axes.legend(loc="center")
+axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 plt.show()
 
 # %%

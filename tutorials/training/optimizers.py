@@ -117,5 +117,5 @@ figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 for name in choices:
     axes.semilogy(train(name), label=name)
 axes.set(xlabel="step", ylabel="loss")
-axes.legend(ncols=2)
+axes.legend(loc="lower left", ncols=2)
 plt.show()
