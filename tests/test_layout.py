@@ -17,7 +17,7 @@ ROOT = Path(backpack.__file__).parent
 ROOMS = {
     "samples": """axis aliases separability movers blocks contractions indexing reductions entries
         packing writes propagate""",
-    "forms": """memory triton products base layout lookup strips tally sides outer sums several
+    "forms": """memory triton products overlaps base layout lookup strips tally sides outer sums several
         at_output""",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         packed fallback decompositions""",

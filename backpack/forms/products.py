@@ -37,17 +37,23 @@ def gram(x: Tensor) -> Tensor:
 
 def gram_matrix(x: Tensor, count: int = 1) -> Tensor:
     """``x^T x / count``; on a CPU by blocks, of which those above the diagonal are mirrored."""
-    rows, size = x.shape
+    size = x.shape[1]
     if torch.is_grad_enabled():
         return x.mT @ x / count
-    product, count = fresh(x, (size, size)), max(count, 1)
+    product = fresh(x, (size, size))
+    write_gram(x, product, max(count, 1))
+    return product
+
+
+def write_gram(x: Tensor, product: Tensor, count: int = 1) -> None:
+    """Write ``x^T x / count``."""
+    rows, size = x.shape
     parts = 1 if x.device.type != "cpu" or rows * size**2 < MIRRORED else 3
     step = max(1, -(-size // parts))
     for i in range(0, size, step):
         strip = product[i : i + step, : i + step]
         torch.addmm(strip, x[:, i : i + step].mT, x[:, : i + step], beta=0, alpha=1 / count, out=strip)
         product[:i, i : i + step] = strip[:, :i].mT
-    return product
 
 
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
