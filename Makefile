@@ -48,7 +48,8 @@ sdist: $(STAMPS)/test $(STAMPS)/release
 	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q --collect-only -n 0 \
 		| tail -1
 	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q -n 0 \
-		tests/test_smoke.py tests/test_layout.py tests/test_pages.py tests/test_howto.py tests/test_support.py
+		tests/test_smoke.py tests/test_layout.py tests/test_pages.py tests/test_howto.py tests/test_support.py \
+		tests/test_docs.py tests/test_numbers.py tests/test_pictures.py
 
 # What goes to a package index: ADDRESS is where the repository is, for links of the README.
 release: $(STAMPS)/release
