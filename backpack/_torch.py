@@ -250,7 +250,7 @@ class ShardGroup:
         """
         others = ("_unsharded_param", "_sharded_post_forward_param")
         return [
-            (p.sharded_param, *(getattr(p, name, None) for name in others))  # type: ignore[misc]
+            (p.sharded_param, *(getattr(p, name, None) for name in others))
             for p in self.group.fsdp_params
         ]
 

@@ -86,7 +86,7 @@ def setting(name: str, device: str = "cpu", batch: int | None = None, **sizes: A
 def sweeps(names: list[str], device: str) -> list[Setting]:
     """Settings in which one size varies."""
     return [
-        setting(name, device, **{size: value}, sweep=size)  # type: ignore[arg-type]
+        setting(name, device, **{size: value}, sweep=size)
         for size, lists in SWEEPS.items()
         for name, values in lists.items()
         if name in names

@@ -108,7 +108,7 @@ def choose(runs: list[Record]) -> dict[Budget, list[Chosen]]:
     lower validation loss, among the runs with ``SEARCH_SEED``. Runs that diverged come last. What is
     reported of it are its runs with other seeds, if there are any.
     """
-    found: dict[Budget, dict[str, dict[tuple, list[Record]]]] = defaultdict(dict)
+    found: dict[Budget, dict[str, dict[tuple[Any, ...], list[Record]]]] = defaultdict(dict)
     for run in runs:
         s = run["setting"]
         budget = (s["problem"], s["epochs"], s["batch"], s["samples"])
@@ -120,7 +120,7 @@ def choose(runs: list[Record]) -> dict[Budget, list[Chosen]]:
     }
 
 
-def _best(settings: dict[tuple, list[Record]]) -> Chosen:
+def _best(settings: dict[tuple[Any, ...], list[Record]]) -> Chosen:
     searched = {
         key: run
         for key, several in settings.items()

@@ -38,7 +38,7 @@ class Met:
         # Results of the first meetings, with their lengths.
         self.places: list[tuple[GradientEdge, torch.Size]] = []
 
-    def look(self, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call: what is computed from a rival is one too, until a parameter meets it."""
         found = _tensors((out,))
         given = _tensors((*args, *kwargs.values())) if found else []

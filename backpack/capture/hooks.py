@@ -30,7 +30,7 @@ from backpack.graph.transformed import note_transformed
 from backpack.samples.axis import MADE, SampleAxis, mark, regular_axis, sample_axis_of, solo_axis
 
 
-def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of extended modules: the outermost call opens a recording."""
     if torch.compiler.is_compiling():  # first of all, so that nothing else is traced
         return
@@ -65,7 +65,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     ambient.recorder.__enter__()
 
 
-def _note_transformed(module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> None:
+def _note_transformed(module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A call inside of a transform of ``torch.func``: only the number of samples is noted."""
     if module is None:
         return
@@ -78,7 +78,7 @@ def _note_transformed(module: nn.Module | None, args: tuple, kwargs: dict[str, A
 
 
 def _axes_of_inputs(
-    recording: Recording, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    recording: Recording, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[int, SampleAxis]:
     """The sample axes of a model's inputs, by ids: certain for the one that carries the batch."""
     dim, samples = recording.batch_dim, module.__dict__.get("_backpack_samples")
@@ -205,7 +205,7 @@ def _calls_running(module: nn.Module | None) -> int:
     return count
 
 
-def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
+def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of extended modules (called also if forward raised): close the recording."""
     if torch.compiler.is_compiling():
         return
@@ -314,7 +314,9 @@ LOSS_MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
 }
 
 
-def after_loss(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+def after_loss(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
     """Forward hook of extended loss modules in :data:`LOSS_MODULES`."""
     if torch.compiler.is_compiling():
         return

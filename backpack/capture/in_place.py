@@ -72,7 +72,7 @@ class _Write(NamedTuple):
     op: Any
     target: Tensor
     shared: bool
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     own: SampleAxis | None
     marked: list[tuple[Tensor, SampleAxis]]
@@ -84,7 +84,7 @@ class _Write(NamedTuple):
 class InPlaceTracker(Tracker):
     """Follows what is written to tensors that exist already."""
 
-    def write_in_place(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def write_in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In-place operations: the node to remember is the one before."""
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: x for k, x in kwargs.items() if k != "input"}
@@ -110,7 +110,9 @@ class InPlaceTracker(Tracker):
             self.give_up(func, target, error)
         return out
 
-    def _before(self, func: Any, target: Tensor, args: tuple, kwargs: dict[str, Any]) -> _Write | None:
+    def _before(
+        self, func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Write | None:
         """What there is to know before an operation in place; ``None`` if it is no matter of data."""
         assigns = func == Tensor.__setitem__
         index = args[1] if assigns and isinstance(args[1], tuple) else ()
@@ -192,10 +194,10 @@ class InPlaceTracker(Tracker):
         sources = write.rest if write.lone else [write.args[0], *write.rest]
         make_tap(
             *(self.recording, func, write.args, write.kwargs, node, output_nr, 0),
-            *(batch, sources, inputs, None, whole, view),  # type: ignore[arg-type]
+            *(batch, sources, inputs, None, whole, view),
         )
 
-    def write_into(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def write_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Operations that write their results to given tensors."""
         out = func(*args, **kwargs)
         try:

@@ -33,7 +33,7 @@ def note_loss(
     recording: Recording,
     func: Any,
     axis: SampleAxis | None,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     node: Node,
     module: nn.Module | None,
@@ -54,7 +54,7 @@ def note_loss(
 
 
 def _without_logits(
-    func: Any, args: tuple, kwargs: dict[str, Any], node: Node
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node
 ) -> tuple[Callable[[SampleAxis], LossHessian | None], Callable[[], Tensor]]:
     """The rule of a loss and its first argument, holding no more than autograd does.
 

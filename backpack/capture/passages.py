@@ -30,12 +30,12 @@ class Passages:
                     handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
                     self.handles.append(handle)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before torch's hook."""
         self.before = [(t, self.recorder.axis_of(t)) for t in flatten((*args, *kwargs.values()))]
         self.recorder.live = False
 
-    def _entered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After it."""
         self.recorder.live = True
         after = list(flatten((*args, *kwargs.values())))

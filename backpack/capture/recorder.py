@@ -82,7 +82,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             self.hook.remove()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not self.live:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -118,7 +118,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             if module is not None:
                 note_transformed(module, recording.size)
 
-    def _see(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call that is over."""
         if self.recording.rivals:
             self.met.look(args, kwargs, out)
@@ -169,7 +169,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
     def _follow(
         self,
         func: Any,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
         data: list[tuple[Tensor, SampleAxis]],
@@ -211,7 +211,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             each._backpack_batch = axis
         return True
 
-    def _layer(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor) -> bool:
+    def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """The usual tap, a layer with a weight of its own; ``False``: look closer."""
         node = out.grad_fn
         if node is None or out._base is not None:
@@ -247,7 +247,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         out._backpack_batch = axis  # type: ignore[attr-defined]
         return True
 
-    def _look(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call with all its arguments and results."""
         marked, sources, faint = self.sort_arguments(args, kwargs)
         if isinstance(out, Tensor):
@@ -265,7 +265,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 if isinstance(each, Tensor) and (marked or faint):
                     self.note_result(func, args, kwargs, each, place, marked, sources, faint)
 
-    def _data(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``parameter.data``, which autograd does not see."""
         out = func(*args, **kwargs)
         if args[0].requires_grad:
@@ -274,7 +274,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             mark(out, axis)
         return out
 
-    def _begins(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _begins(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``x.requires_grad_()``: below data that begins to require a gradient, the graph ends."""
         out = func(*args, **kwargs)
         x = args[0]
@@ -283,7 +283,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             self.recording.entries.add(get_gradient_edge(x).node)
         return out
 
-    def _differentiate(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _differentiate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``torch.autograd.grad``: a gradient's rows are taken for those of what it is about.
 
         That is tried out when backward starts, with what it uses of parameters
@@ -299,7 +299,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 mark(gradient, axis.moved(axis.dim + gradient.dim() - given.dim()))
         return out
 
-    def _bags(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _bags(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Bags of words that begin where an input says: the samples of the model."""
         with without_torch_function():
             axis = axis_of_bags(self.recording, args, kwargs)
@@ -313,7 +313,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             self.give_up(func, out, error)
         return out
 
-    def _open(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _open(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Operations with parameters inside are done by operations that can be seen."""
         marked, sources, faint = self.sort_arguments(args, kwargs)
         if (marked or faint) and sources and torch.is_grad_enabled():

@@ -100,7 +100,9 @@ def state(recording: Recording, x: Tensor, axis: SampleAxis) -> None:
     mark(x, axis)
 
 
-def axis_of_bags(recording: Recording, args: tuple, kwargs: dict[str, Any]) -> SampleAxis | None:
+def axis_of_bags(
+    recording: Recording, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis | None:
     """The sample axis of the words of an ``embedding_bag`` whose offsets are an input of the model.
 
     Each bag is a sample: ``model(text, offsets)``. ``None`` where somebody has said otherwise, other
@@ -132,7 +134,7 @@ def packed_axis(packed: PackedSequence) -> SampleAxis:
 
 
 def said_axes(
-    samples: Samples, module: nn.Module, args: tuple, kwargs: dict[str, Any], dim: int
+    samples: Samples, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int
 ) -> Said:
     """The sample axes of inputs that the user spoke of.
 
@@ -191,7 +193,7 @@ def _carried(what: str, value: Any, dim: int) -> Said:
 
 
 def _named(
-    samples: str | int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    samples: str | int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Any]:
     """An input by its name, with dots to parts of it, or by its position."""
     try:

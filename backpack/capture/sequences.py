@@ -20,7 +20,7 @@ from backpack.samples.propagate import settled
 class SequenceTracker(InPlaceTracker):
     """Sees to operations on sequences."""
 
-    def _pack(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _pack(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Packing and padding of sequences: of the results only the first is data."""
         out = func(*args, **kwargs)
         try:
@@ -33,7 +33,7 @@ class SequenceTracker(InPlaceTracker):
     def _recurrent(
         self,
         func: Any,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: tuple[Tensor, ...],
         marked: list[tuple[Tensor, SampleAxis]],

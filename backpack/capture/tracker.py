@@ -62,7 +62,7 @@ def note_own(tensor: Tensor, sources: Sequence[Tensor], own: bool = True) -> Non
         delattr(tensor, _OWN)
 
 
-def tensors_in(args: tuple | list) -> Iterator[Tensor]:
+def tensors_in(args: tuple[Any, ...] | list[Any]) -> Iterator[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
             yield a
@@ -125,7 +125,7 @@ class Tracker:
         return found
 
     def sort_arguments(
-        self, args: tuple, kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[tuple[Tensor, SampleAxis]], list[Tensor], list[SampleAxis]]:
         """Arguments that depend on the data, those that require grad but do not, faint ones' axes.
 
@@ -155,7 +155,7 @@ class Tracker:
     def note_result(
         self,
         func: Any,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Tensor,
         place: int,
@@ -224,13 +224,13 @@ class Tracker:
                 base = None
             make_tap(
                 *(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs),
-                *(base, whole),  # type: ignore[arg-type]
+                *(base, whole),
             )
         if is_custom(out):
             settle(out, batch)
 
     def settle_doubt(
-        self, func: Any, batch: SampleAxis, out: Tensor, args: tuple, faint: list[SampleAxis]
+        self, func: Any, batch: SampleAxis, out: Tensor, args: tuple[Any, ...], faint: list[SampleAxis]
     ) -> SampleAxis:
         """A tentative axis meets data that has lost its own: they agree if all rows get the same."""
         for t in tensors_in(args):
@@ -257,7 +257,7 @@ class Tracker:
             lost = SampleAxis(self.recording.size or 1, lost=why, tentative=not each.requires_grad)
             self.lose(func, each, lost)
 
-    def touch(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def touch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Data is read without grad: inside a custom Function, perhaps."""
         for a in tensors_in((*args, *kwargs.values())):
             if a.requires_grad:
@@ -279,7 +279,12 @@ class Tracker:
         self.adopted.append(weakref.ref(target))
 
     def note_expansion(
-        self, func: Any, args: tuple, kwargs: dict[str, Any], out: Tensor, sources: list[Tensor]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Tensor,
+        sources: list[Tensor],
     ) -> None:
         """A parameter expanded to one row per sample: the sample axis appears here."""
         size, node = self.recording.size, out.grad_fn
@@ -316,5 +321,5 @@ def _unexpand(g: Tensor, shape: torch.Size, repeats: list[int]) -> Tensor:
     return g.reshape(*g.shape[:2], *shape)
 
 
-def _trains(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _trains(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("training", args[5] if len(args) > 5 else False))

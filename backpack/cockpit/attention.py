@@ -33,7 +33,7 @@ class AttentionLogits:
                     self._note(*args, **kwargs)
                 return original(*args, **kwargs)
 
-            self._ours = F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+            self._ours = F.scaled_dot_product_attention = attention
         elif not on and self._original is not None:
             if F.scaled_dot_product_attention is self._ours:
                 F.scaled_dot_product_attention = self._original

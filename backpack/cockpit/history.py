@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Value = float | list | None
+Value = float | list[Any] | None
 
 
 class History:

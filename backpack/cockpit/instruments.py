@@ -327,7 +327,7 @@ def _plane(history: History) -> list[Panel]:
         f"{steps[-1]}. A tilt means that gradients pull large parameters back, or push them on."
     )
     image = (*map(list, found["edges"]), found["counts"])
-    return [Panel("Gradients and parameters", "gradients", caption, image=image)]  # type: ignore[arg-type]
+    return [Panel("Gradients and parameters", "gradients", caption, image=image)]
 
 
 def _heat(history: History, key: str, title: str, caption: str) -> Panel | None:

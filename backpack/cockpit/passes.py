@@ -108,7 +108,7 @@ def sweep() -> None:
 
 _tensor_backward = Tensor.backward
 _function_backward = torch.autograd.backward
-_scaler_scale = torch.amp.GradScaler.scale  # type: ignore[attr-defined]
+_scaler_scale = torch.amp.GradScaler.scale
 
 
 def _backward(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -145,10 +145,10 @@ def _scale(self: Any, outputs: Any) -> Any:
     return scaled
 
 
-_PATCHES: tuple[tuple[Any, str, Callable, Callable], ...] = (
+_PATCHES: tuple[tuple[Any, str, Callable[..., Any], Callable[..., Any]], ...] = (
     (Tensor, "backward", _backward, _tensor_backward),
     (torch.autograd, "backward", _backward_function, _function_backward),
-    (torch.amp.GradScaler, "scale", _scale, _scaler_scale),  # type: ignore[attr-defined]
+    (torch.amp.GradScaler, "scale", _scale, _scaler_scale),
 )
 
 

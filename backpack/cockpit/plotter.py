@@ -82,7 +82,7 @@ def _translated(values: dict[str, Any]) -> Any:
             yield "grad_hist_2d", {"edges": edges, "counts": _listed(value["hist"])}
 
 
-def _listed(value: Any) -> list:
+def _listed(value: Any) -> list[Any]:
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 

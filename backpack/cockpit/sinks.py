@@ -44,7 +44,7 @@ class TensorBoard:
             elif key == "grad_hist":
                 self._histogram(self.prefix + key, value, step)
 
-    def _histogram(self, tag: str, value: dict[str, list], step: int) -> None:
+    def _histogram(self, tag: str, value: dict[str, list[Any]], step: int) -> None:
         edges, counts = value["edges"], value["counts"]
         # Outer bins have no bound; their inner one stands for it.
         limits = [min(max(e, edges[1]), edges[-2]) for e in edges[1:]]

@@ -213,7 +213,7 @@ class NotingCalls(TorchFunctionMode):
         self.batches = batches
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         call = partial(func, *args, **(kwargs or {}))
         if func is not Tensor.backward:

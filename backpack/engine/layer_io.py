@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class LayerIO:
         self.module.__dict__["_buffers"] = dict(self.module._buffers)
 
 
-class _Buffers(dict):
+class _Buffers(dict[str, Any]):
     """A module's buffers and its output."""
 
     compute: Callable[[], Tensor]

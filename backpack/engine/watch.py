@@ -69,7 +69,7 @@ class _Watch(TorchFunctionMode):
         self.block = block
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Looked up each time: tools that watch backward passes put their own functions there.
         if func is not Tensor.backward and func is not torch.autograd.grad:  # nearly all calls
@@ -112,10 +112,10 @@ class _Watch(TorchFunctionMode):
     def _backward(
         self,
         func: Any,
-        args: tuple,
-        kwargs: dict,
-        outputs: list,
-        gradients: list,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: list[Any],
+        gradients: list[Any],
         wanted: set[Tensor] | None = None,
         limited: bool = False,
     ) -> Any:

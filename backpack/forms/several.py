@@ -184,7 +184,7 @@ class Part(Form):
 
     form: Form
     sample: int
-    samples: int = field()  # type: ignore[assignment]
+    samples: int = field()
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]

@@ -172,8 +172,8 @@ def _tile(  # type: ignore[no-untyped-def] # noqa: D417
     G, A, P, I, W, out,  # noqa: E741
     columns, products, groups, count, rows, width, step,
     gv, gn, gq, gs, go, an, aq, wv, wn,
-    SIGNED: tl.constexpr, NORMS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,  # type: ignore[name-defined]
-    PRECISION: tl.constexpr,  # type: ignore[name-defined]
+    SIGNED: tl.constexpr, NORMS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile ``[R, C]`` of one group: the squares of ``step`` products, summed."""
     wide = tl.cdiv(width, C)

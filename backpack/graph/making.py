@@ -42,7 +42,7 @@ class View(NamedTuple):
 def make_tap(
     recording: Recording,
     func: Any,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     node: Node,
     output_nr: int,
@@ -103,7 +103,7 @@ def make_tap(
         tap.input = weakref.ref(args[0])
 
 
-def _unbatched(rule: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Pairs | None:
+def _unbatched(rule: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pairs | None:
     """The rule of a layer whose input is one sample without an axis for it, by an axis put in front."""
     axes = UNBATCHED.get(func)
     if axes is None or kwargs or args[0].dim() != axes:

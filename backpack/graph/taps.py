@@ -106,7 +106,7 @@ class Tap:
         inputs: tuple[Node, ...],
         recording: Recording,
         sources: list[Source] | None = None,
-        args: tuple | None = None,
+        args: tuple[Any, ...] | None = None,
     ) -> None:
         self.func = func
         self.place = place
@@ -163,7 +163,7 @@ class Tap:
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]
-                    pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)  # type: ignore[assignment]
+                    pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs

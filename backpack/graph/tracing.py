@@ -121,7 +121,7 @@ def _moved(edge: GradientEdge, outputs: dict[tuple[Node, int], SampleAxis]) -> S
         node, number = below, nr
     axis: SampleAxis | None = outputs[node, number]
     for step, node, old, new in reversed(chain):
-        axis = step(axis, node, torch.Size(old), torch.Size(new))  # type: ignore[arg-type]
+        axis = step(axis, node, torch.Size(old), torch.Size(new))
         if axis is None or axis.lost:
             return None
     return axis

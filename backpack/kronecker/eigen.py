@@ -48,7 +48,7 @@ class KroneckerEigen(_Pair, KroneckerBlock):
     def _make(cls, iterable: Iterable[Any]) -> KroneckerEigen:  # type: ignore[override]
         return cls(*iterable)
 
-    def _replace(self, **changes: Any) -> KroneckerEigen:  # type: ignore[override]
+    def _replace(self, **changes: Any) -> KroneckerEigen:
         return KroneckerEigen(
             **{**self._asdict(), "shape": self.shape, "layout": self.layout, **changes}
         )

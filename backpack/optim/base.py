@@ -210,7 +210,7 @@ class BackpackOptimizer(Optimizer):
     _takes_gradients = True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters.
 
         What was computed for this step is deleted from the parameters; gradients stay.

@@ -47,7 +47,7 @@ def _layers(kind: Any) -> Callable[..., Any]:
         """Layers and directions one at a time, each with its fused kernel."""
         if isinstance(has_biases, (list, tuple)):  # arguments of packed sequences
             rest = (num_layers, dropout, train, bidirectional, batch_first)
-            return packed.layer_by_layer(kind, input, hx, params, has_biases, *rest)  # type: ignore[arg-type]
+            return packed.layer_by_layer(kind, input, hx, params, has_biases, *rest)
         directions = 2 if bidirectional else 1
         if num_layers * directions == 1:
             return NotImplemented

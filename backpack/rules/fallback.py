@@ -20,8 +20,8 @@ def fallback(
     batch: SampleAxis,
     place: int,
     func: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     sources: Sequence[Tensor],
     at_once: bool = False,
 ) -> Pairs:

@@ -12,6 +12,7 @@ that do, rows are still where they were. So memory is known twice, once for eith
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Written:
         self.owners = torch.full(
             (storage.nbytes() // self.itemsize,), NOBODY, dtype=torch.int64, device=tensor.device
         )
-        self.known: dict[tuple, SampleAxis | None] = {}
+        self.known: dict[tuple[Any, ...], SampleAxis | None] = {}
 
     def seen(self, tensor: Tensor) -> Tensor:
         """The part that a tensor looks at, in its shape."""

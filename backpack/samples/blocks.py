@@ -6,6 +6,8 @@ matrix that sums the nodes of each. What tells is where it is not zero.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,9 @@ def axis_by_groups(
 
 
 @mover("segment_reduce")
-def _segments(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _segments(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     lengths, dim = kwargs.get("lengths"), kwargs.get("axis", 0) % old.dim()
     if batch.dim != dim:
         return batch

@@ -14,7 +14,9 @@ from backpack.samples.movers import argument, mover
 
 
 @mover("scaled_dot_product_attention")
-def _attention(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _attention(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     masked = _masked(new, args, kwargs)
     if masked is not None:
         return masked
@@ -27,7 +29,7 @@ def _attention(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs:
     return aligned(batch, old, new)
 
 
-def _masked(new: Tensor, args: tuple, kwargs: dict) -> SampleAxis | None:
+def _masked(new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SampleAxis | None:
     """The axis where a mask lets positions see those of their own sample only."""
     tensors = [argument(args, kwargs, at, name) for at, name in enumerate(("query", "key", "value"))]
     mask, axes = argument(args, kwargs, 3, "attn_mask"), []
@@ -47,14 +49,18 @@ def _masked(new: Tensor, args: tuple, kwargs: dict) -> SampleAxis | None:
 
 
 @mover("embedding")
-def _embedding(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _embedding(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     if old is not argument(args, kwargs, 0, "input"):
         return batch.losing("a table that depends on the data")
     return batch
 
 
 @mover("embedding_bag")
-def _bags(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _bags(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     """Bags are rows ``[bags, positions]``, or begin where ``offsets`` say."""
     if old is argument(args, kwargs, 1, "weight"):
         return batch.losing("a table that depends on the data")
@@ -75,7 +81,9 @@ def _bags(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
 
 
 @mover("linear")
-def _linear(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _linear(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     if old is not argument(args, kwargs, 0, "input") or old is argument(args, kwargs, 1, "weight"):
         return batch.losing("a weight that depends on the data")
     if batch.dim == old.dim() - 1:
@@ -88,12 +96,16 @@ _FACTORS = ("input", "mat1", "batch1", "mat", "mat2", "batch2", "vec", "vec2", "
 
 
 @mover("__rmatmul__")
-def _reflected(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _reflected(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return _matmul(batch, old, new, args[::-1], kwargs)
 
 
 @mover("matmul", "__matmul__", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "addmv")
-def _matmul(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _matmul(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     named = (kwargs[name] for name in _FACTORS if name in kwargs)
     tensors = [a for a in (*args, *named) if isinstance(a, Tensor)]
     left, right = tensors[-2:]
@@ -124,7 +136,9 @@ def _factor(batch: SampleAxis, here: Tensor, other: Tensor, new: Tensor, first: 
 
 
 @mover("einsum")
-def _einsum(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _einsum(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     equation = args[0]
     operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
     terms, result = einsum_labels(equation, [x.dim() for x in operands])

@@ -37,7 +37,7 @@ class Call(NamedTuple):
     """
 
     func: Any
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     owners: dict[int, Tensor]
     shape: torch.Size
@@ -82,7 +82,7 @@ def moves_entries(names: str, **how: Any) -> None:
 
 def entry_axis(
     func: Any,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     new: Tensor,
     marked: list[tuple[Tensor, SampleAxis]],

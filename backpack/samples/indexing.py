@@ -13,7 +13,9 @@ from backpack.samples.movers import MOVERS, argument, mover, wrap
 
 
 @mover("__getitem__")
-def _getitem(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _getitem(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     table, index = args
     if old is not table:
         own = sample_axis_of(table)
@@ -107,7 +109,9 @@ def _indexed(batch: SampleAxis, old: Tensor, new: Tensor, items: list[Any]) -> S
 
 
 @mover("select", "select_copy")
-def _select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _select(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim"), old.dim())
     if dim == batch.dim:
         return batch.alone(int(argument(args, kwargs, 2, "index")), new.shape, new.device)
@@ -115,7 +119,9 @@ def _select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: di
 
 
 @mover("unbind")
-def _unbind(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _unbind(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim", default=0), old.dim())
     if dim == batch.dim:
         start = _start(old, new, dim)
@@ -136,7 +142,9 @@ def _start(old: Tensor, new: Tensor, dim: int) -> int | None:
 
 
 @mover("index_select")
-def _index_select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _index_select(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim"), new.dim())
     index, table = argument(args, kwargs, 2, "index"), argument(args, kwargs, 0, "input")
     if old is not table:
@@ -147,7 +155,9 @@ def _index_select(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwar
 
 
 @mover("narrow", "chunk", "split", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit")
-def _parts(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _parts(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     length = new.shape[batch.dim]
     if length == old.shape[batch.dim]:
         return batch
@@ -157,7 +167,9 @@ def _parts(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dic
     return batch.taking(slice(start, start + length), old)
 
 
-def _unfold(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _unfold(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     if new.shape[batch.dim] != old.shape[batch.dim]:
         return batch.losing("taking parts of the sample axis")
     return batch
@@ -167,7 +179,9 @@ MOVERS[Tensor.unfold] = _unfold  # the function of that name takes patches of im
 
 
 @mover("gather", "take_along_dim")
-def _gather(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _gather(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dim = argument(
         args, kwargs, 2 if isinstance(argument(args, kwargs, 1, "dim"), Tensor) else 1, "dim"
     )

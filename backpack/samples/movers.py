@@ -17,7 +17,7 @@ from torch import Tensor
 from backpack._torch import SPACES
 from backpack.samples.axis import MADE, SampleAxis, picked_axis, regular_axis, sample_axis_of
 
-Mover = Callable[[SampleAxis, Tensor, Tensor, tuple, dict], SampleAxis]
+Mover = Callable[[SampleAxis, Tensor, Tensor, tuple[Any, ...], dict[str, Any]], SampleAxis]
 
 
 MOVERS: dict[Any, Mover] = {}
@@ -48,7 +48,9 @@ def mover(*names: str) -> Callable[[Mover], Mover]:
     return register
 
 
-def argument(args: tuple, kwargs: dict, place: int, *names: str, default: Any = None) -> Any:
+def argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str, default: Any = None
+) -> Any:
     """An argument by its name or its place."""
     for name in names:
         if name in kwargs:
@@ -69,20 +71,24 @@ def dims_of(dims: Any, ndim: int) -> list[int]:
 
 
 @mover("transpose", "swapaxes", "swapdims")
-def _transpose(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _transpose(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     first = wrap(argument(args, kwargs, 1, "dim0", "axis0"), new.dim())
     second = wrap(argument(args, kwargs, 2, "dim1", "axis1"), new.dim())
     return batch.moved({first: second, second: first}.get(batch.dim, batch.dim))
 
 
 @mover("T")
-def _reversed(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _reversed(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return batch.moved(new.dim() - 1 - batch.dim)
 
 
 @mover("t", "H", "adjoint", "mT", "mH")
 def _matrix_transpose(
-    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> SampleAxis:
     last = new.dim() - 1
     if last < 1:
@@ -91,13 +97,17 @@ def _matrix_transpose(
 
 
 @mover("permute")
-def _permute(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _permute(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dims = kwargs.get("dims") or (args[1:] if isinstance(args[1], int) else args[1])
     return batch.moved(dims_of(dims, new.dim()).index(batch.dim))
 
 
 @mover("movedim", "moveaxis")
-def _movedim(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _movedim(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     source = dims_of(argument(args, kwargs, 1, "source"), new.dim())
     target = dims_of(argument(args, kwargs, 2, "destination"), new.dim())
     order: list[int | None] = [None] * new.dim()
@@ -109,7 +119,9 @@ def _movedim(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: d
 
 @mover("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze")
 @mover("ravel", "atleast_2d", "atleast_3d")
-def _reshape(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _reshape(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return reshaped(batch, old.shape, new.shape)
 
 
@@ -150,7 +162,9 @@ def _reshape_picked(batch: SampleAxis, old: torch.Size, new: torch.Size) -> Samp
 
 
 @mover("expand", "expand_as", "broadcast_to")
-def _expand(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _expand(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     if old.shape[batch.dim] == 1 and new.shape[moved.dim] != 1:
         return batch.losing("a batch of one was expanded")
@@ -158,7 +172,9 @@ def _expand(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: di
 
 
 @mover("repeat", "tile")
-def _repeat(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _repeat(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     moved = batch.moved(batch.dim + new.dim() - old.dim())
     factor = new.shape[moved.dim] // max(old.shape[batch.dim], 1)
     if batch.picked is not None and factor != 1:
@@ -168,7 +184,7 @@ def _repeat(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: di
 
 @mover("repeat_interleave")
 def _repeat_interleave(
-    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> SampleAxis:
     dim = argument(args, kwargs, 2, "dim")
     repeats = argument(args, kwargs, 1, "repeats")
@@ -184,7 +200,9 @@ def _repeat_interleave(
 
 
 @mover("stack")
-def _stack(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _stack(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim", default=0), new.dim())
     if batch.solo is not None:
         axes = [sample_axis_of(part) for part in argument(args, kwargs, 0, "tensors")]
@@ -195,7 +213,9 @@ def _stack(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dic
 
 
 @mover("cat", "concat", "concatenate")
-def _cat(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _cat(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dim = wrap(argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
     if dim != batch.dim:
         return batch
@@ -214,18 +234,24 @@ def _cat(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict)
 
 
 @mover("flip")
-def _flip(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _flip(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     dims = argument(args, kwargs, 1, "dims")
     return _turned(batch, old, args[1:] if isinstance(dims, int) and len(args) > 2 else dims)
 
 
 @mover("flipud")
-def _flipud(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _flipud(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return _turned(batch, old, 0)
 
 
 @mover("fliplr")
-def _fliplr(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _fliplr(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return _turned(batch, old, 1)
 
 
@@ -236,12 +262,16 @@ def _turned(batch: SampleAxis, old: Tensor, dims: Any) -> SampleAxis:
 
 
 @mover("msort")
-def _first_axis(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _first_axis(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return along_dims(batch, old, 0)
 
 
 @mover("roll")
-def _roll(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _roll(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     shifts, dims = argument(args, kwargs, 1, "shifts"), argument(args, kwargs, 2, "dims")
     if dims is None or dims == ():
         return batch.losing("rolling the flattened samples")
@@ -264,7 +294,9 @@ LIKE = frozenset(spellings(*_LIKE))
 
 
 @mover(*_LIKE)
-def _like(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _like(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     """Nobody's rows as yet: the size matches, and no more is known."""
     if batch.solo is not None:
         return replace(batch, tentative=True, lost="made like one sample")

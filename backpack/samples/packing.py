@@ -6,7 +6,7 @@ have so many steps. Packed data has a row for each step, ``[sizes.sum(), *]``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,13 +94,17 @@ def axis_of_sequences(
 
 
 @mover("_pack_padded_sequence")
-def _pack(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _pack(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     """Left to the samples of the entries."""
     return batch.losing("sequences packed along the sample axis (see batch_first)")
 
 
 @mover("_pad_packed_sequence")
-def _pad(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _pad(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     return batch.losing("packed steps of one sequence that belong to several samples (see batch_first)")
 
 

@@ -58,7 +58,7 @@ _LAST_AXES: dict[Any, int] = {
 _SAMPLES_FIRST = frozenset(spellings("batch_norm", "instance_norm", "group_norm", "interpolate"))
 
 
-def known(func: Any, batch: SampleAxis, old: Tensor, args: tuple) -> bool:
+def known(func: Any, batch: SampleAxis, old: Tensor, args: tuple[Any, ...]) -> bool:
     """Whether an operation without a mover is known to leave samples where they are, and apart."""
     if func in POINTWISE or func in ELEMENTWISE:
         return True
@@ -71,7 +71,12 @@ def known(func: Any, batch: SampleAxis, old: Tensor, args: tuple) -> bool:
 
 
 def moved(
-    move: Mover, batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict
+    move: Mover,
+    batch: SampleAxis,
+    old: Tensor,
+    new: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> SampleAxis:
     """The axis of a result by a mover; a call that the mover cannot read must not stop the user's."""
     try:
@@ -88,8 +93,8 @@ EXPANSIONS = frozenset(spellings("expand", "expand_as", "broadcast_to", "repeat"
 
 def propagate(
     func: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     new: Tensor,
     marked: list[tuple[Tensor, SampleAxis]],
     place: int = 0,
@@ -117,8 +122,8 @@ def propagate(
 
 def traced(
     func: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     new: Tensor,
     marked: list[tuple[Tensor, SampleAxis]],
     place: int = 0,
@@ -164,8 +169,8 @@ def _single(func: Any, marked: Sequence[tuple[Tensor, SampleAxis]]) -> int | Non
 
 def _axis_tried_out(
     func: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     new: Tensor,
     marked: list[tuple[Tensor, SampleAxis]],
     place: int,
@@ -192,7 +197,11 @@ def _axis_tried_out(
 
 
 def _propagate(
-    func: Any, args: tuple, kwargs: dict, new: Tensor, marked: list[tuple[Tensor, SampleAxis]]
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    new: Tensor,
+    marked: list[tuple[Tensor, SampleAxis]],
 ) -> tuple[SampleAxis, list[Tensor]]:
     move = MOVERS.get(func)
     aligns = move is not None or func in ELEMENTWISE

@@ -27,7 +27,7 @@ FEW = 5
 
 def is_sample_separable(
     func: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     place: int,
     data: Sequence[tuple[Tensor, SampleAxis]],
@@ -140,7 +140,7 @@ def _remember(key: Any, verdict: Any) -> None:
     _verdicts[key] = verdict
 
 
-def remembers(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+def remembers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether :func:`is_sample_separable` can tell, once for all calls with arguments of that kind."""
     leaves, spec = tree_flatten((args, kwargs))
     return torch.is_grad_enabled() and _key(func, leaves, str(spec), {}) is not None

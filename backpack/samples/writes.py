@@ -130,7 +130,9 @@ def _writes(names: str, place: int, *sources: str, adds: Callable[..., bool]) ->
     """
 
     def register(function: Any) -> Any:
-        def move(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+        def move(
+            batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> SampleAxis:
             target = argument(args, kwargs, 0, "input", "self")
             values = argument(args, kwargs, place, *sources)
             index, part = function(target, args, kwargs)
@@ -143,23 +145,23 @@ def _writes(names: str, place: int, *sources: str, adds: Callable[..., bool]) ->
     return register
 
 
-def _never(args: tuple, kwargs: dict) -> bool:
+def _never(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _always(args: tuple, kwargs: dict) -> bool:
+def _always(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _if_asked(args: tuple, kwargs: dict) -> bool:
+def _if_asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(argument(args, kwargs, 3, "accumulate"))
 
 
-def _if_reduced(args: tuple, kwargs: dict) -> bool:
+def _if_reduced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return kwargs.get("reduce") is not None
 
 
-def _dim(target: Tensor, args: tuple, kwargs: dict) -> int:
+def _dim(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     dim = argument(args, kwargs, 1, "dim")
     return dim + target.dim() if dim < 0 else dim
 
@@ -167,30 +169,30 @@ def _dim(target: Tensor, args: tuple, kwargs: dict) -> int:
 @_writes("index_add index_reduce", 3, "source", adds=_always)
 @_writes("index_copy", 3, "source", adds=_never)
 @_writes("index_fill", 3, "value", adds=_never)
-def _index(target: Tensor, args: tuple, kwargs: dict) -> Any:
+def _index(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _along(_dim(target, args, kwargs), argument(args, kwargs, 2, "index").reshape(-1)), ...
 
 
 @_writes("index_put", 2, "values", adds=_if_asked)
-def _index_put(target: Tensor, args: tuple, kwargs: dict) -> Any:
+def _index_put(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tuple(argument(args, kwargs, 1, "indices")), ...
 
 
 @_writes("select_scatter", 1, "src", adds=_never)
-def _select_scatter(target: Tensor, args: tuple, kwargs: dict) -> Any:
+def _select_scatter(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dim = argument(args, kwargs, 2, "dim")
     return _along(dim % target.dim(), argument(args, kwargs, 3, "index")), ...
 
 
 @_writes("slice_scatter", 1, "src", adds=_never)
-def _slice_scatter(target: Tensor, args: tuple, kwargs: dict) -> Any:
+def _slice_scatter(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = enumerate(("start", "end", "step"), 3)
     index = slice(*(argument(args, kwargs, place, name) for place, name in names))
     return _along(argument(args, kwargs, 2, "dim", default=0) % target.dim(), index), ...
 
 
 @_writes("copy_", 1, "src", "other", adds=_never)
-def _copy(target: Tensor, args: tuple, kwargs: dict) -> Any:
+def _copy(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return ..., ...
 
 
@@ -201,7 +203,7 @@ def _repeats(index: Tensor, dim: int) -> bool:
 
 @_writes("scatter", 3, "src", "value", adds=_if_reduced)
 @_writes("scatter_add scatter_reduce", 3, "src", "value", adds=_always)
-def _scatter(target: Tensor, args: tuple, kwargs: dict) -> Any:
+def _scatter(target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The index may be smaller than the source, of which the first entries are written."""
     dim, index = _dim(target, args, kwargs), argument(args, kwargs, 2, "index")
     part = tuple(slice(n) for n in index.shape)
@@ -217,7 +219,9 @@ def _scatter(target: Tensor, args: tuple, kwargs: dict) -> Any:
 
 
 @mover("masked_scatter", "put")
-def _in_order(batch: SampleAxis, old: Tensor, new: Tensor, args: tuple, kwargs: dict) -> SampleAxis:
+def _in_order(
+    batch: SampleAxis, old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SampleAxis:
     """Values are taken in order, from whichever sample's."""
     values = argument(args, kwargs, 2, "source")
     if sample_axis_of(values) is not None:

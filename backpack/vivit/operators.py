@@ -97,7 +97,7 @@ class _OfModel(Operator):
         self.parameters = [p for p in own if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter requires grad")
-        if iter(data) is data:  # type: ignore[comparison-overlap]
+        if iter(data) is data:
             raise ValueError("data are gone through several times: give a list or a loader")
         self.model, self.lossfunc, self.data = model, lossfunc, data
         self.mean = getattr(lossfunc, "reduction", "mean") == "mean" if mean is None else mean

@@ -131,14 +131,14 @@ def refusals(rank: int) -> dict[str, str]:
     attempt("both", process_local=True, process_group=group)
     attempt("never", name="KFRA")
     attempt("gram", name="GramNewton")
-    inverse = kronecker._inverse
+    inverse = kronecker.damped_inverse
 
     def fails(*args: Any) -> Tensor:
         raise ValueError("not positive definite")
 
-    kronecker._inverse = fails if rank else inverse
+    kronecker.damped_inverse = fails if rank else inverse
     attempt("inverse")
-    kronecker._inverse = inverse
+    kronecker.damped_inverse = inverse
     net = network()
     optimizer = optim.KFLR(net, 0.1, 0.1, process_group=group)
     found["copies"] = str(
