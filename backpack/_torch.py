@@ -41,6 +41,7 @@ __all__ = [
     "leaf_of",
     "modes_open",
     "pack_padded_sequence",
+    "packs_saved_tensors",
     "pad_packed_sequence",
     "ran_compiled",
     "reduction_name",
@@ -204,6 +205,11 @@ def static_graphs(roots: Iterable[Node]) -> list[Any]:
 def has_values(tensor: Tensor) -> bool:
     """Whether there are numbers in a tensor: not on the meta device."""
     return not tensor.is_meta
+
+
+def packs_saved_tensors() -> bool:
+    """Whether what autograd saves is packed, by a checkpoint or an offload."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def fakes() -> bool:

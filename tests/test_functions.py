@@ -246,6 +246,69 @@ def test_tried_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+class Taken(torch.autograd.Function):
+    """Rows taken in a way that cannot be seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return torch.from_numpy(x.detach().numpy()[index.numpy()])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return g.new_zeros(ctx.rows, *g.shape[1:]).index_add(0, index, g), None
+
+
+class Switched(torch.autograd.Function):
+    centres = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.mean(0) if Switched.centres else x * 1
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g - g.mean(0) if Switched.centres else g
+
+
+def _enclosed() -> tuple[Call, Callable[[], None]]:
+    centres = False
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x - x.mean(0) if centres else x * 1
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g - g.mean(0) if centres else g
+
+    def change() -> None:
+        nonlocal centres
+        centres = True
+
+    return Function.apply, change
+
+
+@pytest.mark.parametrize("name", ["index", "class", "closure"])
+def test_functions_that_do_something_else_the_next_time(name: str, monkeypatch: Any) -> None:
+    """What was found out when they kept samples apart must not be believed any more."""
+    order, (enclosed, change) = torch.arange(4), _enclosed()
+    calls = {"index": lambda h: Taken.apply(h, order), "class": Switched.apply, "closure": enclosed}
+    model = extend(_between(calls[name]))
+    with backpack(BatchGrad()):
+        model(torch.randn(4, 4)).sum().backward()
+    order += torch.tensor([2, 0, -1, -1])
+    change()
+    monkeypatch.setattr(Switched, "centres", True)
+    loss = model(torch.randn(4, 4)).sum()
+    message = r"custom autograd\.Function, mixes samples"
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+        loss.backward()
+
+
 def test_gradients_and_hooks_are_left_alone() -> None:
     probe._verdicts.clear()
     seen: list[Tensor] = []

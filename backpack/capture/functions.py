@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from backpack._torch import leaf_of
+from backpack._torch import leaf_of, packs_saved_tensors
 from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import walk
 from backpack.graph.taps import TAPS, Recording, Tap, notes
@@ -128,10 +128,44 @@ class Functions:
 
 
 def _key(node: Any) -> Any:
-    """What a Function keeps for its backward besides tensors; ``None`` if that cannot be told."""
+    """What the way in which a Function moves samples may depend on; ``None`` if that cannot be told.
+
+    That is what it keeps for its backward besides numbers, and settings of its class: whole numbers may
+    say where rows go, and then it is tried out each time.
+    """
     kept = vars(node)
-    plain = (int, float, bool, str, type(None), tuple, list)
-    return (type(node), str(kept)) if all(isinstance(x, plain) for x in kept.values()) else None
+    if not all(map(_plain, kept.values())):
+        return None
+    # To read what is packed may mean to compute it once more.
+    saved = () if packs_saved_tensors() else node.saved_tensors
+    if not all(x is None or x.is_floating_point() or x.is_complex() for x in saved):
+        return None
+    return type(node), str(kept), str(_settings(node._forward_cls))
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return isinstance(value, (int, float, bool, str, type(None)))
+
+
+def _settings(function: type) -> list[Any]:
+    """Attributes of a class and what its methods have closed over, as far as they are plain."""
+    found: list[Any] = []
+    for each in function.__mro__[: function.__mro__.index(torch.autograd.Function)]:
+        for name, value in vars(each).items():
+            method = value.__func__ if isinstance(value, staticmethod) else value
+            cells = getattr(method, "__closure__", None) or ()
+            contents = [cell.cell_contents for cell in cells if _filled(cell)]
+            found += [(name, x) for x in (value, *contents) if _plain(x)]
+    return found
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def _holds_data(node: Node, entries: set[Node]) -> bool:
