@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack.extensions import (
+    KFAC,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -348,9 +349,14 @@ def test_complex_parameter() -> None:
 
     model = extend(Twiddle(2, 3, dtype=torch.cfloat))
     loss = model(torch.ones(4, 2)).sum()
-    with pytest.raises(NotImplementedError, match="'weight' is complex"), backpack(BatchGrad()):
-        loss.backward()
+    wanted = "'weight' is complex, for which KFAC.* is not defined.*view_as_complex"
+    with pytest.raises(NotImplementedError, match=wanted), backpack(KFAC(), BatchGrad()):
+        loss.backward(retain_graph=True)
     assert not hasattr(model.weight, "grad_batch")
+    with backpack(KFAC(), BatchGrad(), unsupported="skip"):
+        loss.backward()
+    assert not hasattr(model.weight, "kfac")
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
 
 
 # --------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ ROOMS = {
     "samples": """axis aliases separability movers blocks contractions indexing reductions entries
         packing writes propagate""",
     "forms": """memory triton products overlaps base layout lookup strips tally sides outer sums several
-        at_output""",
+        pairs at_output""",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
-        packed fallback decompositions""",
+        packed fallback analytic decompositions""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
         derived recognised node_rules above region followed differentiated residuals unseen survey
@@ -34,7 +34,7 @@ ROOMS = {
     "engine": """left_out state layer_io refusals costs debug certificate collect exchange shards loop
         pass_state saving reducing listening run direct watch block plan""",
     "dataset": "totals micro_batches spread reductions individual accumulating loop",
-    "testing": "report oracle",
+    "testing": "report copies oracle",
 }
 RIVER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files.split()]
 # Optimizers stand on all of it; each file of theirs on those of the first five before it.

@@ -66,7 +66,11 @@ class Pairs(NamedTuple):
 
 
 def axis_by_pairs(
-    func: Any, args: tuple, kwargs: dict, out: Tensor, marked: list[tuple[Tensor, SampleAxis]]
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Tensor,
+    marked: list[tuple[Tensor, SampleAxis]],
 ) -> SampleAxis | None:
     """The axis of a result whose samples no rule finds; ``None`` if pairs say nothing of it.
 
@@ -130,7 +134,11 @@ def _kept(func: Any, out: Tensor, data: list[tuple[Tensor, SampleAxis]]) -> Pair
 
 
 def _moved(
-    func: Any, args: tuple, kwargs: dict, out: Tensor, data: list[tuple[Tensor, SampleAxis]]
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Tensor,
+    data: list[tuple[Tensor, SampleAxis]],
 ) -> Pairs | None:
     """Pairs whose axes are moved, or summed up along another."""
     if len(data) != 1 or func not in MOVERS or not hasattr(data[0][0], PAIRS):
@@ -144,7 +152,11 @@ def _moved(
 
 
 def _made(
-    func: Any, args: tuple, kwargs: dict, out: Tensor, data: list[tuple[Tensor, SampleAxis]]
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Tensor,
+    data: list[tuple[Tensor, SampleAxis]],
 ) -> Pairs | None:
     """Pairs by a product or a sum of rows with rows."""
     places: dict[int, SampleAxis] = {}
@@ -164,8 +176,8 @@ def _made(
 
 def _silent(
     func: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     out: Tensor,
     data: list[tuple[Tensor, SampleAxis]],
     pairs: Pairs,
@@ -194,7 +206,7 @@ def _silent(
     return not any(bool((g != 0).any()) for g in found if g is not None)
 
 
-def _product(func: Any, args: tuple, out: Tensor) -> SampleAxis | None:
+def _product(func: Any, args: tuple[Any, ...], out: Tensor) -> SampleAxis | None:
     """A product of the pairs within samples with the rows that are summed over."""
     if func is torch.einsum:
         operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]

@@ -205,7 +205,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             if here.picked is not None and (here.solo is not None or not each.requires_grad):
                 return False
             found.append(here)
-        if func in ELEMENTWISE_NONLINEAR and out.grad_fn is not None:
+        if func in ELEMENTWISE_NONLINEAR and out.grad_fn is not None and not out.is_complex():
             notes(out.grad_fn)[NONLINEAR] = self.recording, found[0]
         for each, axis in zip(results, found, strict=True):
             each._backpack_batch = axis

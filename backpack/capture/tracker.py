@@ -201,7 +201,7 @@ class Tracker:
         node = out.grad_fn if out.requires_grad else None
         if node is None:
             return
-        if func in LOSSES:
+        if func in LOSSES and not any(t.is_complex() for t in tensors_in((args, kwargs))):
             f = kwargs.get("input", args[0] if args else None)
             at = sample_axis_of(f) if isinstance(f, Tensor) else None
             own = any(f is t for t in recording.arguments)
@@ -210,7 +210,10 @@ class Tracker:
         elif func in BATCH_NORMS and _trains(args, kwargs) and (batch.lost or batch.dim != 1):
             # Samples among the channels, each of which has statistics of its own, are not mixed.
             notes(node)[MIXES] = "batch norm in training mode"
-        elif func in ELEMENTWISE_NONLINEAR and len(marked) == 1 and not batch.lost:
+        elif (
+            func in ELEMENTWISE_NONLINEAR and len(marked) == 1 and not (batch.lost or out.is_complex())
+        ):
+            # Of complex numbers the two parts are bent together.
             notes(node)[NONLINEAR] = recording, batch
         if sources:
             inputs = tuple(

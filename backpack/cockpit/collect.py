@@ -107,6 +107,7 @@ class FirstOrder(BackpropExtension):
     """
 
     mixed = True
+    of_complex = None
 
     def __init__(self, field: str, failed: Callable[[str, Exception], None]) -> None:
         self.savefield = field

@@ -33,6 +33,7 @@ class Curvature(BackpropExtension):
 
     needs_gradient = False
     signed = summed = True
+    of_complex = None
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class KeptColumns(BackpropExtension):
 
     needs_gradient = False
     every_column = True
+    of_complex = None
 
     def __init__(self, field: str, generator: torch.Generator | None = None) -> None:
         self.savefield = field

@@ -102,15 +102,11 @@ class _Collecting(BackpropExtension):
         assert batches is not None
         batches.take(self.savefield, value, context)
 
-    def finish(self, state: Any, context: Context) -> Any:
-        value = super().finish(state, context)
+    def conclude(self, state: Any, context: Context, reached: bool) -> Any:
+        value = super().conclude(state, context, reached)
+        if not reached:
+            context = context._replace(gradient=partial(torch.zeros_like, context.parameter))
         self._note(value, context)
-        return value
-
-    def zero(self, context: Context) -> Any:
-        value = super().zero(context)
-        nothing = partial(torch.zeros_like, context.parameter)
-        self._note(value, context._replace(gradient=nothing))
         return value
 
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense, Form
+from backpack.forms.pairs import as_pairs, in_pairs
 from backpack.forms.several import Pullback, Scaled, Together, merge, of_one
 from backpack.graph.carry import pull_back
 from backpack.graph.derived import entry_derivatives
@@ -30,6 +31,7 @@ class Leaf:
 
     Attributes:
         parameter: the parameter.
+        real: the same in real numbers, of the shape of its forms: of a complex one, pairs.
         samples: number of samples that it meets.
         places: where it meets data.
         uses: the same but for parameters without entries, which no column reaches.
@@ -45,7 +47,7 @@ class Leaf:
     """
 
     __slots__ = (
-        *("parameter", "samples", "places", "uses", "waiting", "forms", "states"),
+        *("parameter", "real", "samples", "places", "uses", "waiting", "forms", "states"),
         *("total", "contracted", "arrived", "hooked", "without", "refuse"),
     )
 
@@ -56,6 +58,7 @@ class Leaf:
         refuse: Callable[[Leaf, BackpropExtension, Exception], None],
     ) -> None:
         self.parameter = parameter
+        self.real = as_pairs(parameter.detach()) if parameter.is_complex() else parameter
         self.samples = samples
         self.places: list[tuple[Node, Tap, Source]] = []
         self.uses: list[tuple[Node, Tap, Source]] = []
@@ -84,6 +87,11 @@ def _gone(columns: Tensor) -> Form:
 
 def form_of_source(block: Block, leaf: Leaf, tap: Tap, source: Source, columns: Tensor) -> Form:
     """The form of columns at a tap, for one of its parameters or what is computed from one."""
+    form = _form_of_source(block, leaf, tap, source, columns)
+    return in_pairs(form) if leaf.parameter.is_complex() else form
+
+
+def _form_of_source(block: Block, leaf: Leaf, tap: Tap, source: Source, columns: Tensor) -> Form:
     form = tap.form(source, columns)
     if source.edge is None:
         return form
@@ -124,19 +132,20 @@ def form_at_parameter(leaf: Leaf, at: Arrived) -> Form | None:
     own = at.get((get_gradient_edge(leaf.parameter).node, 0))
     if own is None:
         return None
-    return Together(own, leaf.samples) if own.dim() == 1 + leaf.parameter.dim() else Dense(own)
+    return Together(own, leaf.samples) if own.dim() == 1 + leaf.real.dim() else Dense(own)
 
 
 def form_of_zeros(block: Block, leaf: Leaf) -> Form:
     """A column of zeros, in the form in which columns would reach a parameter."""
-    zero, forms = leaf.parameter.detach().new_zeros(()), []
+    zero, forms = leaf.real.detach().new_zeros(()), []
     with Nested(block):
         for node, tap, source in leaf.places:
             at = node._input_metadata[tap.place]
             if source.edge is None:
-                forms.append(tap.form(source, zero.to(at.dtype).expand(1, *at.shape)))
+                form = tap.form(source, zero.to(at.dtype).expand(1, *at.shape))
+                forms.append(in_pairs(form) if leaf.parameter.is_complex() else form)
             else:  # whose graph may be gone
-                forms.append(Dense(zero.expand(1, leaf.samples, *leaf.parameter.shape)))
+                forms.append(Dense(zero.expand(1, leaf.samples, *leaf.real.shape)))
     return merge(forms)
 
 
@@ -144,7 +153,7 @@ def reduce(
     leaf: Leaf, exts: Iterable[BackpropExtension], form: Form, sign: Tensor | None = None
 ) -> None:
     """Add a form to the states of quantities."""
-    states, parameter = leaf.states, leaf.parameter
+    states, parameter = leaf.states, leaf.real
     for ext in exts:
         field = ext.savefield
         if field in leaf.without:

@@ -20,6 +20,7 @@ from backpack.engine.collect import Leaf
 from backpack.engine.refusals import Names
 from backpack.engine.run import Run
 from backpack.engine.state import Block, Nested
+from backpack.forms.pairs import from_pairs
 from backpack.graph.nodes import walk
 from backpack.graph.retained import retaining
 from backpack.sources.table import LossGradient
@@ -98,7 +99,8 @@ def fill(block: Block, keeps: bool, inputs: Sequence[Tensor | GradientEdge] | No
         found = _go_down(run, beside)
         for p, leaf in run.leaves.items():
             if p in filled and leaf.total is not None:
-                found[p] = leaf.total.to(p.dtype).reshape(p.shape)
+                total = leaf.total.reshape(leaf.real.shape)
+                found[p] = (from_pairs(total) if p.is_complex() else total).to(p.dtype)
         run.end()
         with Nested(block):
             if hooked:
@@ -129,7 +131,8 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return parameters[0].new_zeros(())  # on their device, whose streams wait for each other
+        # On their device, whose streams wait for each other.
+        return torch.zeros((), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

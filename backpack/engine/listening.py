@@ -116,7 +116,9 @@ class Listening(Reducing):
             return
         leaf = self.leaves.get(parameter)
         if leaf is None and parameter.is_complex():
-            return self.refuse(names.complex(parameter), [parameter])
+            real_only = [ext for ext in self.block.owner.extensions if ext.of_complex is None]
+            if real_only:
+                self.refuse(names.complex(parameter, real_only[0]), [parameter], real_only)
         if leaf is None:
             leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
             if self.without:

@@ -144,8 +144,8 @@ def _take(
     form = form_at_parameter(leaf, at) if columns.carried else None
     form = form_of_uses(block, leaf, at, absent) if form is None else form
     if form is None:
-        shape = (count, leaf.samples, *leaf.parameter.shape)
-        zeros = Dense(leaf.parameter.detach().new_zeros(()).expand(shape))
+        shape = (count, leaf.samples, *leaf.real.shape)
+        zeros = Dense(leaf.real.detach().new_zeros(()).expand(shape))
         reduce(leaf, [ext for ext in exts if ext.every_column], zeros)
     else:
         _reduce(leaf, exts, form, refining, columns.sign)

@@ -221,7 +221,7 @@ def _planned(block: Block, loss: Tensor, exts: Sequence[BackpropExtension]) -> P
         return Plan(refused=str(error))
     if not graph.taps:
         return Plan(refused="no parameter of the model takes part in the loss")
-    leaves = _leaves(graph, names, refuse)
+    leaves = _leaves(graph, names, exts, refuse)
     given = Pass([(root, torch.ones_like(loss))], graph, list(leaves.values()), names)
     with torch.no_grad(), Nested(block):
         forms = {p: _form(block, leaf) for p, leaf in leaves.items() if leaf.uses}
@@ -247,14 +247,17 @@ def _planned(block: Block, loss: Tensor, exts: Sequence[BackpropExtension]) -> P
     return found
 
 
-def _leaves(graph: Graph, names: Names, refuse: Any) -> dict[Tensor, Leaf]:
+def _leaves(
+    graph: Graph, names: Names, exts: Sequence[BackpropExtension], refuse: Any
+) -> dict[Tensor, Leaf]:
     leaves: dict[Tensor, Leaf] = {}
     for node, tap in graph.taps:
         for source in [] if tap.batch.lost else tap.sources:
             for p in parameters_of(source):
                 if p not in leaves and p.is_complex():
-                    refuse(names.complex(p), [p])
-                    continue
+                    real_only = [ext for ext in exts if ext.of_complex is None]
+                    if real_only:
+                        refuse(names.complex(p, real_only[0]), [p], real_only)
                 leaf = leaves.setdefault(p, Leaf(p, tap.batch.size, refuse))
                 if leaf.samples != tap.batch.size:
                     refuse(names.sizes(p, leaf.samples, tap.batch.size), [p])

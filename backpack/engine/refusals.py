@@ -76,11 +76,13 @@ class Names:
             "requires_grad_(False), backpack(..., parameters=model.parameters())"
         )
 
-    def complex(self, parameter: Tensor) -> Exception:
-        """Of a complex parameter."""
+    def complex(self, parameter: Tensor, ext: BackpropExtension) -> Exception:
+        """Of a quantity that complex parameters do not have."""
         return NotImplementedError(
-            f"parameter {self(parameter)} is complex, for which quantities are not defined; "
-            "use two real parameters (torch.view_as_complex), or requires_grad_(False)"
+            f"parameter {self(parameter)} is complex, for which {ext!r} is not defined; make it from a "
+            "real one with an axis of two (torch.view_as_complex), ask for diagonals, square roots or "
+            "products in its place (DiagGGNExact, SqrtGGNExact, GGNMP), or leave the parameter out: "
+            "requires_grad_(False), backpack(..., unsupported='skip')"
         )
 
     def sizes(self, parameter: Tensor, one: int, other: int) -> Exception:

@@ -18,6 +18,7 @@ from backpack.engine.left_out import REFUSALS
 from backpack.engine.pass_state import PassState
 from backpack.engine.refusals import Names
 from backpack.engine.state import ExtensionHook, Nested
+from backpack.forms.pairs import from_pairs
 from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.reading import note_found
@@ -42,7 +43,9 @@ class Saving(PassState):
         """Save a parameter's quantities, and call the extension hook."""
 
         def total() -> Tensor:
-            found = gradient if leaf.total is None else leaf.total
+            if leaf.total is not None:
+                return from_pairs(leaf.total) if parameter.is_complex() else leaf.total
+            found = gradient
             if found is None:
                 raise RuntimeError(
                     "a quantity asks for the gradient where it is not known: its class does not say "
@@ -61,7 +64,7 @@ class Saving(PassState):
             reached = field in states
             try:
                 state = states.pop(field, None)
-                value = ext.finish(state, context) if reached else ext.zero(context)
+                value = ext.conclude(state, context, reached)
             except REFUSALS as error:
                 self._refuse_one(leaf, ext, error)
                 continue

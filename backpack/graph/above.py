@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
 from backpack.graph.node_rules import source_of
-from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.nodes import PRODUCTS, children_of, is_linear, kind_of, upwards, walk
 from backpack.graph.outputs import ModelOutput
 from backpack.graph.recognised import outputs_at
 from backpack.graph.taps import TAPS, Tap, notes
@@ -94,7 +94,7 @@ class _Walk:
                 if child is None:
                     continue
                 others = (c for j, c in enumerate(children) if j != i and c is not None)
-                meets = kind not in LINEAR and (
+                meets = not is_linear(node) and (
                     kind not in PRODUCTS or any(self.model[other] for other in others)
                 )
                 if node in bent or meets:

@@ -29,6 +29,8 @@ def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
     Returns:
         Of the parameter's shape; ``None`` if it is no such tensor.
     """
+    if parameter.is_complex() or edge.node._input_metadata[edge.output_nr].dtype.is_complex:
+        return None  # a derivative of complex numbers need not be one number
     nodes = _way(edge.node, parameter)
     shape = parameter.shape
     if any(kind_of(node) not in _ENTRIES for node in nodes):

@@ -14,6 +14,7 @@ from backpack.forms.base import Form
 from backpack.forms.several import Part
 from backpack.graph.origins import sources_of
 from backpack.graph.taps import TAPS, UNBATCHED, Recording, Tap, notes
+from backpack.rules.analytic import ANALYTIC, conjugated
 from backpack.rules.base import RULES, Pairs, ToForm
 from backpack.rules.fallback import fallback
 from backpack.samples.axis import SampleAxis, mark, regular_axis, solo_axis
@@ -61,17 +62,18 @@ def make_tap(
     """
     pairs: list[tuple[Tensor, ToForm]] = []
     missing = {id(s): s for s in sources}
-    # Rules are written for real numbers.
     numbers = (*args, *kwargs.values(), *sources)
     complicated = any(isinstance(t, Tensor) and t.is_complex() for t in numbers)
     whole = whole or batch.bare
-    rule = None if complicated else RULES.get(func)
+    rule = RULES.get(func) if not complicated or func in ANALYTIC else None
     # What belongs to one sample is a batch of one.
     own = batch.single()
     if rule is not None and batch.lost is None:
         found = _unbatched(rule, func, args, kwargs) if own.size == 1 else None
         if found is None and not whole:
             found = rule(own, *args, **kwargs)
+        if complicated and found is not None:
+            found = conjugated(found)
         for tensor, form in found or ():
             if tensor is not None and id(tensor) in missing:
                 pairs.append((tensor, form))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch.autograd.graph import Node
 
+from backpack._torch import leaf_of
+
 # What forward-mode derivatives put in.
 IDENTITY = "torch::autograd::Identity"
 # Linear and piecewise linear operations, by the names of their nodes: they add no curvature.
@@ -23,7 +25,8 @@ LINEAR = frozenset(
     UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ConstantPadNd ReflectionPad1D
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
     PreluKernel Where MaskedFill MaskedSelect Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu
-    Cumsum IndexAdd IndexPut Scatter ScatterAdd Swapaxes Movedim NllLoss NllLoss2D Take""".split()
+    Cumsum IndexAdd IndexPut Scatter ScatterAdd Swapaxes Movedim NllLoss NllLoss2D Take Conj
+    ConjPhysical ViewAsReal ViewAsComplex Complex FftR2C FftC2C FftC2R""".split()
 ) | {IDENTITY}
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
@@ -45,6 +48,22 @@ def kind_of(node: Node) -> str:
     name = node.name()
     own = name.rstrip("0123456789")
     return own.removesuffix("Backward") if own != name else name
+
+
+def is_linear(node: Node) -> bool:
+    """Whether an operation is linear or piecewise linear, in complex numbers as pairs of real ones."""
+    kind = kind_of(node)
+    return kind in LINEAR and (kind != "Abs" or not _of_complex(node))
+
+
+def _of_complex(node: Node) -> bool:
+    """Whether an argument of an operation is complex."""
+    for child, number in node.next_functions:
+        if child is not None:
+            leaf = leaf_of(child)
+            if (child._input_metadata[number] if leaf is None else leaf).dtype.is_complex:
+                return True
+    return False
 
 
 def children_of(node: Node) -> list[Node]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, walk
+from backpack.graph.nodes import PRODUCTS, children_of, is_linear, kind_of, walk
 from backpack.graph.outputs import LossRecord, ModelOutput
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, TAPS, notes
 from backpack.graph.tracing import axis_at
@@ -210,7 +210,7 @@ def _outputs_below(record: LossRecord) -> tuple[dict[Node, list[ModelOutput]], b
         elif TAPS not in notes(node):
             children = [child for child, _ in node.next_functions if child is not None]
             kind = kind_of(node)
-            linear = kind in LINEAR or (kind in PRODUCTS and _multiplies_once(node))
+            linear = is_linear(node) or (kind in PRODUCTS and _multiplies_once(node))
             stack += [(child, bent or not linear) for child in children]
     return found, curved
 
@@ -282,10 +282,9 @@ def _placed_loss(record: LossRecord) -> KnownLoss | None:
 
 def is_nonlinear(node: Node) -> bool:
     """Whether an operation between root and losses adds curvature."""
-    kind = kind_of(node)
-    if kind in LINEAR:
+    if is_linear(node):
         return False
-    return kind not in PRODUCTS or not _multiplies_once(node)
+    return kind_of(node) not in PRODUCTS or not _multiplies_once(node)
 
 
 def _multiplies_once(node: Node) -> bool:

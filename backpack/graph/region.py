@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
-from backpack.graph.nodes import LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.nodes import PRODUCTS, children_of, is_linear, kind_of, upwards, walk
 from backpack.graph.taps import TAPS, Recording, notes
 from backpack.graph.transformed import differentiated, transformed
 from backpack.samples.axis import MARK, SampleAxis, regular_axis
@@ -117,7 +117,7 @@ class Region:
     def bends(self, node: Node) -> bool:
         """Whether an operation is no linear function of data and parameters."""
         kind = kind_of(node)
-        if kind in LINEAR:
+        if is_linear(node):
             return False
         data = [c is not None and bool(self.taps[c] or self.own[c]) for c, _ in node.next_functions]
         return kind not in PRODUCTS or sum(data) > 1 or (kind == "Div" and not data[0])

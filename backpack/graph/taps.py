@@ -18,8 +18,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._ambient import within
 from backpack.forms.base import Form
-from backpack.forms.several import among
+from backpack.forms.pairs import real_part
+from backpack.forms.several import among, of_one
 from backpack.graph.retained import Made
+from backpack.rules.analytic import conjugated
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, ToForm
 from backpack.rules.fallback import fallback
 from backpack.samples.axis import SampleAxis
@@ -72,7 +74,10 @@ class Source(NamedTuple):
         else:
             assert self.edge is not None
             dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
-        return self.to_form(g if g.dtype == dtype or g.is_complex() else g.to(dtype))
+        if g.is_complex():
+            form = self.to_form(g)
+            return form if dtype.is_complex else of_one(form, real_part)
+        return self.to_form(g if g.dtype == dtype or dtype.is_complex else g.to(dtype))
 
 
 class Tap:
@@ -160,6 +165,8 @@ class Tap:
             at, *own = LAYERS[self.func]
             with within(axes={id(self.args[at]): self.own}):
                 pairs = RULES[self.func](self.own, *self.args)
+                if pairs is not None and self.args[own[0]].is_complex():
+                    pairs = conjugated(pairs)
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backpack._torch import shows
+from backpack.forms.pairs import as_pairs, from_pairs
 from backpack.forms.products import spectrum
 from backpack.losses.base import LossHessian, normal_draws
 from backpack.samples.axis import SampleAxis
@@ -57,12 +58,14 @@ class Differentiated:
         root: square roots, ``[r, N, outputs of a sample]``; of the absolute values where a Hessian has
             negative eigenvalues.
         outputs: shape and sample axis of every model output.
+        pairs: which of them are complex, so that each of their entries is two numbers.
         signs: signs of the eigenvalues, ``[r, N]``; ``None``: none is negative.
     """
 
     root: Tensor
     outputs: Sequence[tuple[torch.Size, SampleAxis]]
     signs: Tensor | None = None
+    pairs: Sequence[bool] = ()
 
     @property
     def f(self) -> Tensor:
@@ -76,14 +79,18 @@ class Differentiated:
 
     def _parts(self, columns: Tensor) -> list[Tensor]:
         """``[v, N, outputs of a sample]`` -> ``[v, *output.shape]`` each."""
+        pairs = self.pairs or [False] * len(self.outputs)
         shapes = [
-            (batch.width, *(size for d, size in enumerate(shape) if d != batch.dim))
-            for shape, batch in self.outputs
+            (batch.width, *(size for d, size in enumerate(shape) if d != batch.dim), *(2,) * two)
+            for (shape, batch), two in zip(self.outputs, pairs, strict=True)
         ]
-        parts = columns.split([prod(shape) for shape in shapes], 2)
+        parts = [
+            part.reshape(len(part), part.shape[1], *shape)
+            for part, shape in zip(columns.split([*map(prod, shapes)], 2), shapes, strict=True)
+        ]
         return [
-            batch.join(part.reshape(len(part), batch.size, *shape), 1)
-            for part, shape, (_, batch) in zip(parts, shapes, self.outputs, strict=True)
+            batch.join(from_pairs(part) if two else part, 1)
+            for part, two, (_, batch) in zip(parts, pairs, self.outputs, strict=True)
         ]
 
     def columns(self, grad: Tensor, chunk: int) -> Iterator[list[Tensor]]:
@@ -127,11 +134,9 @@ def differentiate_twice(
     sizes = {batch.size for _, _, batch in found}
     if len(sizes) > 1:
         raise ValueError(f"a loss of model outputs for {sorted(sizes)} samples each: cannot match them")
-    if any(gradient.is_complex() for gradient, _, _ in found):
-        raise NotImplementedError(
-            "the model output is complex, for which this quantity is not defined; return real numbers"
-        )
-    flat = torch.cat([batch.split(gradient).flatten(1) for gradient, _, batch in found], 1)
+    # Complex outputs are pairs of real ones.
+    pairs = [gradient.is_complex() for gradient, _, _ in found]
+    flat = torch.cat([as_pairs(batch.split(gradient)).flatten(1) for gradient, _, batch in found], 1)
     edges = [edge for _, edge, _ in found]
     samples, size = flat.shape
     if size > LARGEST_OUTPUT:
@@ -159,7 +164,7 @@ def differentiate_twice(
                     f"this loss has no known Hessian, and torch cannot differentiate it twice ({error})"
                 ) from error
         parts = [
-            batch.split(torch.zeros_like(gradient) if part is None else part).flatten(1)
+            as_pairs(batch.split(torch.zeros_like(gradient) if part is None else part)).flatten(1)
             for part, (gradient, _, batch) in zip(rows, found, strict=True)
         ]
         row = torch.cat(parts, 1)
@@ -168,7 +173,7 @@ def differentiate_twice(
     outputs = [(gradient.shape, batch) for gradient, _, batch in found]
     hessian = torch.stack([row(flat[:, c]) for c in range(size)], 1) if size else flat.new_zeros(0)
     if not hessian.numel():
-        return Differentiated(flat.new_zeros(0, samples, size), outputs)
+        return Differentiated(flat.new_zeros(0, samples, size), outputs, None, pairs)
     exact, eps = hessian.detach(), torch.finfo(hessian.dtype).eps
     # Samples that do not mix contribute to their own rows only, whatever they are multiplied with.
     n, o = (torch.arange(length).to(exact) for length in (samples, size))
@@ -190,4 +195,4 @@ def differentiate_twice(
         change = (hessian - exact) @ (inverse * signs.unsqueeze(1))
         roots = roots + change - roots @ (inverse.mT @ change) / 2
     indefinite = shows((signs < 0).any())
-    return Differentiated(roots.movedim(2, 0), outputs, signs.T if indefinite else None)
+    return Differentiated(roots.movedim(2, 0), outputs, signs.T if indefinite else None, pairs)

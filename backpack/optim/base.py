@@ -111,7 +111,7 @@ class BackpackOptimizer(Optimizer):
 
         Raises:
             ValueError: if an option is out of its range.
-            NotImplementedError: for parameters that are spread over processes.
+            NotImplementedError: for parameters that are spread over processes, or complex.
         """
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
@@ -124,6 +124,15 @@ class BackpackOptimizer(Optimizer):
                 f"{type(self).__name__}: parameter {name} is kept in parts by several processes "
                 "(fully_shard, tensor parallelism), and steps are computed from whole ones. Use "
                 "DistributedDataParallel, or an optimizer of torch's with fields of backpack(...)"
+            )
+        found = [p for p in self.param_groups[-1]["params"] if p.is_complex()]
+        if found:
+            name = self._name(found[0])
+            self.param_groups.pop()
+            raise NotImplementedError(
+                f"{type(self).__name__}: parameter {name} is complex, and steps are those of real "
+                "ones. Make it from a real parameter with an axis of two (torch.view_as_complex), or "
+                "use an optimizer of torch's with fields of backpack(...)"
             )
 
     def _check(self, group: Mapping[str, Any]) -> None:

@@ -12,12 +12,13 @@ Numbers and names: BackPACK (Dangel, Kunstner, Hennig, ICLR 2020, arXiv:1912.109
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backpack.forms.base import Form
+from backpack.forms.pairs import as_pairs, from_pairs
 from backpack.quantities.combining import Rule
 from backpack.quantities.reading import Reader
 from backpack.sources.columns import ColumnSource
@@ -38,6 +39,23 @@ class Context(NamedTuple):
     samples: int
     gradient: Callable[[], Tensor]
     zeros: Callable[[], Form]
+
+    def in_pairs(self) -> Context:
+        """The same of a complex parameter as a real one with an axis of two at its end."""
+        gradient = self.gradient
+        pairs = as_pairs(self.parameter.detach())
+        return self._replace(parameter=pairs, gradient=lambda: as_pairs(gradient()))
+
+
+# What becomes of a value of pairs of real numbers.
+OfComplex = Literal["complex", "sum", "kept"] | None
+
+
+def _of_complex(value: Any, way: OfComplex) -> Any:
+    """A value of pairs of real numbers as that of a complex parameter."""
+    if way == "complex":
+        return from_pairs(value)
+    return value.sum(-1) if way == "sum" else value
 
 
 class BackpropExtension:
@@ -71,6 +89,11 @@ class BackpropExtension:
         large: whether the value of an earlier pass is let go before this one's is computed.
         mixed: whether the value has a meaning where samples are mixed (batch norm in training mode), as
             each row's contribution.
+        of_complex: what is saved for a complex parameter. Its forms are those of its real and imaginary
+            parts, ``G [v, N, *p, 2]``, and so are the ``parameter`` and ``gradient`` that methods are
+            given. ``"complex"``: the value ends in that axis, and is made complex; ``"sum"``: it is
+            summed over that axis; ``"kept"``: it is saved as it is; ``None``: complex parameters are
+            refused.
         combine: how values of several batches make that of all (:class:`backpack.own.Rule`), for
             :func:`backpack.accumulate`; ``None``: not said, an error there.
 
@@ -102,6 +125,7 @@ class BackpropExtension:
     refines: bool = False
     large: bool = False
     mixed: bool = False
+    of_complex: OfComplex = "kept"
     combine: Rule | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -159,6 +183,16 @@ class BackpropExtension:
         form = context.zeros()
         state = self.begin(context.parameter, form)
         return self.finish(self.refine(state, form) if self.refines else state, context)
+
+    def conclude(self, state: Any, context: Context, reached: bool) -> Any:
+        """What is saved: by :meth:`finish`, or by :meth:`zero` if no column reached the parameter.
+
+        For a complex parameter these are asked about pairs of real numbers.
+        """
+        if not context.parameter.is_complex():
+            return self.finish(state, context) if reached else self.zero(context)
+        pairs = context.in_pairs()
+        return _of_complex(self.finish(state, pairs) if reached else self.zero(pairs), self.of_complex)
 
     def before(self) -> BackpropExtension | None:
         """What must be known of all batches of a data set first, in a pass over them of its own."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack.forms.pairs import as_pairs
 from backpack.kronecker.block import KroneckerBlock
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored
@@ -180,7 +181,7 @@ class Moments(Rule):
         if not n or not m:
             return part if n else other
         total, difference = n + m, more - mean
-        spread = variance.lerp(its, m / total).addcmul(difference, difference, value=n * m / total**2)
+        spread = variance.lerp(its, m / total).add(_square(difference), alpha=n * m / total**2)
         return total, mean + difference * (m / total), spread
 
     def absent(self, part: Part, seen: int, samples: int) -> Part:
@@ -190,7 +191,7 @@ class Moments(Rule):
         (count, mean, variance), total = part, sum(samples)
         share = count / max(total, 1)
         (centre,) = yield [share * mean]
-        (spread,) = yield [share * variance.addcmul(mean - centre, mean - centre)]
+        (spread,) = yield [share * (variance + _square(mean - centre))]
         return total, centre, spread
 
     def value(self, part: Part) -> Tensor:
@@ -353,6 +354,11 @@ def _probe(basis: Tensor) -> Tensor:
     """A vector that differs where eigenvectors do."""
     rows = torch.linspace(1, 2, basis.shape[-1], dtype=basis.dtype, device=basis.device)
     return basis * rows if basis.dim() == 1 else basis @ rows
+
+
+def _square(x: Tensor) -> Tensor:
+    """``|x|^2``."""
+    return as_pairs(x).square().sum(-1) if x.is_complex() else x * x
 
 
 def wide(value: Tensor) -> Tensor:

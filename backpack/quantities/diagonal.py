@@ -18,6 +18,7 @@ class _Diagonal(BackpropExtension):
     of: ClassVar[Reader[Tensor]] = Reader()
     per_sample = needs_gradient = False
     large = signed = summed = True
+    of_complex = "sum"
     combine = Added(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
@@ -31,6 +32,7 @@ class _BatchDiagonal(BackpropExtension):
     of: ClassVar[Reader[Tensor]] = Reader()
     needs_gradient = False
     large = signed = summed = True
+    of_complex = "sum"
     combine = Joined(1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:

@@ -29,6 +29,7 @@ class BatchGrad(BackpropExtension):
     """
 
     savefield = "grad_batch"
+    of_complex = "complex"
     of: ClassVar[Reader[Tensor]] = Reader()
     combine = Joined(1)
     needs_gradient = False
@@ -72,6 +73,7 @@ class SumGradSquared(BackpropExtension):
     """
 
     savefield = "sum_grad_squared"
+    of_complex = "sum"
     of: ClassVar[Reader[Tensor]] = Reader()
     combine = Added(2)
     needs_gradient = False
@@ -94,6 +96,7 @@ class Variance(BackpropExtension):
     """
 
     savefield = "variance"
+    of_complex = "sum"
     of: ClassVar[Reader[Tensor]] = Reader()
     combine = Moments()
     written_out = large = True

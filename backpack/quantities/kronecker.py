@@ -27,6 +27,7 @@ class _Kronecker(BackpropExtension):
     of: ClassVar[Reader[KroneckerFactored]] = Reader()
     needs_gradient = False
     large = every_use = summed = True
+    of_complex = None
     combine: Rule | None = Blocks(1)
     kfac_approx: Sharing = None
 

@@ -19,6 +19,7 @@ class _SquareRoot(BackpropExtension):
     of: ClassVar[Reader[Tensor]] = Reader()
     needs_gradient = False
     every_column = large = True
+    of_complex = "complex"
     combine = Joined(0.5, axis=1)
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> list[Tensor]:

@@ -249,7 +249,10 @@ def _others(x: Tensor) -> Tensor:
 
 
 def generic(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
-    """Numbers between 0.5 and 1.5 without a pattern."""
+    """Numbers between 0.5 and 1.5 without a pattern; both parts of complex ones."""
+    if like.is_complex():
+        parts = generic((2, *shape), like.real)
+        return torch.complex(parts[0], parts[1]).to(like.dtype)
     count = torch.Size(shape).numel()
     steps = torch.arange(1, count + 1, device=like.device, dtype=torch.float32)
     return (0.5 + (12.9898 * steps).sin().mul(437.585453).frac().abs()).to(like.dtype).reshape(shape)
@@ -290,7 +293,7 @@ def _scales(
 def _scale(axis: SampleAxis, like: Tensor) -> Tensor:
     """One number for each sample, along the sample axis of a tensor."""
     ids = axis.sample_ids(like.device)
-    scales = generic((int(ids.max()) + 1,), like)[ids]
+    scales = generic((int(ids.max()) + 1,), like.real if like.is_complex() else like)[ids]
     return scales.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
 

@@ -237,7 +237,7 @@ class Pass:
             self._say_what_it_costs(found)
             hessian = differentiate_twice(found, create)
         edges = [edge for _, edge, _ in found]
-        return [LossPiece(edges, hessian, found[0][0].new_ones(()).detach(), edges)]
+        return [LossPiece(edges, hessian, hessian.f.new_ones(()).detach(), edges)]
 
 
 def _numbers(shape: Sequence[int], axis: SampleAxis | None) -> int:

@@ -8,7 +8,15 @@ from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack.graph.nodes import BATCH_NORMS, LINEAR, PRODUCTS, children_of, kind_of, upwards, walk
+from backpack.graph.nodes import (
+    BATCH_NORMS,
+    PRODUCTS,
+    children_of,
+    is_linear,
+    kind_of,
+    upwards,
+    walk,
+)
 from backpack.graph.outputs import LossRecord, loss_at
 from backpack.graph.taps import NONLINEAR, TAPS, notes
 from backpack.samples.axis import SampleAxis
@@ -63,7 +71,7 @@ class CurvatureMap:
                         curved = len(inputs) > 1 or divides
                     elif kind in BATCH_NORMS:
                         curved = bool(getattr(node, "_saved_training", True))
-                    elif kind not in LINEAR:
+                    elif not is_linear(node):
                         curved = True
             for child in self._children(node):
                 if curved:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import has_values
+from backpack.forms.pairs import as_pairs, from_pairs
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 from backpack.sources.curvature_map import CurvatureMap
@@ -43,8 +44,11 @@ def chunks_of(index: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(2, like.shape, generator=generator, device=like.device)
-    return (2 * bits - 1).to(like.dtype)
+    """Random signs, of both parts of complex numbers."""
+    pairs = as_pairs(like)
+    bits = torch.randint(2, pairs.shape, generator=generator, device=like.device)
+    signs = (2 * bits - 1).to(pairs.dtype)
+    return from_pairs(signs) if like.is_complex() else signs
 
 
 def column_length(gradients: Sequence[Tensor | None], edges: Sequence[GradientEdge]) -> float:
@@ -86,7 +90,7 @@ def _sample_gradients(
         for edge, gradient, batch in zip(edges, outputs, batches, strict=True):
             if gradient is None:
                 continue
-            mask = (batch.sample_ids(gradient.device) == n).to(gradient.dtype)
+            mask = batch.sample_ids(gradient.device) == n
             mask = mask.reshape([-1 if d == batch.dim else 1 for d in range(gradient.dim())])
             masked.append((edge, gradient * mask))
         yield gradients(masked, [place], create_graph=True)[0]
@@ -101,21 +105,25 @@ def exact_entries(
     passing: Sequence[GradientEdge],
     chunk_size: int | None,
 ) -> Tensor:
+    real = as_pairs(parameter.detach())
     if gradient is None or not gradient.requires_grad:
-        return torch.zeros_like(parameter)
-    edge, like, found = get_gradient_edge(gradient), gradient.detach(), []
+        return torch.zeros_like(real)
+    edge, like, found = get_gradient_edge(gradient), as_pairs(gradient.detach()), []
     unit = column_length([like], passing)
     count = columns_at_once([place, place, *passing], like.device.type, chunk_size)
     with torch.set_grad_enabled(create):
-        for k in chunks_of(torch.arange(parameter.numel(), device=like.device), count):
-            units = like.new_zeros(len(k), parameter.numel())
+        for k in chunks_of(torch.arange(real.numel(), device=like.device), count):
+            units = like.new_zeros(len(k), real.numel())
             units[torch.arange(len(k), device=like.device), k] = unit
-            (rows,) = carry(edge, [place], units.reshape(len(k), *parameter.shape), passing, sample)
+            units = units.reshape(len(k), *real.shape)
+            units = from_pairs(units) if parameter.is_complex() else units
+            (rows,) = carry(edge, [place], units, passing, sample)
             if rows is None:
-                return torch.zeros_like(parameter)
+                return torch.zeros_like(real)
             # A copy: a view would hold all rows.
-            found.append(rows.reshape(len(k), -1).gather(1, k.unsqueeze(1)).squeeze(1) / unit)
-    return torch.cat(found).reshape(parameter.shape)
+            rows = as_pairs(rows).reshape(len(k), -1)
+            found.append(rows.gather(1, k.unsqueeze(1)).squeeze(1) / unit)
+    return torch.cat(found).reshape(real.shape)
 
 
 def drawn_entries(
@@ -128,7 +136,7 @@ def drawn_entries(
     count: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    diagonal = torch.zeros_like(parameter)
+    diagonal = torch.zeros_like(as_pairs(parameter.detach()))
     if gradient is None or not gradient.requires_grad:
         return diagonal
     unit = column_length([gradient], passing)
@@ -141,5 +149,6 @@ def drawn_entries(
                 create_graph=create,
                 allow_unused=True,
             )
-        diagonal = diagonal if product is None else diagonal + u * product / (count * unit)
+        if product is not None:
+            diagonal = diagonal + as_pairs(u) * as_pairs(product) / (count * unit)
     return diagonal

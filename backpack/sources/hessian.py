@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import has_values, shows
+from backpack.forms.pairs import as_pairs, from_pairs
 from backpack.graph.carry import carry, differentiable_twice
 from backpack.graph.nodes import walk
 from backpack.graph.recognised import second_derivative
@@ -161,11 +162,6 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
     """Samples apart contribute to their own rows only, whatever each is multiplied with."""
     edges = [edge for edge, _ in outputs]
     found = gradients(starts, edges, create_graph=True)
-    if any(g is not None and g.is_complex() for g in found):
-        raise NotImplementedError(
-            "the model output is complex, for which the Hessian diagonal is not defined; return real "
-            "numbers"
-        )
     known = [(g, axis) for g, (_, axis) in zip(found, outputs, strict=True) if g is not None]
     known = [(g, axis) for g, axis in known if g.requires_grad and g.numel()]
     if not known:
@@ -173,7 +169,8 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
     flat = [g for g, _ in known]
 
     def along(axis: SampleAxis, like: Tensor) -> Tensor:
-        ids = torch.cos(7 * axis.sample_ids(like.device).to(like) + 1)
+        real = like.real if like.is_complex() else like
+        ids = torch.cos(7 * axis.sample_ids(like.device).to(real) + 1)
         return ids.reshape([-1 if d == axis.dim else 1 for d in range(like.dim())])
 
     def product(columns: list[Tensor]) -> list[Tensor]:
@@ -181,7 +178,7 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
             rows = torch.autograd.grad(flat, edges, columns, retain_graph=True, allow_unused=True)
         return [columns[0].new_zeros(()) if row is None else row for row in rows]
 
-    columns = [torch.cos(5 * torch.arange(g.numel()).to(g) + 2).reshape(g.shape) for g in flat]
+    columns = [_arbitrary(g) for g in flat]
     scales = [along(axis, g) for g, axis in known]
     scaled = product([c * scale for c, scale in zip(columns, scales, strict=True)])
     for (_, axis), once, after in zip(outputs, product(columns), scaled, strict=True):
@@ -194,6 +191,12 @@ def _refuse_coupled(starts: Starts, outputs: Sequence[tuple[GradientEdge, Sample
                 )
 
 
+def _arbitrary(like: Tensor) -> Tensor:
+    pairs = as_pairs(like)
+    numbers = torch.cos(5 * torch.arange(pairs.numel()).to(pairs) + 2).reshape(pairs.shape)
+    return from_pairs(numbers) if like.is_complex() else numbers
+
+
 # --------------------------------------------------------------------------------------
 # By the Hessian at the tap's output
 
@@ -204,15 +207,17 @@ def _output_hessian(given: Pass, leaf: Leaf) -> Iterator[Columns]:
     (gradient,) = gradients(given.roots, [edge], create_graph=True)
     if gradient is None or not gradient.requires_grad:
         return
-    shape = batch.split(gradient).shape
-    size, like = prod(shape[1:]), gradient.detach()
+    like = as_pairs(gradient.detach())
+    shape = as_pairs(batch.split(gradient.detach())).shape
+    size = prod(shape[1:])
     unit = column_length([like], [edge])
     # Unit columns, what becomes of them, and both once more as columns of twice the number.
     count = given.at_once(4 * [edge], like.device.type)
     for k in chunks_of(torch.arange(size, device=like.device), count):
         basis = like.new_zeros(len(k), shape[0], size)
         basis[torch.arange(len(k), device=like.device), :, k] = unit
-        basis = batch.join(basis.reshape(len(k), *shape), 1)
+        basis = basis.reshape(len(k), *shape)
+        basis = batch.join(from_pairs(basis) if gradient.is_complex() else basis, 1)
         (curved,) = carry(get_gradient_edge(gradient), [edge], basis)
         if curved is None:
             return
@@ -241,7 +246,9 @@ def _polarised(
     given, products = products, [(batch, _full(a, unit), _full(b, unit)) for batch, a, b in products]
 
     def norms(which: int) -> Tensor:
-        parts = [batch.split(ab[which], 1).flatten(2).square().sum(2) for batch, *ab in products]
+        parts = [
+            as_pairs(batch.split(ab[which], 1)).flatten(2).square().sum(2) for batch, *ab in products
+        ]
         return sum(parts[1:], parts[0]).sqrt()
 
     # a and b of one size per sample: the difference of squares loses few digits

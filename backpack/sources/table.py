@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from backpack.forms.pairs import as_pairs, from_pairs
 from backpack.forms.products import spectrum
 from backpack.graph.carry import carry
 from backpack.losses.blocks import HessianBlocks
@@ -92,7 +93,10 @@ class SampledRoot(ColumnSource):
 
 def _fewer(columns: Sequence[Tensor], axes: Sequence[SampleAxis]) -> Sequence[Tensor]:
     """Columns with the same sum of outer products for each sample: no more than its outputs have."""
-    size = sum(part[0].numel() // max(axis.size, 1) for part, axis in zip(columns, axes, strict=True))
+    sizes = (
+        as_pairs(part[0]).numel() // max(axis.size, 1) for part, axis in zip(columns, axes, strict=True)
+    )
+    size = sum(sizes)
     if len(columns[0]) <= size or size > LARGEST_REDUCED or torch.is_grad_enabled():
         return columns
     flat = _flat(columns, axes)
@@ -102,19 +106,24 @@ def _fewer(columns: Sequence[Tensor], axes: Sequence[SampleAxis]) -> Sequence[Te
 
 
 def _flat(columns: Sequence[Tensor], axes: Sequence[SampleAxis]) -> Tensor:
-    """Columns at all outputs as one, ``[v, N, C]``."""
+    """Columns at all outputs as one, ``[v, N, C]``; of complex outputs real and imaginary parts."""
     return torch.cat(
-        [axis.split(part, 1).flatten(2) for axis, part in zip(axes, columns, strict=True)], 2
+        [as_pairs(axis.split(part, 1)).flatten(2) for axis, part in zip(axes, columns, strict=True)], 2
     )
 
 
 def _apart(flat: Tensor, like: Sequence[Tensor], axes: Sequence[SampleAxis]) -> list[Tensor]:
     """The inverse of :func:`_flat`, for outputs of the shapes of ``like``."""
-    shapes = [axis.split(part[:1], 1).shape[1:] for axis, part in zip(axes, like, strict=True)]
-    pieces = flat.split([shape[1:].numel() for shape in shapes], 2)
+    shapes = [
+        as_pairs(axis.split(part[:1], 1)).shape[1:] for axis, part in zip(axes, like, strict=True)
+    ]
+    pieces = [
+        piece.reshape(len(flat), *shape)
+        for piece, shape in zip(flat.split([s[1:].numel() for s in shapes], 2), shapes, strict=True)
+    ]
     return [
-        axis.join(piece.reshape(len(flat), *shape), 1)
-        for axis, piece, shape in zip(axes, pieces, shapes, strict=True)
+        axis.join(from_pairs(piece) if part.is_complex() else piece, 1)
+        for axis, piece, part in zip(axes, pieces, like, strict=True)
     ]
 
 
@@ -199,12 +208,13 @@ class OutputBasis(ColumnSource):
 
 
 def _units(shape: torch.Size, axis: SampleAxis, like: Tensor, count: int) -> Iterator[Tensor]:
-    split = axis.split(like.new_zeros(()).expand(shape)).shape
+    split = as_pairs(axis.split(like.new_zeros(()).expand(shape))).shape
     size = prod(split[1:])
     for k in torch.arange(size, device=like.device).split(count):
-        basis = like.new_zeros(len(k), split[0], size)
+        basis = as_pairs(like).new_zeros(len(k), split[0], size)
         basis[torch.arange(len(k), device=like.device), :, k] = 1
-        yield axis.join(basis.reshape(len(k), *split), 1)
+        basis = basis.reshape(len(k), *split)
+        yield axis.join(from_pairs(basis) if like.is_complex() else basis, 1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 :class:`Oracle` uses torch alone, and nothing of this library: the model runs unextended, samples are
 told apart by holding all rows but one of the model output constant, Jacobians and Hessians are computed
-row by row. Slow, and the judge of everything else. :func:`check` runs both and compares.
+row by row. Complex numbers are pairs of real ones. Slow, and the judge of everything else.
+:func:`check` runs both and compares.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagHessian, Di
 from backpack.quantities.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack.quantities.square_root import SqrtGGNExact
 from backpack.sources.table import ExactRoot, SampledRoot
-from backpack.testing.report import Report
+from backpack.testing.copies import cast, copied, pairs_alike, pairs_of
+from backpack.testing.report import Report, error_of
 
 
 class Oracle:
@@ -139,16 +141,20 @@ class Oracle:
     def _gradients(self, value: Tensor, create_graph: bool = False) -> list[Tensor]:
         parameters = list(self.parameters.values())
         if not value.requires_grad:
-            return [torch.zeros_like(p) for p in parameters]
+            return [pairs_of(torch.zeros_like(p)) for p in parameters]
         grads = torch.autograd.grad(
             value, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+        found = (
+            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)
+        )
+        return [pairs_of(g) for g in found]
 
     def _named(self, rows: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:
         rows = list(rows)
         if not rows:  # of a sample without any
-            return {name: p.new_zeros(0, *p.shape) for name, p in self.parameters.items()}
+            zeros = {name: pairs_of(p.detach()) for name, p in self.parameters.items()}
+            return {name: p.new_zeros(0, *p.shape) for name, p in zeros.items()}
         columns = zip(*rows, strict=True)
         return {name: torch.stack(c) for name, c in zip(self.parameters, columns, strict=True)}
 
@@ -163,16 +169,16 @@ class Oracle:
         found = []
         for n in range(self.samples):
             f = self.output().detach().requires_grad_()
-            mask = self._mask(f, n).expand_as(f)
+            mask = pairs_alike(self._mask(f, n).expand_as(f), f)
             (gradient,) = torch.autograd.grad(self.loss(f), f, create_graph=True)
             rows = []
-            for entry in gradient[mask]:
+            for entry in pairs_of(gradient)[mask]:
                 row = torch.zeros_like(f)
                 if entry.requires_grad:
                     grad = torch.autograd.grad(entry, f, retain_graph=True, allow_unused=True)[0]
                     row = row if grad is None else grad
-                rows.append(row[mask])
-            found.append(torch.stack(rows) if rows else f.new_zeros(0, 0))
+                rows.append(pairs_of(row)[mask])
+            found.append(torch.stack(rows) if rows else f.real.new_zeros(0, 0))
         return found
 
     @cached_property
@@ -181,7 +187,8 @@ class Oracle:
         found = []
         output = self.output()
         for n in range(self.samples):
-            entries = output[self._mask(output, n).expand_as(output)]
+            mask = pairs_alike(self._mask(output, n).expand_as(output), output)
+            entries = pairs_of(output)[mask]
             found.append(self._named(self._gradients(entry) for entry in entries))
         return found
 
@@ -213,12 +220,12 @@ class Oracle:
             gradients = self._gradients(self._share(n), create_graph=True)
             row = []
             for p, gradient in zip(self.parameters.values(), gradients, strict=True):
-                diagonal = torch.zeros_like(p).flatten()
+                diagonal = torch.zeros_like(gradient).flatten()
                 for j, entry in enumerate(gradient.flatten()):
                     if entry.requires_grad:
                         second = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0]
-                        diagonal[j] = 0 if second is None else second.flatten()[j]
-                row.append(diagonal.reshape(p.shape).detach())
+                        diagonal[j] = 0 if second is None else pairs_of(second).flatten()[j]
+                row.append(diagonal.reshape(gradient.shape).detach())
             rows.append(row)
         return self._named(rows)
 
@@ -228,7 +235,21 @@ class Oracle:
         Raises:
             KeyError: if there is no brute-force twin of that quantity.
         """
+        return {
+            name: _of_complex(value, savefield) if self.parameters[name].is_complex() else value
+            for name, value in self.in_pairs(savefield).items()
+        }
+
+    def in_pairs(self, savefield: str) -> dict[str, Tensor]:
+        """The same for real and imaginary parts of complex parameters, as two real ones."""
         return {name: g.detach() for name, g in _TWINS[savefield](self).items()}
+
+
+def _of_complex(value: Tensor, savefield: str) -> Tensor:
+    """Gradients are complex, their squares and curvature are summed over both parts."""
+    if savefield in ("batch_l2", *_ROOTS):
+        return value
+    return torch.view_as_complex(value) if savefield == "grad_batch" else value.sum(-1)
 
 
 def _each(values: dict[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -236,6 +257,7 @@ def _each(values: dict[str, Tensor], function: Callable[[Tensor], Tensor]) -> di
 
 
 def _sqrt_gram(sqrt: Tensor) -> Tensor:
+    sqrt = pairs_of(sqrt)
     flat = sqrt.reshape(sqrt.shape[0] * sqrt.shape[1], sqrt.shape[2:].numel())
     return flat.T @ flat
 
@@ -330,28 +352,28 @@ def check(
             raise ValueError(
                 f"check compares all samples, but {ext!r} has subsampling={ext.subsampling}"
             )
-    judge, wide, count = unextend(_copy(model, torch.float64)), _cast(X, torch.float64), None
+    judge, wide, count = unextend(copied(model, torch.float64)), cast(X, torch.float64), None
     if samples is not None:
         given = wide if isinstance(wide, tuple) else (wide,)
         count = said_axes(samples, judge, given, {}, batch_dim)[0][1].size
     oracle = Oracle(
         judge,
-        unextend(_copy(lossfunc, torch.float64)) if isinstance(lossfunc, nn.Module) else lossfunc,
+        unextend(copied(lossfunc, torch.float64)) if isinstance(lossfunc, nn.Module) else lossfunc,
         wide,
-        _cast(y, torch.float64),
+        cast(y, torch.float64),
         batch_dim,
         seed,
         output_dim,
         sample_of_row,
         count,
     )
-    ours = extend(_copy(model, dtype, device), batch_dim=batch_dim, samples=samples)
-    our_loss = extend(_copy(lossfunc, dtype, device)) if isinstance(lossfunc, nn.Module) else lossfunc
-    inputs = _cast(X, dtype, device)
+    ours = extend(copied(model, dtype, device), batch_dim=batch_dim, samples=samples)
+    our_loss = extend(copied(lossfunc, dtype, device)) if isinstance(lossfunc, nn.Module) else lossfunc
+    inputs = cast(X, dtype, device)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         output = ours(*inputs) if isinstance(inputs, tuple) else ours(inputs)
-        loss = our_loss(output, _cast(y, dtype, device))
+        loss = our_loss(output, cast(y, dtype, device))
     with backpack(*map(_exactly, extensions)):
         loss.backward(torch.ones_like(loss))
 
@@ -359,7 +381,13 @@ def check(
     parameters = dict(ours.named_parameters())
     for ext in extensions:
         expected = oracle.value(ext.savefield)
-        largest = max((float(e.abs().max()) for e in expected.values() if e.numel()), default=0.0)
+        # Parts of complex numbers may cancel.
+        pairs = {
+            name: float(e.abs().max())
+            for name, e in oracle.in_pairs(ext.savefield).items()
+            if e.numel()
+        }
+        largest = max(pairs.values(), default=0.0)
         for name, reference in expected.items():
             p = parameters[name]
             value = getattr(p, ext.savefield, None)
@@ -367,32 +395,10 @@ def check(
                 fits = value.shape[1:] == (oracle.samples, *p.shape)
                 value = _sqrt_gram(value) if fits else value
             found = (value is not None) == (p.grad is not None)
-            error = _error(value, reference, 1e-3 * largest) if found else float("inf")
+            least = max(1e-3 * largest, pairs.get(name, 0.0))
+            error = error_of(value, reference, least) if found else float("inf")
             report.errors[name, ext.savefield] = error
     return report
-
-
-def _error(value: Tensor | None, reference: Tensor, least: float) -> float:
-    """The largest difference, relative to the largest entry; a missing value stands for zeros."""
-    value = torch.zeros_like(reference) if value is None else value.to(reference)
-    if value.shape != reference.shape:
-        return float("inf")
-    if not reference.numel():
-        return 0.0
-    error = float((value - reference).abs().max()) / (max(float(reference.abs().max()), least) or 1.0)
-    return float("inf") if error != error else error
-
-
-def _copy(module: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
-    return copy.deepcopy(module).to(device, dtype)
-
-
-def _cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(each, dtype, device) for each in value)
-    if isinstance(value, Tensor):
-        return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
-    return value
 
 
 def _exactly(ext: BackpropExtension) -> BackpropExtension:

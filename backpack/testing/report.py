@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 
 @dataclass
 class Report:
@@ -43,3 +46,15 @@ class Report:
             f"tolerance {self.tolerance:.0e}"
         )
         return "\n".join(lines)
+
+
+def error_of(value: Tensor | None, reference: Tensor, least: float) -> float:
+    """The largest difference, relative to the largest entry; a missing value stands for zeros."""
+    value = torch.zeros_like(reference) if value is None else value
+    if value.shape != reference.shape or value.is_complex() != reference.is_complex():
+        return float("inf")
+    value = value.to(reference)
+    if not reference.numel():
+        return 0.0
+    error = float((value - reference).abs().max()) / (max(float(reference.abs().max()), least) or 1.0)
+    return float("inf") if error != error else error

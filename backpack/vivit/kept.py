@@ -100,6 +100,7 @@ class Keep(BackpropExtension):
     """
 
     needs_gradient = False
+    of_complex = None
 
     def __init__(
         self,
@@ -125,6 +126,9 @@ class Keep(BackpropExtension):
 
     def zero(self, context: Context) -> Any:
         return self.finish([], context)
+
+    def __repr__(self) -> str:
+        return "what backpack.vivit keeps"
 
 
 def _index(subsampling: Sequence[int], samples: int) -> Tensor:

@@ -50,6 +50,7 @@ class KeptForm(BackpropExtension):
 
     savefield = FORM
     mixed = True
+    of_complex = None
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Form:
         with torch.no_grad():

@@ -1,0 +1,31 @@
+"""Rules of analytic operations, for complex numbers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backpack.forms.pairs import conjugate
+from backpack.forms.several import of_one
+from backpack.rules.base import Pairs, ToForm
+
+# Operations whose rules are right for complex numbers too, as conjugates.
+ANALYTIC = frozenset(
+    {
+        *(F.linear, torch.matmul, Tensor.matmul, Tensor.__rmatmul__, torch.mm, Tensor.mm),
+        *(torch.einsum, torch.addmm, Tensor.addmm),
+        *(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__rmul__),
+        *(torch.add, Tensor.add, Tensor.__radd__, torch.sub, Tensor.sub),
+        *(getattr(torch, f"conv{kind}{n}d") for n in (1, 2, 3) for kind in ("", "_transpose")),
+    }
+)
+
+
+def conjugated(pairs: Pairs) -> Pairs:
+    """Rules give ``J^T g`` as of real numbers; the gradient of an analytic function is ``J^H g``."""
+
+    def form(rule: ToForm) -> ToForm:
+        return lambda g: of_one(rule(g.conj()), conjugate)
+
+    return [(tensor, form(rule)) for tensor, rule in pairs]

@@ -1,0 +1,38 @@
+"""Copies of models and data in another precision, and complex numbers as pairs of real ones."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def copied(module: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
+    made = copy.deepcopy(module)
+    tensors = [*made.parameters(), *made.buffers()]
+    if not any(t.is_complex() for t in tensors):
+        return made.to(device, dtype)
+    for t in tensors:  # Module.to would drop imaginary parts
+        t.data = cast(t.data, dtype, device)
+    return made
+
+
+def cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(each, dtype, device) for each in value)
+    if isinstance(value, Tensor):
+        kind = dtype if value.is_floating_point() else value.dtype
+        return value.detach().to(device, dtype.to_complex() if value.is_complex() else kind)
+    return value
+
+
+def pairs_of(x: Tensor) -> Tensor:
+    """Real and imaginary parts of complex numbers, ``[..., 2]``."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def pairs_alike(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of complex numbers as one of their two parts."""
+    return mask.unsqueeze(-1).expand(*mask.shape, 2) if like.is_complex() else mask
