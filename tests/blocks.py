@@ -1,12 +1,16 @@
 """Products with curvature blocks and Kronecker factors, against plain autograd in float64.
 
-Of Kronecker factors, sizes and symmetry are compared; of exact ones also the factor of a bias with the
-bias's block, and ``B`` of a weight's ``[B, A]`` with the block of the bias beside it.
+Of Kronecker factors, sizes and symmetry are compared; of exact ones, and of the empirical Fisher's,
+also the factor of a bias with the bias's block, and ``B`` of a weight's ``[B, A]`` with the block
+of the bias beside it. Of corrected eigenvalues all: they are the diagonal of the block in a basis
+that is orthonormal and diagonalizes the factors of :class:`KFLR`. Quantities with draws have exact
+columns in their place.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +18,9 @@ from torch import Tensor, nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.sources.table import ExactRoot
-from backpack.testing.oracle import Oracle
+from backpack.kronecker import KroneckerEigen
+from backpack.sources.table import ExactRoot, LossGradient, SampledRoot
+from backpack.testing.oracle import Oracle, _exactly
 from backpack.testing.report import Report
 
 
@@ -45,15 +50,24 @@ class Blocks:
 
     def blocks(self, field: str) -> dict[str, Tensor]:
         """The matrix that a quantity stands for."""
-        kind = "hessian" if field == "hmp" else "ggn"
+        kind = {"hmp": "hessian", "kfac_empirical": "fisher"}.get(field, "ggn")
         if kind not in self._blocks:
             if kind == "ggn":
                 found = self.oracle.ggn
+            elif kind == "fisher":
+                rows = {name: g.reshape(len(g), -1) for name, g in self.oracle.grad_batch.items()}
+                found = {name: each.T @ each for name, each in rows.items()}
             else:
                 loss = self.oracle.loss(self.oracle.output())
                 found = {n: hessian_block(loss, p) for n, p in self.oracle.parameters.items()}
             self._blocks[kind] = {name: block.detach() for name, block in found.items()}
         return self._blocks[kind]
+
+    @cached_property
+    def factors(self) -> dict[str, Any]:
+        """Factors of :class:`KFLR`."""
+        parameters = self.run(E.KFLR()).named_parameters()
+        return {name: p.kflr for name, p in parameters if hasattr(p, "kflr")}
 
     def run(self, ext: E.BackpropExtension) -> nn.Module:
         """A copy of the model, with the quantity saved to its parameters."""
@@ -69,14 +83,17 @@ class Blocks:
 
     def compare(self, ext: E.BackpropExtension, tolerance: float = 1e-8) -> Report:
         """Compare one quantity."""
-        model, field = self.run(ext), ext.savefield
+        model, field = self.run(_exactly(ext)), ext.savefield
         values = {n: getattr(p, field) for n, p in model.named_parameters() if hasattr(p, field)}
         report = Report(tolerance)
         for name, p in self.oracle.parameters.items():
             if name in values and callable(values[name]):
                 pairs = self._product(name, values[name], field)
+            elif name in values and isinstance(values[name], KroneckerEigen):
+                pairs = self._eigen(name, p, values[name])
             elif name in values:
-                pairs = self._factors(name, p, values, exact=isinstance(ext.source, ExactRoot))
+                exact = isinstance(ext.source, (ExactRoot, SampledRoot, LossGradient))
+                pairs = self._factors(name, p, values, field, exact)
             else:
                 pairs = [(torch.zeros(()), self.blocks(field)[name].abs().max())]
             scale = max(float(block.abs().max()) for block in self.blocks(field).values()) or 1.0
@@ -91,7 +108,7 @@ class Blocks:
         return [(product(mat), expected), (product(mat[0]), expected[0])]
 
     def _factors(
-        self, name: str, p: Tensor, values: dict[str, Any], exact: bool
+        self, name: str, p: Tensor, values: dict[str, Any], field: str, exact: bool
     ) -> list[tuple[Tensor, Tensor]]:
         factors = values[name]
         pairs = [(factor, factor.T) for factor in factors]
@@ -99,7 +116,21 @@ class Blocks:
         pairs.append((sizes.prod(), torch.tensor(float(p.numel()))))
         above = name.replace("weight", "bias") if len(factors) == 2 else name
         if exact and above in values and "bias" in above:
-            pairs.append((factors[0], self.blocks("ggn")[above]))
+            pairs.append((factors[0], self.blocks(field)[above]))
+        return pairs
+
+    def _eigen(self, name: str, p: Tensor, value: KroneckerEigen) -> list[tuple[Tensor, Tensor]]:
+        block, count = self.blocks("ggn")[name], p.numel()
+        units = torch.eye(count, dtype=torch.float64).reshape(count, *p.shape)
+        # Eigenvectors as columns, [P, P], and what the block makes of them.
+        basis = value.rotate(units).reshape(count, count)
+        turned = value.rotate(block.reshape(count, *p.shape)).reshape(count, count)
+        pairs = [(value.eigenvalues.flatten(), (basis * turned).sum(0))]
+        pairs.append((basis.T @ basis, torch.eye(count, dtype=torch.float64)))
+        for vectors, factor in zip(value.eigenvectors, self.factors[name], strict=True):
+            if vectors.dim() > 1:
+                diagonal = vectors.T @ factor @ vectors
+                pairs.append((diagonal, torch.diag(diagonal.diagonal())))
         return pairs
 
 

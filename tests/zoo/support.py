@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from backpack import extensions as E
-from backpack.sources.table import ExactRoot, HessianRoot, LossGradient, SampledRoot
+from backpack.sources.table import ExactRoot, HessianRoot, LossGradient, RandomSigns, SampledRoot
 from backpack.testing.oracle import check
 from tests.blocks import Blocks
 from tests.cases import CASES, LOSSES, Case
@@ -25,7 +25,7 @@ from tests.zoo.compare import Trial
 from tests.zoo.models import ZOO
 
 TOLERANCE = 1e-8
-RUNS = "runs"
+RUNS, SAMPLED = "runs", "sampled"
 ORDERS = {
     "first": "first order",
     "second": "GGN",
@@ -43,9 +43,13 @@ computed in float64 and compared with plain autograd, one entry, sample or row a
 (`backpack/testing/oracle.py`, `tests/blocks.py`, `tests/zoo/compare.py`).
 
 - **ok**: all parameters agree within a relative error of 1e-8; Monte-Carlo quantities with exact
-  columns in place of the draws, of `KFLR` the factors of biases, sizes and symmetry;
-- **runs**: a value for every parameter, and no brute-force counterpart to compare it with; of `KFAC`,
-  `KFRA` and `EmpiricalKFAC`, sizes and symmetry are right;
+  columns in place of the draws; of `KFLR`, `KFAC` and `EmpiricalKFAC` the factors of biases, those that
+  weights share with them, sizes and symmetry; of `EKFLR` and `EKFAC` all eigenvalues, as the diagonal
+  of the block in their basis;
+- **sampled**: a value for every parameter, random by definition (its mean is compared in
+  `tests/test_hutchinson.py`);
+- **runs**: a value for every parameter, and no brute-force counterpart to compare it with (`PCHMP`); of
+  `KFRA` sizes and symmetry are right;
 - **an error's name**: what is raised instead (`KFRA` and `PCHMP` are defined for some architectures
   only); **differs**: the numbers do not agree;
 - **-**: not tried, for brute force would take too long, or there is nothing to compare.
@@ -74,16 +78,16 @@ class Row:
     cells: dict[str, str] = field(default_factory=dict)
     worst: float = 0.0
 
-    def add(self, column: str, compare: Callable[[], float | None]) -> None:
-        """Note the largest error that ``compare`` finds, or what it raises."""
+    def add(self, column: str, compare: Callable[[], float | None], without: str = RUNS) -> None:
+        """Note the largest error that ``compare`` finds, what it raises, or ``without`` if neither."""
         try:
             error = compare()
         except Exception as raised:
             outcome = type(raised).__name__
         else:
-            outcome = RUNS if error is None else "ok" if error <= TOLERANCE else "differs"
+            outcome = without if error is None else "ok" if error <= TOLERANCE else "differs"
             self.worst = max(self.worst, error or 0.0)
-        if self.cells.get(column, "ok") in ("ok", RUNS):
+        if self.cells.get(column, "ok") in ("ok", RUNS, SAMPLED):
             self.cells[column] = outcome
 
     def line(self, name: str, columns: Iterable[str]) -> str:
@@ -104,16 +108,17 @@ def each_quantity(row: Row, model: nn.Module, loss: Any, X: Any, y: Any, **axes:
     """Compare every quantity on its own."""
     blocks = Blocks(model, loss, X, y, **axes)
     for name, ext in quantities().items():
-        row.add(name, lambda e=ext: compare(e, blocks, model, loss, X, y, **axes))
+        without = SAMPLED if isinstance(ext.source, RandomSigns) else RUNS
+        row.add(name, lambda e=ext: compare(e, blocks, model, loss, X, y, **axes), without)
 
 
 def compare(
     ext: E.BackpropExtension, blocks: Blocks, model: nn.Module, loss: Any, X: Any, y: Any, **axes: int
 ) -> float | None:
     """The largest relative error, ``None`` if there is nothing to compare with."""
-    if ext.savefield in ("kflr", "ggnmp", "hmp"):
+    if ext.savefield in ("ggnmp", "hmp", "kflr", "kfac", "kfac_empirical", "ekflr", "ekfac"):
         return blocks.compare(ext).worst
-    if ext.savefield in ("kfac", "kfra", "kfac_empirical"):
+    if ext.savefield == "kfra":
         error = blocks.compare(ext).worst
         return None if error <= TOLERANCE else error
     try:
@@ -198,7 +203,7 @@ def versions() -> str:
 def progress(name: str, make: Callable[[], Row]) -> Row:
     start = time.perf_counter()
     row = make()
-    bad = {c: o for c, o in row.cells.items() if o not in ("ok", RUNS)}
+    bad = {c: o for c, o in row.cells.items() if o not in ("ok", RUNS, SAMPLED)}
     print(f"{time.perf_counter() - start:6.1f} s  {name}  {bad or ''}", file=sys.stderr, flush=True)
     return row
 
