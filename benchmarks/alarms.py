@@ -110,7 +110,7 @@ def run(network: str, optimizer: str, fault: str, seed: int) -> tuple[History, i
             elif step == at and fault == "dead layer":
                 layers = [each for each in model if isinstance(each, (nn.Linear, nn.Conv2d))]
                 with torch.no_grad():
-                    layers[-2].bias -= 100  # type: ignore[operator]
+                    layers[-2].bias -= 100
             stepper.zero_grad()
             loss = factor * F.cross_entropy(model(X), y)
             loss.backward()

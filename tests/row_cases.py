@@ -183,7 +183,7 @@ class Pooling(nn.Module):
 class EachBag(Pooling):
     """The same in a loop over a list of bags."""
 
-    def forward(self, bags: list[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, bags: list[Tensor]) -> Tensor:
         pooled = []
         for bag in bags:
             h = self.embed(bag).tanh()

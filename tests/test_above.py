@@ -99,7 +99,7 @@ class All(nn.Module):
 def backward(top: Top, use: Use, exts: list[E.BatchGrad], **options: bool) -> None:
     """A pass in which the model alone is extended."""
     extend(top.model)
-    with backpack(*exts, **options):  # type: ignore[arg-type]
+    with backpack(*exts, **options):
         ce(use(top, top.model(batch()))).backward()
 
 
@@ -122,14 +122,14 @@ def agrees(top: Top, use: Use, fields: list[str], only: str = "") -> None:
 @pytest.mark.parametrize("name", [*FLAT, *CURVED, *ONCE])
 def test_gradients_of_samples(name: str) -> None:
     use, top = {**FLAT, **CURVED, **ONCE}[name], Top()
-    backward(top, use, BATCHED)  # type: ignore[arg-type]
+    backward(top, use, BATCHED)
     agrees(top, use, [ext.savefield for ext in BATCHED])
 
 
 @pytest.mark.parametrize("name", FLAT)
 def test_curvature(name: str) -> None:
     use, top = FLAT[name], Top()
-    backward(top, use, GGN)  # type: ignore[arg-type]
+    backward(top, use, GGN)
     agrees(top, use, [ext.savefield for ext in GGN])
     again = Top()
     extend(again.model)
@@ -144,7 +144,7 @@ def test_curvature(name: str) -> None:
 @pytest.mark.parametrize("name", CURVED)
 def test_hessian(name: str) -> None:
     use, top = CURVED[name], Top()
-    backward(top, use, [E.DiagHessian()])  # type: ignore[list-item]
+    backward(top, use, [E.DiagHessian()])
     agrees(top, use, ["diag_h"])
 
 
@@ -194,7 +194,7 @@ def test_data_that_is_no_output() -> None:
         return hidden(top)[:, :D] * top.T + f
 
     top = Top()
-    backward(top, use, BATCHED)  # type: ignore[arg-type]
+    backward(top, use, BATCHED)
     agrees(top, use, [ext.savefield for ext in BATCHED])
 
 
@@ -248,7 +248,7 @@ def test_curvature_below_a_loss_with_a_rule(name: str) -> None:
     """Parameters above have the Hessian in the input of the loss, the model's that in its output."""
     exts = [E.DiagGGNExact(), E.BatchDiagGGNExact()]
     top = Top()
-    backward(top, CURVED[name], exts)  # type: ignore[arg-type]
+    backward(top, CURVED[name], exts)
     for part in ("top.T", "top.v", "top.W", "top.deep"):
         if top.get_parameter((part + ".0.weight" * (part == "top.deep"))[4:]).grad is not None:
             agrees(top, CURVED[name], ["diag_ggn_exact", "diag_ggn_exact_batch"], part)

@@ -152,7 +152,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     found: set[int] = set()
 
     def note(*args: object) -> dict[Tensor, Form]:
-        forms = at_output.forms_at_output(*args)  # type: ignore[arg-type]
+        forms = at_output.forms_at_output(*args)
         found.update(id(p) for p in forms)
         return forms
 
@@ -190,7 +190,7 @@ def test_kronecker_factors(name: str, approx: str | None, monkeypatch: pytest.Mo
     for largest in (1000, 4):
         for room in (base, outer, blocks, at_output):
             monkeypatch.setattr(room, "LARGEST_FACTOR", largest)
-        exts = [E.KFLR(approx), E.EKFLR(approx)]  # type: ignore[arg-type]
+        exts = [E.KFLR(approx), E.EKFLR(approx)]
         assert_same(
             computed(model, row.loss, x, exts), computed(model, row.loss, x, columns_only(exts))
         )
@@ -397,7 +397,7 @@ def test_shallow_networks_have_no_columns(monkeypatch: pytest.MonkeyPatch) -> No
 
     def count(starts: object, targets: object, columns: list[Tensor]) -> list[Tensor | None]:
         carried.append(len(columns[0]))
-        return carry(starts, targets, columns)  # type: ignore[arg-type]
+        return carry(starts, targets, columns)
 
     monkeypatch.setattr("backpack.engine.loop.carry", count)
     with backpack(E.DiagHessian()):

@@ -75,7 +75,7 @@ def test_mistakes_of_batching_are_found(monkeypatch: pytest.MonkeyPatch) -> None
     def wrong(starts: Any, targets: Any, column: Sequence[Tensor], batched: bool = False) -> Any:
         calls.append(batched)
         found = plain(starts, targets, column, batched)
-        return [found[0].flip(0)] if batched else found  # type: ignore[union-attr]
+        return [found[0].flip(0)] if batched else found
 
     monkeypatch.setattr(carrying, "_batchable", {})
     (expected,) = carrying.carry(starts, targets, columns)
@@ -95,7 +95,7 @@ def test_batching_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         carrying,
         "_carried",
-        lambda *args, batched=False: calls.append(batched) or plain(*args, batched),
+        lambda *args, batched=False: calls.append(batched) or plain(*args, batched),  # type: ignore[call-arg]
     )
     for _ in range(3):
         carrying.carry(*way())

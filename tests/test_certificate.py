@@ -185,7 +185,7 @@ def test_no_false_alarm_in_any_precision(dtype: torch.dtype) -> None:
 
 def test_other_words() -> None:
     with pytest.raises(ValueError, match="certify must be one of"):
-        backpack(BatchGrad(), certify="sometimes")  # type: ignore[arg-type]
+        backpack(BatchGrad(), certify="sometimes")
 
 
 def test_gradients_of_large_graphs_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -447,7 +447,7 @@ def test_an_optimizer_in_a_wrapper() -> None:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
             self.optimizer, self.count = optimizer, 0
 
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:
             self.count += 1
             if self.count % 2 == 0:
                 self.optimizer.step(closure)

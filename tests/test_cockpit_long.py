@@ -40,7 +40,7 @@ class Run:
 
     def watched(self, **options: object) -> Monitor:
         """A monitor of it."""
-        return watch(self.model, self.optimizer, **options)  # type: ignore[arg-type]
+        return watch(self.model, self.optimizer, **options)
 
 
 @pytest.mark.slow

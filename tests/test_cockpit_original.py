@@ -271,6 +271,6 @@ def test_what_is_refused() -> None:
         Cockpit(model.parameters())
     cp = Cockpit([nn.Parameter(torch.rand(2))])
     with pytest.raises(ValueError, match="Expected instance of Quantity"):
-        cp.add(F.relu)  # type: ignore[arg-type]
+        cp.add(F.relu)
     with pytest.raises(AssertionError):
-        cp(0, BatchGrad)  # type: ignore[arg-type]
+        cp(0, BatchGrad)

@@ -65,7 +65,7 @@ def test_columns_are_as_few_as_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
     class Counted(columns.Columns):
-        def __new__(cls, starts, values, *rest):  # type: ignore[no-untyped-def]
+        def __new__(cls, starts, values, *rest):
             counts.append(len(values[0]))
             return super().__new__(cls, starts, values, *rest)
 

@@ -354,11 +354,11 @@ def test_hook_of_shared_parameter() -> None:
 
 def test_classes_instead_of_instances() -> None:
     with pytest.raises(ValueError, match=r"BatchGrad\(\)"):
-        backpack(BatchGrad)  # type: ignore[arg-type]
+        backpack(BatchGrad)
     with pytest.raises(ValueError, match="expects instances"):
-        backpack("grad_batch")  # type: ignore[arg-type]
+        backpack("grad_batch")
     with pytest.raises(TypeError, match="instantiate"):
-        extend(nn.Linear)  # type: ignore[type-var]
+        extend(nn.Linear)
     with pytest.raises(ValueError, match="chunk_size"):
         backpack(chunk_size=0)
     with pytest.raises(ValueError, match="mc_samples"):

@@ -37,7 +37,7 @@ def cli(*arguments: str, output: Path) -> str:
     console = Console(file=io.StringIO(), width=300)
     where = "--output" if arguments[0] in ("run", "time") else "--results"
     assert main([*arguments, where, str(output)], console) == 0
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()
 
 
 # --------------------------------------------------------------------------------------
@@ -87,9 +87,9 @@ def test_batch_norm_keeps_first_statistics(optimizer: str, monkeypatch: pytest.M
     monkeypatch.setitem(PROBLEMS, "noisy", Problem("noisy", loaders.digits, Noisy, 64, 1, 0.5))
     data = small()
     trainer = Trainer(Setting("noisy", optimizer, 0.01, 1.0, 0, 1, 64), data)
-    norm = trainer.model[2]  # type: ignore[index]
+    norm = trainer.model[2]
     with torch.no_grad():
-        expected = trainer.model[1](data.train.x.flatten(1))  # type: ignore[index]
+        expected = trainer.model[1](data.train.x.flatten(1))
     trainer.epoch(lambda: None)
     torch.testing.assert_close(norm.running_mean, expected.mean(0))
     torch.testing.assert_close(norm.running_var, expected.var(0))
@@ -194,7 +194,7 @@ def test_colour_images(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return dataset(root, split == "train")
 
     module = types.ModuleType("torchvision")
-    module.datasets = types.SimpleNamespace(CIFAR10=cifar, CIFAR100=cifar, SVHN=svhn)  # type: ignore
+    module.datasets = types.SimpleNamespace(CIFAR10=cifar, CIFAR100=cifar, SVHN=svhn)
     monkeypatch.setitem(sys.modules, "torchvision", module)
     data = getattr(loaders, name.lower())(tmp_path)
     assert [tuple(part.x.shape) for part in data[:3]] == [(n, 3, 32, 32) for n in (30, 10_000, 20)]
@@ -218,7 +218,7 @@ def test_colour_images_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("Dataset not found or corrupted.")
 
     module = types.ModuleType("torchvision")
-    module.datasets = types.SimpleNamespace(CIFAR10=missing)  # type: ignore[attr-defined]
+    module.datasets = types.SimpleNamespace(CIFAR10=missing)
     monkeypatch.setitem(sys.modules, "torchvision", module)
     with pytest.raises(FileNotFoundError, match="download=True"):
         loaders.cifar10(tmp_path)

@@ -298,7 +298,7 @@ def test_what_is_plain_is_not_asked(name: str) -> None:
 def test_errors() -> None:
     model, X = extend(nn.Linear(4, 3).double()), inputs("")
     with pytest.raises(ValueError, match="forwards must be one of"):
-        backpack(E.BatchGrad(), forwards="other")  # type: ignore[arg-type]
+        backpack(E.BatchGrad(), forwards="other")
     with pytest.raises(RuntimeError, match="forwards='further'"), backpack(E.BatchGrad()):
         (model(X[:4]).mean() + model(X[4:]).mean()).backward()
     further = backpack(E.BatchGrad(), forwards="further")

@@ -156,7 +156,7 @@ def test_hooks_and_other_leaves(problem: Any) -> None:
         X.grad = None
         with backpack(E.Variance(), **options):
             (lossfunc(model(X), y) + model.scale.square().sum()).backward()
-        return [X.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+        return [X.grad, *(p.grad for p in model.parameters())]
 
     weight.register_hook(lambda g: seen.append("hook") or 2 * g)
     weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
@@ -207,7 +207,7 @@ def test_refused_leaves_gradients_alone(problem: Any) -> None:
         lossfunc(model(X) + model(X), y).backward()
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match="forms"):
-        backpack(gradient="form")  # type: ignore[arg-type]
+        backpack(gradient="form")
 
 
 class Uses(nn.Module):
@@ -333,17 +333,17 @@ def test_features_of_the_model(problem: Any) -> None:
 def test_half_precision() -> None:
     """Autocast, a scaler, weights that are not contiguous: no less exact than autograd's."""
     torch.manual_seed(0)
-    model = extend(Wide()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = extend(Wide()).to(memory_format=torch.channels_last)
     X, y = torch.rand(64, 8, 6, 6), torch.randint(9, (64,))
     double = copy.deepcopy(model).double()
     F.cross_entropy(double(X.double()), y).backward()
     errors = []
     for options in ({}, {"gradient": "forms"}):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), backpack(E.SumGradSquared(), **options):  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16), backpack(E.SumGradSquared(), **options):
             F.cross_entropy(model(X), y).mul(2**7).backward()
         pairs = zip(gradients(double), gradients(model), strict=True)
-        errors.append([float((a - b / 2**7).norm() / a.norm()) for a, b in pairs])  # type: ignore[operator]
+        errors.append([float((a - b / 2**7).norm() / a.norm()) for a, b in pairs])
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
         assert model.conv.weight.grad.stride() == model.conv.weight.stride()
     assert all(ours <= 1.2 * theirs for theirs, ours in zip(*errors, strict=True)), errors
@@ -358,4 +358,4 @@ def test_ordinary_pass() -> None:
     model.zero_grad()
     with backpack(E.KFAC(), gradient="forms"):
         F.cross_entropy(model(X), y).backward()
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))

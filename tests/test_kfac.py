@@ -249,7 +249,7 @@ def test_embedding_is_a_linear_layer_of_one_hot_vectors(approx) -> None:
 
 def test_kfac_approx_is_checked() -> None:
     with pytest.raises(ValueError, match="kfac_approx"):
-        KFAC(kfac_approx="expanded")  # type: ignore[arg-type]
+        KFAC(kfac_approx="expanded")
 
 
 CHAINS = [
@@ -519,8 +519,8 @@ def test_samples_with_different_numbers_of_positions(kind: str, approx) -> None:
     def loss(f: Tensor) -> Tensor:
         return F.cross_entropy(f, y)
 
-    H: Tensor = torch.autograd.functional.hessian(loss, head(rows).detach())  # type: ignore[assignment]
-    J: Tensor = torch.autograd.functional.jacobian(head, rows)  # type: ignore[assignment]
+    H: Tensor = torch.autograd.functional.hessian(loss, head(rows).detach())
+    J: Tensor = torch.autograd.functional.jacobian(head, rows)
     a, count = vectors[ROWS], torch.bincount(ROWS, minlength=N)
     own = F.one_hot(ROWS, N).double()
     if approx == "expand":

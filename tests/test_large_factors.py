@@ -52,13 +52,13 @@ def at_most_four(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("approx", [None, "expand", "reduce"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_diagonals_of_the_factors(tied: bool, approx: str | None, monkeypatch) -> None:
-    exts = [E.KFLR(approx), E.KFAC(2, None, approx), E.EmpiricalKFAC(approx)]  # type: ignore[arg-type]
-    exts += [E.EKFLR(approx)]  # type: ignore[arg-type, list-item]
+    exts = [E.KFLR(approx), E.KFAC(2, None, approx), E.EmpiricalKFAC(approx)]
+    exts += [E.EKFLR(approx)]
     model = Words(tied=tied)
-    whole = values(model, exts)  # type: ignore[arg-type]
+    whole = values(model, exts)
     for room in (base, lookup, outer):
         monkeypatch.setattr(room, "LARGEST_FACTOR", 4)
-    large = values(model, exts)  # type: ignore[arg-type]
+    large = values(model, exts)
     vectors = 0
     for p, q in zip(whole.parameters(), large.parameters(), strict=True):
         for field in ("kflr", "kfac", "kfac_empirical"):

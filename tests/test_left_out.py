@@ -128,7 +128,7 @@ def test_batch_norm_leaves_others_out() -> None:
 
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match="unsupported must be one of"):
-        backpack(E.BatchGrad(), unsupported="ignore")  # type: ignore[arg-type]
+        backpack(E.BatchGrad(), unsupported="ignore")
 
 
 # --------------------------------------------------------------------------------------

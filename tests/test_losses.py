@@ -317,7 +317,7 @@ def test_deprecated_reduction(kind: Any, average: bool | None, reduce: bool | No
     [
         lambda f, y: F.mse_loss(f, f.roll(1, 1)),  # a target that depends on the model
         lambda f, y: F.binary_cross_entropy_with_logits(f[:, :1], f[:, 1:2].sigmoid().detach()),
-        lambda f, y: F.mse_loss(f, y, weight=-torch.ones_like(f), reduction="sum") + 2 * f.pow(2).sum(),
+        lambda f, y: F.mse_loss(f, y, weight=-torch.ones_like(f), reduction="sum") + 2 * f.pow(2).sum(),  # type: ignore[call-arg]
         lambda f, y: F.cosine_embedding_loss(f, y, torch.ones(4).to(f)) + f.pow(2).sum(),
         lambda f, y: F.triplet_margin_loss(f, y, y + 1, margin=5.0) + f.pow(2).sum(),
     ],
@@ -467,7 +467,7 @@ def test_targets_out_of_range_are_torch_errors() -> None:
 NOT_CONVEX = {
     "custom": lambda f, y: f.sigmoid().sum(),
     "cubic": lambda f, y: (f - 1).pow(3).mean(),
-    "weight": lambda f, y: F.mse_loss(f, y, weight=-torch.ones_like(f), reduction="sum"),
+    "weight": lambda f, y: F.mse_loss(f, y, weight=-torch.ones_like(f), reduction="sum"),  # type: ignore[call-arg]
     "poisson": lambda f, y: F.poisson_nll_loss(f, -y, log_input=False),
     "soft labels": lambda f, y: F.cross_entropy(f, -torch.ones_like(f)),
     "pos_weight": lambda f, y: F.binary_cross_entropy_with_logits(f, f * 0 + 1, pos_weight=-W3),
@@ -539,7 +539,7 @@ def test_complex_model_output(quantity: Any) -> None:
         assert getattr(p, quantity.savefield).abs().sum() > 0
 
 
-def focal(f: Tensor, y: Tensor) -> Tensor:
+def focal_mean(f: Tensor, y: Tensor) -> Tensor:
     each = F.cross_entropy(f, y, reduction="none")
     return ((1 - torch.exp(-each)) ** 2 * each).mean()
 
@@ -552,7 +552,7 @@ def root(f: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(f, torch.eye(3).to(f)[y], reduction="none").mean(1).sqrt().sum()
 
 
-@pytest.mark.parametrize("loss", [focal, squared, root])
+@pytest.mark.parametrize("loss", [focal_mean, squared, root])
 @pytest.mark.parametrize("module", [True, False])
 def test_known_loss_that_is_bent_afterwards(loss: Any, module: bool) -> None:
     """The curvature of what comes after a loss with a rule counts too."""

@@ -594,7 +594,9 @@ def _recurrent(
     )
 
 
-RECURRENT_TRIALS = [(name, kind, {}) for name in RECURRENT for kind in (nn.LSTM, nn.GRU, nn.RNN)]
+RECURRENT_TRIALS: list[tuple[str, Any, dict[str, Any]]] = [
+    (name, kind, {}) for name in RECURRENT for kind in (nn.LSTM, nn.GRU, nn.RNN)
+]
 RECURRENT_TRIALS += [
     (name, kind, options)
     for name, kind in (("sorted", nn.LSTM), ("characters", nn.GRU), ("start-rows", nn.RNN))

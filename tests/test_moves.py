@@ -64,14 +64,14 @@ def calls(names: str, make: Callable[[Tensor], Iterable[tuple]]) -> None:
 
     for name in names.split():
         before = CALLS.get(name, lambda x: ())
-        CALLS[name] = lambda x, before=before: [*before(x), *whole(x)]  # type: ignore[misc]
+        CALLS[name] = lambda x, before=before: [*before(x), *whole(x)]
 
 
 def whole(names: str, make: Callable[[Tensor], Iterable[tuple]]) -> None:
     """Calls ``f(*args)`` for each ``args`` that is made."""
     for name in names.split():
         before = CALLS.get(name, lambda x: ())
-        CALLS[name] = lambda x, before=before: [*before(x), *((args, {}) for args in make(x))]  # type: ignore[misc]
+        CALLS[name] = lambda x, before=before: [*before(x), *((args, {}) for args in make(x))]
 
 
 def dims(x: Tensor) -> range:

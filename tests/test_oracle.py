@@ -74,7 +74,7 @@ def test_a_field_without_a_gradient(monkeypatch) -> None:
 def test_a_wrong_value(ext, change: Callable[[Tensor], Any]) -> None:
     """Also one that would be broadcast, or is zero as it should be."""
 
-    class Wrong(ext):  # type: ignore[misc,valid-type]
+    class Wrong(ext):
         def finish(self, state: Any, context: Any) -> Any:
             return change(super().finish(state, context))
 

@@ -77,7 +77,7 @@ def test_single_samples_of_the_sampled_hessian(case: Case) -> None:
 def test_a_quantity_that_does_not_say_so(base) -> None:
     """Derived from one that needs sums only, it is refused rather than given all samples' on one."""
 
-    class Sloppy(base):  # type: ignore[misc,valid-type]
+    class Sloppy(base):
         savefield = "diag_h_batch"
 
         def reduce(self, form: Form, sign: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ def test_the_gradient_is_known_to_any_quantity() -> None:
             return form.total()
 
     own = Own()
-    own.finish = lambda state, context: state - context.gradient()  # type: ignore[method-assign]
+    own.finish = lambda state, context: state - context.gradient()
     for options in ({}, {"gradient": False}):
         model, *_ = run(CASES[0], own, ext, **options)
         for p in model.parameters():
@@ -127,7 +127,7 @@ def test_forms_do_not_depend_on_other_quantities() -> None:
 def test_unknown_columns() -> None:
     class Own(BackpropExtension):
         savefield = "own"
-        source = "Hessian"  # type: ignore[assignment]
+        source = "Hessian"
 
     with pytest.raises(ValueError, match="no source of columns, but 'Hessian'"):
         backpack(Own())

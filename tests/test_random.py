@@ -371,7 +371,7 @@ def attention(d: Draft, shape: Shape, depth: int) -> Built:
     if kind == "heads":
         return Step(kind, _heads, l=nn.Linear(i, 3 * i * 2), o=nn.Linear(2 * i, i)), shape
 
-    def forward(m: Any, a: Tensor) -> Tensor:
+    def forward(m: Any, a: Tensor) -> Tensor:  # type: ignore[no-redef]
         q, k, v = m.l(a).chunk(3, -1)
         scores = torch.bmm(q, k.transpose(1, 2)) / i**0.5
         if kind == "causal":

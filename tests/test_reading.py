@@ -88,9 +88,9 @@ def test_why_there_is_none() -> None:
     with pytest.raises(AttributeError, match="^'unused.weight': BatchGrad: a parameter of shape"):
         collect(model, E.BatchGrad)
     with pytest.raises(TypeError, match="expects a parameter, but got Linear"):
-        E.BatchGrad.of(model.used)  # type: ignore[arg-type]
+        E.BatchGrad.of(model.used)
     with pytest.raises(ValueError, match="'raise' or 'skip'"):
-        collect(model, E.BatchGrad, missing="no")  # type: ignore[call-overload]
+        collect(model, E.BatchGrad, missing="no")
     assert E.PCHMP.of(model.head.weight)(torch.zeros(3, 4)).shape == (3, 4)
 
 

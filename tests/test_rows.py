@@ -165,7 +165,7 @@ def test_rows_that_are_not_marked_are_constants() -> None:
             super().__init__()
             self.edge = nn.Linear(2, 2)
 
-        def forward(self, x: Tensor, edges: Tensor, batch: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, edges: Tensor, batch: Tensor, features: Tensor) -> Tensor:
             h = self.second(self.first(x).tanh())
             messages = h[edges[0]] * self.edge(features).tanh()
             h = torch.zeros_like(h).index_add(0, edges[1], messages)

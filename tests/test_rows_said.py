@@ -178,7 +178,7 @@ def test_parts_of_inputs() -> None:
         check(model, truth(model, weights))
 
     class Named(nn.Linear):
-        def forward(self, data: Any) -> Tensor:  # type: ignore[override]
+        def forward(self, data: Any) -> Tensor:
             return super().forward(data.x)
 
     named = extend(Named(D, 2), samples="data.x")
@@ -233,7 +233,7 @@ def test_bad_marks(rows: Any, samples: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mark(torch.randn(3, 2), rows, samples)
     with pytest.raises(ValueError, match="expects a tensor"):
-        mark([1.0, 2.0], [0, 1])  # type: ignore[arg-type]
+        mark([1.0, 2.0], [0, 1])
 
 
 def test_marks_of_several_axes_and_of_other_axes() -> None:

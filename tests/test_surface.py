@@ -89,7 +89,7 @@ def test_names_without_meaning_say_what_to_use(name: str) -> None:
 
 @pytest.mark.parametrize("base", [ModuleExtension, FirstOrderModuleExtension])
 def test_extensions_per_module_say_what_to_do(base: type) -> None:
-    class ScaleBatchGrad(base):  # type: ignore[misc, valid-type]
+    class ScaleBatchGrad(base):
         def weight(self, ext, module, g_inp, g_out, quantities):
             return g_out[0]
 
@@ -184,7 +184,7 @@ def test_rules_of_modules_are_refused_with_a_remedy() -> None:
 def test_surface_is_shown() -> None:
     assert dir(library) == sorted([*library.__all__, "__version__"])
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        library.nothing  # type: ignore[attr-defined]
+        library.nothing
 
 
 def test_surface_is_declared() -> None:

@@ -119,7 +119,7 @@ def test_threads_at_once() -> None:
     """Every value that is read inside of a block is that of its own batch."""
     model = network()
     expected = {seed: norms(model, seed) for seed in (1, 2)}
-    right, refused, wrong = [], [], []
+    right, refused, wrong = list[int](), list[str](), list[int]()
 
     def work(seed: int) -> None:
         for _ in range(100):

@@ -363,7 +363,7 @@ def test_refusals() -> None:
         curvature.derivatives([torch.zeros_like(p)] * len(curvature.parameters))
     for options in ({"columns": "all"}, {"mc_samples": 0}, {"top": True}, {"subsampling": [1, 1]}):
         with pytest.raises(ValueError):
-            LowRank(**options)  # type: ignore[arg-type]
+            LowRank(**options)
     with pytest.raises(IndexError, match="out of range"), LowRank(subsampling=[7]):
         case.loss().backward()
     with pytest.raises(ValueError, match="twice"), LowRank(subsampling=[1, 1 - N]):

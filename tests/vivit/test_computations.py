@@ -150,9 +150,9 @@ def test_eigenpairs(problem: Problem, groups: Any, k: int, subset: list[int] | N
     brute = brute_of(problem)
     table = [{"params": group, "criterion": leading(k)} for group in groups(brute)]
     values, pairs = EigvalshComputation(subset), EighComputation(subset, warn_small_eigvals=0.0)
-    hooks = [c.get_extension_hook(table) for c in (values, pairs)]  # type: ignore[attr-defined]
+    hooks = [c.get_extension_hook(table) for c in (values, pairs)]
     for computation, hook in zip((values, pairs), hooks, strict=True):
-        with backpack(computation.get_extension(), extension_hook=hook):  # type: ignore[attr-defined]
+        with backpack(computation.get_extension(), extension_hook=hook):
             brute.loss().backward()
     C = brute.jacobian.shape[1]
     for group in table:
@@ -364,7 +364,7 @@ def test_hooks(problem: Problem, layerwise: bool, free: bool) -> None:
         with backpack(extension):
             brute.loss().backward()
         V = flat([getattr(p, extension.savefield) for p in parameters], 2).flatten(0, 1)
-        hook = kind(layerwise=layerwise, free_sqrt_ggn=free)
+        hook = kind(layerwise=layerwise, free_sqrt_ggn=free)  # type: ignore[call-arg]
         torch.manual_seed(0)
         with backpack(extension, extension_hook=hook):
             brute.loss().backward()

@@ -187,4 +187,4 @@ def test_argument() -> Any:
         model, lossfunc = extend(network()), extend(nn.CrossEntropyLoss())
         with curvature:
             lossfunc(model(X), Y).backward()
-        curvature.eigh(2, method="power")  # type: ignore[arg-type]
+        curvature.eigh(2, method="power")

@@ -276,7 +276,7 @@ def _vgg(models: Any, batch_norm: bool) -> nn.Module:
 def _thin(kind: Any, by: int) -> type[nn.Module]:
     """A convolution block with fewer channels."""
 
-    class Thin(kind):  # type: ignore[misc, valid-type]
+    class Thin(kind):
         def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
             super().__init__(inputs if inputs == 3 else inputs // by, outputs // by, **options)
 

@@ -69,7 +69,7 @@ _PICKS: dict[str, Callable[[Given], Tensor]] = {
     "index again": lambda t: t.x[_index(t)],
     "index_select": lambda t: t.x.index_select(t.axis, t.picks()),
     "permute rows": lambda t: t.x.index_select(t.axis, t.order()),
-    "pick rows": lambda t: t.x[(*t.before(), t.picks())],
+    "pick rows": lambda t: t.x[t.before() + (t.picks(),)],
     "sort rows": _by_key,
     "narrow": lambda t: t.x.narrow(t.axis, t.at, t.size - t.at),
     "select": lambda t: t.x.select(t.axis, t.at),

@@ -49,7 +49,7 @@ _MODULES: dict[str, tuple[Callable[[Given], nn.Module], tuple[int, int]]] = {
     "batch norm": (lambda t: nn.BatchNorm1d(_channels(t)), (2, 3)),
     "layer norm": (_layer_norm, (1, 4)),
     "rms norm": (lambda t: nn.RMSNorm(t.x.shape[-1]), (1, 4)),
-    "prelu": (lambda t: nn.PReLU(t.choose(1, _channels(t))), (2, 4)),  # type: ignore[arg-type]
+    "prelu": (lambda t: nn.PReLU(t.choose(1, _channels(t))), (2, 4)),
     "weight norm": (lambda t: parametrizations.weight_norm(nn.Linear(t.x.shape[-1], 2)), (1, 4)),
     "avg_pool1d": (lambda t: nn.AvgPool1d(min(2, t.x.shape[-1])), (2, 3)),
     "max_pool1d": (lambda t: nn.MaxPool1d(min(2, t.x.shape[-1])), (2, 3)),

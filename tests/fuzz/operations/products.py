@@ -129,7 +129,7 @@ MODULES = [
     Operation(
         "embedding",
         lambda t: t.layer(_token(t)),
-        layer=lambda t: nn.Embedding(5, 2, padding_idx=t.choose(None, 1)),  # type: ignore[arg-type]
+        layer=lambda t: nn.Embedding(5, 2, padding_idx=t.choose(None, 1)),
     ),
     Operation(
         "embedding bag",

@@ -25,7 +25,7 @@ def _row(t: Given) -> list[list[int]]:
 
 def _assigned(t: Given, index: object, value: Tensor | float) -> Tensor:
     base = t.base().clone()
-    base[(*t.before(), index)] = value  # type: ignore[index]
+    base[t.before() + (index,)] = value
     return base
 
 
@@ -96,8 +96,8 @@ _VIEWS: dict[str, tuple[Callable[[Given, Tensor], Tensor], Callable[[Given], Ten
         lambda t: t.x.narrow(t.axis, 0, t.size - t.at),
     ),
     "slice": (
-        lambda t, b: b[(*t.before(), slice(t.at, None))],
-        lambda t: t.x[(*t.before(), slice(0, t.size - t.at))],
+        lambda t, b: b[t.before() + (slice(t.at, None),)],
+        lambda t: t.x[t.before() + (slice(0, t.size - t.at),)],
     ),
     "transpose": (lambda t, b: b.transpose(t.axis, t.other_axis()), lambda t: t.x),
     "itself": (lambda t, b: b, lambda t: t.x),
