@@ -76,8 +76,8 @@ class Vivit(Library):
     quantities = EXACT + SAMPLED
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        Tensor.symeig = symeig  # type: ignore[attr-defined]
-        torch.symeig = symeig  # type: ignore[attr-defined]
+        Tensor.symeig = symeig
+        torch.symeig = symeig
         backpack = importlib.import_module("backpack")
         self.context, self.library = backpack.backpack, importlib.import_module("vivit")
         self.extended = backpack.extend(nn.CrossEntropyLoss())
@@ -122,7 +122,7 @@ class Vivit(Library):
 def symeig(matrix: Tensor, eigenvectors: bool = False, upper: bool = True) -> tuple[Tensor, Tensor]:
     """As torch had it."""
     if eigenvectors:
-        return tuple(torch.linalg.eigh(matrix, UPLO="U" if upper else "L"))  # type: ignore[return-value]
+        return tuple(torch.linalg.eigh(matrix, UPLO="U" if upper else "L"))
     return torch.linalg.eigvalsh(matrix), matrix.new_empty(0)
 
 

@@ -126,7 +126,7 @@ def test_running_statistics_are_the_users(affine: bool, dtype: torch.dtype) -> N
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         own = (m.scale, m.shift) if affine else (None, None)
-        h = F.batch_norm(m.first(x).view(1, 8, -1), m.mean, m.variance, *own, True)
+        h = F.batch_norm(m.first(x).view(1, 8, -1), m.mean, m.variance, *own, True)  # type: ignore[call-arg]
         return m.out(h.view(4, 2, -1).relu().mean(2))
 
     parts = {"first": nn.Conv1d(1, 2, 2), "scale": P(8), "shift": P(8), "out": nn.Linear(2, 3)}

@@ -99,7 +99,7 @@ def test_kronecker_factors(name: str, approx: Any, monkeypatch: pytest.MonkeyPat
     def factor() -> Tensor:
         with backpack(KFLR(kfac_approx=approx)):
             nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
-        return layer.weight.kflr[1]  # type: ignore[union-attr, index, return-value]
+        return layer.weight.kflr[1]
 
     found = factor()
     assert len(calls) == 1
