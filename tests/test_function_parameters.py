@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
@@ -137,3 +140,53 @@ def test_parameters_beside_samples_that_a_function_mixes() -> None:
     message = "Mixing, a custom autograd.Function, mixes samples"
     with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
         loss.backward()
+
+
+def test_inside_of_a_checkpoint() -> None:
+    """Torch computes again what such a Function has saved, but only once."""
+    model = extend(
+        Apply(
+            lambda m, x: m.o(checkpoint(Curved.apply, m.l(x), m.w, use_reentrant=False)[0]),
+            **{"l": nn.Linear(4, 4), "w": P(4), "o": nn.Linear(4, 3)},
+        )
+    )
+    loss = model(torch.randn(3, 4)).square().sum()
+    message = "inside of a checkpoint the backward of Curved can be called only once"
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+        loss.backward()
+
+
+def test_offloaded() -> None:
+    torch.manual_seed(0)
+    model, X, y = extend(WITH_PARAMETERS["inside"]()), torch.randn(4, 4), torch.arange(4) % 3
+    found = []
+    for context in (nullcontext(), save_on_cpu()):
+        with context, backpack(BatchGrad()):
+            F.cross_entropy(model(X), y).backward()
+        found.append(model.w.grad_batch)
+    torch.testing.assert_close(*found)
+
+
+@torch.library.custom_op("tests::scaled", mutates_args=())
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight.exp()
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _scaled_backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    return g * weight.exp(), (g * x * weight.exp()).sum(0)
+
+
+scaled.register_autograd(_scaled_backward, setup_context=_keep)
+
+
+def test_operations_of_the_users_own_library() -> None:
+    """Transforms do not go through them."""
+    torch.manual_seed(0)
+    model = Apply(lambda m, x: m.o(scaled(m.l(x), m.w)), l=nn.Linear(4, 4), w=P(4), o=nn.Linear(4, 3))
+    report = check(model, nn.CrossEntropyLoss(), torch.randn(4, 4), torch.arange(4) % 3)
+    assert report.ok, f"\n{report}"

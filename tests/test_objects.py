@@ -123,3 +123,22 @@ def test_batches(make: Callable[[Tensor], Any]) -> None:
     wanted = _fields(plain)
     for key, value in _fields(ours.inner).items():
         torch.testing.assert_close(value, wanted[key])
+
+
+def test_settings_beside_inputs() -> None:
+    """Their tensors are constants, of whatever length, and so is what is returned beside outputs."""
+    table = torch.linspace(-1, 1, 21).reshape(7, 3).double()
+    inner, X = _mlp(), torch.linspace(-2, 1, 12).reshape(4, 3).double()
+
+    def forward(m: nn.Module, settings: Any, x: Tensor) -> tuple[Tensor, Any]:
+        f = m.inner(x)
+        return f @ settings.table.T @ settings.table, SimpleNamespace(mixed=f @ f.T)
+
+    plain, ours = extend(copy.deepcopy(inner)), extend(Apply(forward, inner=inner))
+    with backpack(*EXTENSIONS):
+        nn.functional.cross_entropy(plain(X) @ table.T @ table, Y).backward()
+    wanted = _fields(plain)
+    with backpack(E.BatchGrad()):
+        nn.functional.cross_entropy(ours(SimpleNamespace(table=table), X)[0], Y).backward()
+    for name, p in ours.inner.named_parameters():
+        torch.testing.assert_close(p.grad_batch, wanted[name, "grad_batch"])

@@ -25,6 +25,9 @@ from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
 from backpack.samples.separability import axis_by_backward
 
 _FUNCTION = "backpack_function"
+# By what else is known of a Function: whether it saves such for its backward.
+_saves_whole_numbers: dict[Any, bool] = {}
+_MOST = 2**12
 
 
 def is_custom(tensor: Tensor) -> bool:
@@ -136,11 +139,14 @@ def _key(node: Any) -> Any:
     kept = vars(node)
     if not all(map(_plain, kept.values())):
         return None
-    # To read what is packed may mean to compute it once more.
-    saved = () if packs_saved_tensors() else node.saved_tensors
-    if not all(x is None or x.is_floating_point() or x.is_complex() for x in saved):
-        return None
-    return type(node), str(kept), str(_settings(node._forward_cls))
+    key = type(node), str(kept), str(_settings(node._forward_cls))
+    # What is packed, inside of a checkpoint, is computed once more to be read.
+    if key not in _saves_whole_numbers and not packs_saved_tensors():
+        if len(_saves_whole_numbers) >= _MOST:
+            _saves_whole_numbers.clear()
+        saved = (x for x in node.saved_tensors if x is not None)
+        _saves_whole_numbers[key] = any(not (x.is_floating_point() or x.is_complex()) for x in saved)
+    return None if _saves_whole_numbers.get(key) else key
 
 
 def _plain(value: Any) -> bool:

@@ -22,7 +22,7 @@ from backpack.capture.passages import passages
 from backpack.capture.recorder import Recorder
 from backpack.capture.said import Said, packed_axis, said_axes
 from backpack.capture.switch import disable
-from backpack.capture.tracker import flatten, is_own, with_owners
+from backpack.capture.tracker import flatten, is_own, tensors_of, with_owners
 from backpack.graph.nodes import kind_of
 from backpack.graph.outputs import ModelOutput
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, Recording, notes
@@ -69,7 +69,7 @@ def _note_transformed(module: nn.Module | None, args: tuple[Any, ...], kwargs: d
     """A call inside of a transform of ``torch.func``: only the number of samples is noted."""
     if module is None:
         return
-    data = next(flatten((*args, *kwargs.values())), None)
+    data = next((tensor for tensor, _ in tensors_of((*args, *kwargs.values()))), None)
     dim = module.__dict__.get("_backpack_batch_dim", 0)
     size = None if data is None else rows_in_transform(data)
     if data is not None and size is None and data.dim() > dim:
@@ -95,8 +95,9 @@ def _axes_of_inputs(
         recording.size = None if axis is None else axis.size
         ambient.stated = () if axis is None else (axis,)
         return {}
-    named: list[tuple[int | str, Tensor]] = [(j, t) for j, x in enumerate(args) for t in flatten(x)]
-    named += [(name, t) for name, x in kwargs.items() for t in flatten(x)]
+    objects = not any(True for _ in flatten((*args, *kwargs.values())))
+    inputs: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    named = [(name, t) for name, x in inputs for t, _ in with_owners(x, objects=objects)]
     tensors = [t for _, t in named]
     # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.
     leaves = [t for t in tensors if type(t) is not Tensor and isinstance(t, nn.Parameter)]
@@ -220,7 +221,7 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
     try:
         recorder.close()
         recorder.__exit__(None, None, None)
-        found = [(output, None)] if type(output) is Tensor else list(with_owners(output))
+        found = [(output, None)] if type(output) is Tensor else tensors_of(output)
         outputs = [tensor for tensor, _ in found]
         axes = [_last_axis(recorder, tensor) for tensor in outputs]
         known = [sample_axis_of(tensor) for tensor in outputs]

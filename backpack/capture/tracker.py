@@ -71,15 +71,24 @@ def tensors_in(args: tuple[Any, ...] | list[Any]) -> Iterator[Tensor]:
 
 
 def flatten(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested containers, in order."""
+    """Tensors in nested containers and distributions, in order."""
     return (tensor for tensor, _ in with_owners(value))
 
 
-def with_owners(value: Any, owner: Any = None) -> Iterator[tuple[Tensor, Any]]:
-    """Tensors in nested containers, in order, each with the object whose attribute it is (or ``None``).
+def tensors_of(value: Any) -> list[tuple[Tensor, Any]]:
+    """Tensors of inputs or outputs, in order, each with the object whose attribute it is (or ``None``).
 
-    Of objects that are no containers, such as batches and results with attributes, or distributions,
-    the attributes are asked; of other objects inside of these no more, since they may lead anywhere.
+    If there are none in containers, attributes of other objects are taken: of batches and results.
+    Beside tensors such an object is rather a state, or settings.
+    """
+    return list(with_owners(value)) or list(with_owners(value, objects=True))
+
+
+def with_owners(value: Any, owner: Any = None, objects: bool = False) -> Iterator[tuple[Tensor, Any]]:
+    """Tensors in nested containers and distributions, in order, each with its distribution.
+
+    With ``objects``, those that are attributes of other objects too, but of none inside of these, which
+    may lead anywhere.
     """
     parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
@@ -93,11 +102,11 @@ def with_owners(value: Any, owner: Any = None) -> Iterator[tuple[Tensor, Any]]:
     elif callable(getattr(type(value), "keys", None)) and hasattr(type(value), "__getitem__"):
         # Batches of graphs or of words.
         parts = (value[name] for name in value.keys())  # noqa: SIM118
-    elif isinstance(value, _DISTRIBUTIONS) or (owner is None and not callable(value)):
+    elif isinstance(value, _DISTRIBUTIONS) or (objects and owner is None and not callable(value)):
         found = with_owners(list(getattr(value, "__dict__", {}).values()), value)
         yield from {id(tensor): (tensor, at) for tensor, at in found}.values()
     for each in parts:
-        yield from with_owners(each, owner)
+        yield from with_owners(each, owner, objects)
 
 
 class Tracker:

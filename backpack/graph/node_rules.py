@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.checkpoint import CheckpointError
 
 from backpack._ambient import within
 from backpack.forms.base import Dense, Form
@@ -131,7 +132,15 @@ def _one_by_one(
     """The vector-Jacobian product of the node itself, of one sample's columns after another's."""
 
     def pulled(c: Tensor) -> Tensor:
-        found = vector_jacobian(node, {number: c}, place)
+        try:
+            found = vector_jacobian(node, {number: c}, place)
+        except CheckpointError as error:
+            name = node.name().removesuffix("Backward")
+            raise RuntimeError(
+                f"inside of a checkpoint the backward of {name} can be called only once, and not for "
+                "each sample: call it outside of the checkpoint, give it a rule "
+                "(backpack.own.op_rule), or freeze its parameters with requires_grad_(False)"
+            ) from error
         return c.new_zeros(shape) if found is None else found
 
     def form(g: Tensor) -> Form:

@@ -108,7 +108,10 @@ def fallback(
                 result = func(*new_args, **new_kwargs)
                 return result if isinstance(result, Tensor) else result[place]
 
-            return torch.func.vjp(run, source)[1]
+            try:
+                return torch.func.vjp(run, source)[1]
+            except RuntimeError:  # operations of torch.library need not know transforms
+                return _recorded(run, source)
 
         def whole(g: Tensor) -> Tensor:
             """The operation on the whole batch, once for each sample's columns."""
@@ -170,6 +173,22 @@ def fallback(
         return form
 
     return [(source, make(source)) for source in sources]
+
+
+def _recorded(run: Callable[[Tensor], Tensor], source: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
+    """The VJP of a function by autograd itself."""
+    point = source.detach().requires_grad_()
+    with torch.enable_grad():
+        out = run(point)
+
+    def vjp(c: Tensor) -> tuple[Tensor]:
+        create = torch.is_grad_enabled()
+        (found,) = torch.autograd.grad(
+            out, point, c, retain_graph=True, create_graph=create, allow_unused=True
+        )
+        return (torch.zeros_like(point) if found is None else found,)
+
+    return vjp
 
 
 def _samples_apart(axis: SampleAxis, x: Tensor, lead: int = 0, copies: bool = False) -> Tensor:
