@@ -1,4 +1,4 @@
-"""Copies of models and data in another precision, and complex numbers as pairs of real ones."""
+"""Copies of models and data in another precision."""
 
 from __future__ import annotations
 
@@ -26,13 +26,3 @@ def cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = Non
         kind = dtype if value.is_floating_point() else value.dtype
         return value.detach().to(device, dtype.to_complex() if value.is_complex() else kind)
     return value
-
-
-def pairs_of(x: Tensor) -> Tensor:
-    """Real and imaginary parts of complex numbers, ``[..., 2]``."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def pairs_alike(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of complex numbers as one of their two parts."""
-    return mask.unsqueeze(-1).expand(*mask.shape, 2) if like.is_complex() else mask

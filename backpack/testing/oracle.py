@@ -24,7 +24,7 @@ from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagHessian, Di
 from backpack.quantities.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack.quantities.square_root import SqrtGGNExact
 from backpack.sources.table import ExactRoot, SampledRoot
-from backpack.testing.copies import cast, copied, pairs_alike, pairs_of
+from backpack.testing.copies import cast, copied
 from backpack.testing.report import Report, error_of
 
 
@@ -141,19 +141,19 @@ class Oracle:
     def _gradients(self, value: Tensor, create_graph: bool = False) -> list[Tensor]:
         parameters = list(self.parameters.values())
         if not value.requires_grad:
-            return [pairs_of(torch.zeros_like(p)) for p in parameters]
+            return [_pairs(torch.zeros_like(p)) for p in parameters]
         grads = torch.autograd.grad(
             value, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
         found = (
             torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)
         )
-        return [pairs_of(g) for g in found]
+        return [_pairs(g) for g in found]
 
     def _named(self, rows: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:
         rows = list(rows)
         if not rows:  # of a sample without any
-            zeros = {name: pairs_of(p.detach()) for name, p in self.parameters.items()}
+            zeros = {name: _pairs(p.detach()) for name, p in self.parameters.items()}
             return {name: p.new_zeros(0, *p.shape) for name, p in zeros.items()}
         columns = zip(*rows, strict=True)
         return {name: torch.stack(c) for name, c in zip(self.parameters, columns, strict=True)}
@@ -169,15 +169,15 @@ class Oracle:
         found = []
         for n in range(self.samples):
             f = self.output().detach().requires_grad_()
-            mask = pairs_alike(self._mask(f, n).expand_as(f), f)
+            mask = _pairs_alike(self._mask(f, n).expand_as(f), f)
             (gradient,) = torch.autograd.grad(self.loss(f), f, create_graph=True)
             rows = []
-            for entry in pairs_of(gradient)[mask]:
+            for entry in _pairs(gradient)[mask]:
                 row = torch.zeros_like(f)
                 if entry.requires_grad:
                     grad = torch.autograd.grad(entry, f, retain_graph=True, allow_unused=True)[0]
                     row = row if grad is None else grad
-                rows.append(pairs_of(row)[mask])
+                rows.append(_pairs(row)[mask])
             found.append(torch.stack(rows) if rows else f.real.new_zeros(0, 0))
         return found
 
@@ -187,8 +187,8 @@ class Oracle:
         found = []
         output = self.output()
         for n in range(self.samples):
-            mask = pairs_alike(self._mask(output, n).expand_as(output), output)
-            entries = pairs_of(output)[mask]
+            mask = _pairs_alike(self._mask(output, n).expand_as(output), output)
+            entries = _pairs(output)[mask]
             found.append(self._named(self._gradients(entry) for entry in entries))
         return found
 
@@ -224,7 +224,7 @@ class Oracle:
                 for j, entry in enumerate(gradient.flatten()):
                     if entry.requires_grad:
                         second = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)[0]
-                        diagonal[j] = 0 if second is None else pairs_of(second).flatten()[j]
+                        diagonal[j] = 0 if second is None else _pairs(second).flatten()[j]
                 row.append(diagonal.reshape(gradient.shape).detach())
             rows.append(row)
         return self._named(rows)
@@ -252,12 +252,22 @@ def _of_complex(value: Tensor, savefield: str) -> Tensor:
     return torch.view_as_complex(value) if savefield == "grad_batch" else value.sum(-1)
 
 
+def _pairs(x: Tensor) -> Tensor:
+    """Real and imaginary parts of complex numbers, ``[..., 2]``."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _pairs_alike(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of complex numbers as one of their two parts."""
+    return mask.unsqueeze(-1).expand(*mask.shape, 2) if like.is_complex() else mask
+
+
 def _each(values: dict[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return {name: function(value) for name, value in values.items()}
 
 
 def _sqrt_gram(sqrt: Tensor) -> Tensor:
-    sqrt = pairs_of(sqrt)
+    sqrt = _pairs(sqrt)
     flat = sqrt.reshape(sqrt.shape[0] * sqrt.shape[1], sqrt.shape[2:].numel())
     return flat.T @ flat
 
