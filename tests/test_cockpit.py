@@ -805,3 +805,28 @@ def test_no_budget() -> None:
     assert len(simulated(None)[1]) == 500
     with pytest.raises(ValueError, match="budget must be"):
         watch(*problem(), budget=0.0)
+
+
+def test_a_real_and_a_generated_batch() -> None:
+    """Of two forward passes whose rows the user's block says: the numbers of one pass of all rows."""
+    values = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = watch(model, optimizer, every=1, quantities="business")
+        for _ in range(3):
+            X, t = torch.randn(10, 4), (torch.arange(10) < 5).float().unsqueeze(1)
+            optimizer.zero_grad()
+            loss: Any = F.binary_cross_entropy_with_logits
+            with backpack(forwards="further"):
+                if together:
+                    loss(model(X), t).backward()
+                else:
+                    parts = zip(X.split(5), t.split(5), strict=True)
+                    sum(loss(model(x), part) / 2 for x, part in parts).backward()
+            optimizer.step()
+        assert not monitor.left_out
+        values.append(torch.tensor(monitor.history().column("noise_scale")[1]))
+        monitor.close()
+    torch.testing.assert_close(*values)

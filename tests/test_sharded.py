@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from backpack import accumulate, extend, optim
 from backpack import backpack as block_of
 from backpack import extensions as E
+from backpack.cockpit import watch
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.vivit import LowRank
 from tests.processes import spawn
@@ -275,6 +276,10 @@ def _optimizer(net: Model, loss: Callable[..., Tensor]) -> None:
     optim.KFAC(net, lr=0.1, damping=1.0)
 
 
+def _monitor(net: Model, loss: Callable[..., Tensor]) -> None:
+    watch(net)
+
+
 def _no_rule(net: Model, loss: Callable[..., Tensor]) -> None:
     with LowRank():
         loss(net).backward()
@@ -333,6 +338,7 @@ REFUSALS: list[tuple[Callable[..., None], str]] = [
     (_hook, "extension_hook"),
     (_together, "use a block backpack"),
     (_optimizer, "KFAC: parameter 'words.weight' is kept in parts"),
+    (_monitor, "parameter 'words.weight' is kept in parts"),
     (_no_rule, "(fully_shard). Keep() does not say how"),
     (_unseen, "must be loss.backward()"),
     (_other_parameters, "differs in 'head.bias'"),

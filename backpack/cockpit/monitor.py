@@ -63,6 +63,13 @@ class Monitor(Concluding):
         self.per, self.batch_dim, self.hold, self.closure = per, batch_dim, hold, closure
         named = looked_at(self.model, include)
         self.names, self._parameters = list(named), list(named.values())
+        spread = [name for name, p in named.items() if hasattr(p, "placements")]
+        if spread:
+            raise NotImplementedError(
+                f"parameter '{spread[0]}' is kept in parts by several processes (fully_shard, tensor "
+                "parallelism), and a monitor looks at whole ones. Use DistributedDataParallel, or "
+                "fields of a block backpack(...)"
+            )
         self._among = frozenset(self._parameters)
         self.groups, self._rows = grouped(self.names, per)
         self.processes = processes_of(model, together)

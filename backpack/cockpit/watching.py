@@ -69,6 +69,9 @@ def watch(
 
     Returns:
         The monitor.
+
+    Raises:
+        NotImplementedError: for parameters that are kept in parts by several processes.
     """
     return Monitor(
         *(model, optimizer),
