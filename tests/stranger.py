@@ -64,34 +64,42 @@ def needs_packages(code: str) -> bool:
     )
 
 
+PACKAGES = ["transformers", "accelerate", "lightning", "tensorboard"]
+
+
 def visit(folder: Path, packages: bool) -> list[Job]:
     """All jobs, in the order in which a stranger would do them."""
     clone = folder / "clone"
     jobs = [run("git clone", ["git", "clone", "--quiet", str(ROOT), str(clone)], folder)]
     jobs.append(run("make demo, with its environment", ["make", "demo"], clone))
     jobs.append(run("make smoke", ["make", "smoke"], clone))
+    python = str(clone / ".venv" / "bin" / "python")
+    special = {page: code for page, code in programs(clone).items() if needs_packages(code)}
+    for page, code in programs(clone).items():
+        if page not in special:
+            jobs.append(page_job(page, code, python, folder))
     if packages:
-        jobs.append(run("make .venv-zoo/stamp", ["make", ".venv-zoo/stamp"], clone))
         install = [
-            str(clone / ".venv-zoo/bin/python"),
+            python,
             "-m",
             "pip",
             "install",
             "--quiet",
-            "--no-deps",
-            ".",
+            "--constraint",
+            "constraints.txt",
+            *PACKAGES,
         ]
-        jobs.append(run("pip install . beside transformers", install, clone))
-    for page, code in programs(clone).items():
-        special = needs_packages(code)
-        if special and not packages:
-            continue
-        place = folder / page.replace("/", "-").removesuffix(".md")
-        place.mkdir()
-        (place / "program.py").write_text(code)
-        python = clone / (".venv-zoo" if special else ".venv") / "bin" / "python"
-        jobs.append(run(page, [str(python), "program.py"], place))
+        jobs.append(run(f"pip install {' '.join(PACKAGES)}", install, clone))
+        jobs += [page_job(page, code, python, folder) for page, code in special.items()]
     return jobs
+
+
+def page_job(page: str, code: str, python: str, folder: Path) -> Job:
+    """A page's program in a folder of its own."""
+    place = folder / page.replace("/", "-").removesuffix(".md")
+    place.mkdir()
+    (place / "program.py").write_text(code)
+    return run(page, [python, "program.py"], place)
 
 
 def table(jobs: list[Job]) -> str:
