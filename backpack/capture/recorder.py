@@ -299,6 +299,16 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 mark(gradient, axis.moved(axis.dim + gradient.dim() - given.dim()))
         return out
 
+    def _alone(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``x.to(other)``, ``x.view_as(other)``: nothing of the other's entries is in the result."""
+        out = func(*args, **kwargs)
+        try:
+            with without_torch_function():
+                self._see(func, args[:1], {}, out)
+        except Exception as error:
+            self.give_up(func, out, error)
+        return out
+
     def _bags(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Bags of words that begin where an input says: the samples of the model."""
         with without_torch_function():
@@ -344,5 +354,6 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), Recorder._begins),  # type: ignore[attr-defined]
     torch.autograd.grad: Recorder._differentiate,
     torch.nn.functional.embedding_bag: Recorder._bags,
+    **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as), Recorder._alone),
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Recorder._pack),
 }

@@ -189,7 +189,8 @@ def differentiable_twice() -> Iterator[None]:
             raise
         raise NotImplementedError(
             f"an operation of the model or the loss cannot be differentiated twice ({error}); for "
-            "attention, run the forward pass inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            "attention, run the forward pass inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH); "
+            "in place of an EmbeddingBag take an Embedding, and sum its rows"
         ) from error
 
 
