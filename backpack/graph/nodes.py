@@ -26,7 +26,8 @@ LINEAR = frozenset(
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
     PreluKernel Where MaskedFill MaskedSelect Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu
     Cumsum IndexAdd IndexPut Scatter ScatterAdd Swapaxes Movedim NllLoss NllLoss2D Take Conj
-    ConjPhysical ViewAsReal ViewAsComplex Complex FftR2C FftC2C FftC2R""".split()
+    ConjPhysical ViewAsReal ViewAsComplex Complex FftR2C FftC2C FftC2R
+    NestedGetValues NestedViewFromJagged""".split()
 ) | {IDENTITY}
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
