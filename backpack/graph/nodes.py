@@ -31,6 +31,11 @@ LINEAR = frozenset(
 ) | {IDENTITY}
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
+# Operations that may pick other entries the next time.
+PICKING = frozenset(
+    """Index IndexSelect Gather IndexPut IndexAdd Scatter ScatterAdd MaskedSelect MaskedFill Take Where
+    Sort Topk""".split()
+)
 # Curved, but sums of functions of single entries.
 TERMWISE = frozenset(
     """MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy
