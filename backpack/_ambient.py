@@ -36,6 +36,7 @@ class Ambient(threading.local):
         written: memory that was written through one of several tensors, by its address and whether
             who look at it require grad.
         stated: axes that the user has stated. Rows that nobody has written to may belong to any sample.
+        nested: nested tensors among the inputs on which their rows are noted.
         grams: Gram matrices of columns at one place, while they are reduced for several parameters.
         patches: patches of inputs of convolutions, while they are kept.
         patch_bytes: what these take.
@@ -49,6 +50,7 @@ class Ambient(threading.local):
     ids: frozenset[int] = frozenset()
     written: dict[tuple[int, bool], Memory] = {}
     stated: tuple[SampleAxis, ...] = ()
+    nested: tuple[Tensor, ...] = ()
     grams: list[tuple[Tensor, Tensor]] | None = None
     patches: dict[Any, Tensor | Patches] | None = None
     patch_bytes: int = 0

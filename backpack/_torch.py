@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 __all__ = [
     "SPACES",
     "AccumulateGrad",
+    "NestedParts",
     "ShardGroup",
     "call_at_end",
     "called_compiled",
@@ -40,6 +41,11 @@ __all__ = [
     "keeps_graph",
     "leaf_of",
     "modes_open",
+    "nested_padded",
+    "nested_parts",
+    "nested_rows",
+    "nested_view",
+    "nested_view_of",
     "pack_padded_sequence",
     "packs_saved_tensors",
     "pad_packed_sequence",
@@ -88,6 +94,44 @@ modes_open: Callable[[], int] = torch._C._len_torch_function_stack
 # What the functions of these names in ``torch.nn.utils.rnn`` call.
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence
 pad_packed_sequence: Any = torch._VF._pad_packed_sequence
+
+
+# What makes a nested tensor of jagged layout from rows, what gives these back, and what pads them.
+nested_view: Any = torch._nested_view_from_jagged  # type: ignore[attr-defined]
+nested_rows: Any = torch._nested_get_values  # type: ignore[attr-defined]
+nested_padded: Any = torch.nested.to_padded_tensor
+
+
+class NestedParts(NamedTuple):
+    """What a nested tensor of jagged layout is made of, beside its rows.
+
+    Attributes:
+        offsets: where each component begins, and the last one ends, ``[B + 1]``.
+        axis: the axis of rows.
+        holes: whether there are rows that belong to no component.
+        limits: the lengths of the shortest and the longest component, in tensors, where known.
+    """
+
+    offsets: Tensor
+    axis: int
+    holes: bool
+    limits: tuple[Tensor | None, Tensor | None]
+
+
+def nested_parts(x: Any) -> NestedParts:
+    """Of a nested tensor of jagged layout; of any other layout all that it is has holes."""
+    if x.layout != torch.jagged:
+        return NestedParts(torch.zeros(1, dtype=torch.long), 0, True, (None, None))
+    limits = x._min_seqlen_tensor, x._max_seqlen_tensor
+    return NestedParts(x._offsets, x._ragged_idx - 1, x._lengths is not None, limits)
+
+
+def nested_view_of(rows: Tensor, parts: NestedParts, axis: int) -> Tensor:
+    """The nested tensor of rows that lie on an axis."""
+    from torch.nested._internal.nested_tensor import _nt_view_dummy
+
+    with without_torch_function():
+        return nested_view(rows, parts.offsets, _nt_view_dummy(), None, axis + 1, *parts.limits)
 
 
 _transforms = torch._C._functorch.peek_interpreter_stack

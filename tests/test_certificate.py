@@ -143,6 +143,37 @@ def test_every_time_where_rows_are_picked(calls: list[int]) -> None:
     assert len(calls) == 3
 
 
+def test_a_loop_over_samples(calls: list[int]) -> None:
+    """It is certified once; what picks by an index is tried out each time."""
+    order, places = [0, 1, 2, 3], torch.tensor([1, 0])
+
+    def looped(h: Tensor) -> Tensor:
+        return torch.stack([h[n] * 2 for n in order])
+
+    model = Apply(
+        lambda m, x: m.o(torch.stack([m.l(row) for row in looped(x)])),
+        l=nn.Linear(2, 3),
+        o=nn.Linear(3, 3),
+    )
+    model = extend(model.double())
+    for expected in (1, 1, 1):
+        run(model, certify="once")
+        assert len(calls) == expected
+    order[:] = [3, 1, 0, 2]
+    run(model, certify="once")
+    run(model, certify="once")
+    assert len(calls) == 3  # rows of the last layer are in another order than samples: each time
+    picking = Apply(
+        lambda m, x: m.o(torch.stack([m.l(row)[places] for row in x])),
+        l=nn.Linear(2, 3),
+        o=nn.Linear(2, 3),
+    )
+    extend(picking.double())
+    for _ in range(2):
+        run(picking, certify="once")
+    assert len(calls) == 5
+
+
 def test_one_sample_cannot_mix(calls: list[int]) -> None:
     with backpack(BatchGrad(), certify="always"):
         layers(lambda h: h)(torch.randn(1, 2).double()).sum().backward()

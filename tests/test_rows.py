@@ -29,6 +29,8 @@ from tests.row_cases import (
     mlp,
     scatter,
 )
+from tests.row_graphs import GRAPH_CASES
+from tests.row_ragged import RAGGED_CASES
 
 
 def _of(*names: str) -> tuple:
@@ -40,6 +42,9 @@ GROUPS = {
     "ggn": _of("DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNMP"),
     "hessian": _of("DiagHessian", "BatchDiagHessian", "HMP"),
 }
+
+
+ALL = CASES | GRAPH_CASES | RAGGED_CASES
 
 
 def targets(rows: int) -> Tensor:
@@ -73,24 +78,39 @@ def moments(case: RowCase, model: nn.Module) -> Moments:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if isinstance(module, nn.RNNBase):
                 if module.num_layers == 1 and not module.bidirectional:
-                    for sequence in unpack_sequence(args[0]):
+                    for sequence in sequences_of(module, args[0]):
                         add(f"{name}.weight_ih_l0", f"{name}.bias_ih_l0", sequence.detach())
-                        add(f"{name}.weight_hh_l0", f"{name}.bias_hh_l0", before(module, sequence))
+                        if len(args) == 1:  # it begins with zeros
+                            states = before(module, sequence)
+                            add(f"{name}.weight_hh_l0", f"{name}.bias_hh_l0", states)
                 return
             rows = args[0].detach()
             if isinstance(module, nn.Conv2d):
-                rows = F.unfold(rows, module.kernel_size).mT
+                assert not isinstance(module.padding, str)
+                rows = F.unfold(rows, module.kernel_size, 1, module.padding, module.stride).mT
+            if isinstance(module, nn.Conv1d):
+                assert not isinstance(module.padding, str)
+                size, padding = (1, *module.kernel_size), (0, *module.padding)
+                rows = F.unfold(rows.unsqueeze(2), size, 1, padding, (1, *module.stride)).mT
             add(f"{name}.weight", f"{name}.bias", rows)
 
         return hook
 
-    kinds = (nn.Linear, nn.Conv2d, nn.RNNBase)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.RNNBase)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers]
     case.run(model)
     for handle in handles:
         handle.remove()
     return found
+
+
+def sequences_of(module: nn.RNNBase, x: Any) -> list[Tensor]:
+    if not isinstance(x, Tensor):
+        return unpack_sequence(x)
+    if x.dim() == 2:
+        return [x]
+    return list(x if module.batch_first else x.transpose(0, 1))
 
 
 def before(module: nn.RNNBase, sequence: Tensor) -> Tensor:
@@ -188,9 +208,9 @@ def test_rows_that_are_not_marked_are_constants() -> None:
         assert not any(outcome.values()), outcome
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_quantities(name: str) -> None:
-    case = CASES[name]
+    case = ALL[name]
     torch.manual_seed(1)
     model = case.model().double()
     truth, inputs = truth_of(case, model), moments(case, model)

@@ -30,6 +30,7 @@ def _alone() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_runs(script: Path) -> None:
     runpy.run_path(str(script), run_name="__main__")

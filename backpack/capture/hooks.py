@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +15,20 @@ from torch.distributions import Categorical
 from torch.nn.utils.rnn import PackedSequence
 
 from backpack._ambient import ambient
-from backpack._torch import called_compiled, fakes, in_transform, rows_in_transform
+from backpack._torch import called_compiled, fakes, in_transform, nested_parts, rows_in_transform
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
 from backpack.capture.passages import passages
 from backpack.capture.recorder import Recorder
-from backpack.capture.said import Said, packed_axis, said_axes
+from backpack.capture.said import Said, components_axis, nested_axis, packed_axis, said_axes
 from backpack.capture.switch import disable
 from backpack.capture.tracker import flatten, is_own, tensors_of, with_owners
 from backpack.graph.nodes import kind_of
 from backpack.graph.outputs import ModelOutput
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, Recording, notes
 from backpack.graph.transformed import note_transformed
+from backpack.rules.jagged import ROWS, rows_of
 from backpack.samples.axis import MADE, SampleAxis, mark, regular_axis, sample_axis_of, solo_axis
 
 
@@ -98,6 +100,10 @@ def _axes_of_inputs(
     objects = not any(True for _ in flatten((*args, *kwargs.values())))
     inputs: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     named = [(name, t) for name, x in inputs for t, _ in with_owners(x, objects=objects)]
+    nested = [t for _, t in named if t.is_nested]
+    if nested:
+        _note_rows(nested)
+        named = [(name, rows_of(t) if t.is_nested else t) for name, t in named]
     tensors = [t for _, t in named]
     # A parameter may be the data (inputs that are trained), unless it is the module's or beside data.
     leaves = [t for t in tensors if type(t) is not Tensor and isinstance(t, nn.Parameter)]
@@ -110,8 +116,12 @@ def _axes_of_inputs(
         said = said_axes(samples, module, args, kwargs, dim)
     else:
         said = [(x.data, packed_axis(x)) for x in (*args, *kwargs.values()) if _is_packed(x)]
+        said += [(rows_of(x), nested_axis(x)) for x in nested if sample_axis_of(rows_of(x)) is None]
     if said:
-        return _beside(said, recording, tensors)
+        axes = _beside(said, recording, tensors)
+        # What is made of a component without rows is that component's.
+        ambient.stated += tuple(components_axis(x) for x in nested)
+        return axes
     marked = [axis for t in tensors if (axis := sample_axis_of(t)) is not None]
     ambient.stated = tuple(marked)
     free = [
@@ -143,6 +153,14 @@ def _axes_of_inputs(
         for j, t in enumerate(given)
         if t.shape[dim] == recording.size
     }
+
+
+def _note_rows(nested: Sequence[Tensor]) -> None:
+    """For the time of this forward pass, nested tensors are their rows."""
+    fresh = tuple(x for x in nested if not hasattr(x, ROWS) and not nested_parts(x).holes)
+    for x in fresh:
+        setattr(x, ROWS, rows_of(x))
+    ambient.nested = fresh
 
 
 def _is_packed(x: Any) -> bool:
@@ -222,6 +240,7 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
         recorder.close()
         recorder.__exit__(None, None, None)
         found = [(output, None)] if type(output) is Tensor else tensors_of(output)
+        found = [(rows_of(x) if x.is_nested else x, owner) for x, owner in found]
         outputs = [tensor for tensor, _ in found]
         axes = [_last_axis(recorder, tensor) for tensor in outputs]
         known = [sample_axis_of(tensor) for tensor in outputs]
@@ -339,4 +358,7 @@ def _forget() -> None:
     if ambient.passages is not None:
         ambient.passages.close()
         ambient.passages = None
+    for x in ambient.nested:
+        delattr(x, ROWS)
+    ambient.nested = ()
     ambient.forget_forward()

@@ -29,15 +29,22 @@ from backpack._torch import (
 from backpack.capture.in_place import FUNCTIONAL_TWINS
 from backpack.capture.said import axis_of_bags, state
 from backpack.capture.sequences import SequenceTracker
-from backpack.capture.tracker import BATCH_NORMS, ELEMENTWISE_NONLINEAR, note_own, tensors_in
+from backpack.capture.tracker import (
+    BATCH_NORMS,
+    ELEMENTWISE_NONLINEAR,
+    flatten,
+    note_own,
+    tensors_in,
+)
 from backpack.graph.taps import LAYERS, NONLINEAR, TAPS, UNBATCHED, Recording, Tap, notes
 from backpack.graph.transformed import note_transformed
 from backpack.losses.base import LOSSES
 from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.decompositions import OPENED
+from backpack.rules.jagged import opened, opens
 from backpack.samples.axis import MARK, SampleAxis, mark, sample_axis_of
 from backpack.samples.movers import MOVERS, argument, spellings
-from backpack.samples.propagate import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved
+from backpack.samples.propagate import ELEMENTWISE, EXPANSIONS, FACTORIES, known, moved, name_of
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 # Functions whose results need a second look.
@@ -89,6 +96,8 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         if in_transform():
             self.enter_transform()
             return func(*args, **kwargs) if kwargs else func(*args)
+        if types and any(each.__name__ == "NestedTensor" for each in types):
+            return self._nested(func, args, kwargs or {})
         route = _ROUTES.get(func)
         if route is not None:
             out = route(self, func, args, kwargs or {})
@@ -299,6 +308,16 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 mark(gradient, axis.moved(axis.dim + gradient.dim() - given.dim()))
         return out
 
+    def _alone(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``x.to(other)``, ``x.view_as(other)``: nothing of the other's entries is in the result."""
+        out = func(*args, **kwargs)
+        try:
+            with without_torch_function():
+                self._see(func, args[:1], {}, out)
+        except Exception as error:
+            self.give_up(func, out, error)
+        return out
+
     def _bags(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Bags of words that begin where an input says: the samples of the model."""
         with without_torch_function():
@@ -336,6 +355,28 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             self.give_up(func, out, error)
         return out
 
+    def _nested(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Operations on nested tensors are done on their rows."""
+        out = NotImplemented
+        try:
+            if opens(func):
+                with self:
+                    out = opened(func, args, kwargs)
+        except Exception:  # the user's mistake, which the operation itself reports, or ours
+            out = NotImplemented
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        for each in flatten(out):
+            self.give_up(func, each, _not_followed(func))
+        return out
+
+
+def _not_followed(func: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name_of(func)} of nested tensors; do it on their rows (x.values()), or on x.to_padded_tensor"
+    )
+
 
 _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONAL_TWINS, Recorder.write_in_place),
@@ -344,5 +385,6 @@ _ROUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), Recorder._begins),  # type: ignore[attr-defined]
     torch.autograd.grad: Recorder._differentiate,
     torch.nn.functional.embedding_bag: Recorder._bags,
+    **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as), Recorder._alone),
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Recorder._pack),
 }

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from backpack._ambient import ambient
-from backpack._torch import without_torch_function
+from backpack._torch import nested_parts, without_torch_function
 from backpack.graph.taps import Recording
+from backpack.rules.jagged import Places, rows_of
 from backpack.samples.aliases import Written
 from backpack.samples.axis import (
     SampleAxis,
@@ -133,6 +134,19 @@ def packed_axis(packed: PackedSequence) -> SampleAxis:
         return axis_of_packed(batch, sizes, data.device)
 
 
+def components_axis(x: Tensor) -> SampleAxis:
+    """The sample axis of a nested tensor's components: each is a sample, unless they are marked."""
+    return sample_axis_of(x) or regular_axis(len(nested_parts(x).offsets) - 1)
+
+
+def nested_axis(x: Tensor) -> SampleAxis:
+    """The sample axis of a nested tensor's rows."""
+    axis, component = components_axis(x), Places.of(x).component
+    with without_torch_function():
+        ids = axis.sample_ids(component.device)[component]
+        return picked_axis(ids, axis.size, nested_parts(x).axis)
+
+
 def said_axes(
     samples: Samples, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int
 ) -> Said:
@@ -168,13 +182,19 @@ def _stated(part: Any, dim: int) -> list[tuple[Tensor, SampleAxis, Any]]:
             f"{what} is an input, a pair (input, sample_of_row), a triple with the number of "
             f"samples, or a list of these, but got a tuple of {len(part)}"
         )
-    return [(part[0], axis_of_rows(*part), None if len(part) == 3 else part[1])]
+    x, sample_of_row, *count = part
+    if x.is_nested:  # of each component
+        component = Places.of(x).component
+        x, sample_of_row = rows_of(x), torch.as_tensor(sample_of_row).to(component.device)[component]
+    return [(x, axis_of_rows(x, sample_of_row, *count), None if count else sample_of_row)]
 
 
 def _carried(what: str, value: Any, dim: int) -> Said:
     """The sample axes of an input that carries the batch."""
     if isinstance(value, PackedSequence):
         return [(value.data, packed_axis(value))]
+    if isinstance(value, Tensor) and value.is_nested:
+        return [(rows_of(value), nested_axis(value))]
     if isinstance(value, Tensor):
         axis = sample_axis_of(value)
         if axis is None and value.dim() <= dim:

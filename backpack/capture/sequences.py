@@ -52,6 +52,7 @@ class SequenceTracker(InPlaceTracker):
         sources = sources + [t for t in demoted if t.requires_grad]
         data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in demoted)]
         inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in data)
+        hidden = out[0].detach()
         for place, each in enumerate(out):
             here = last if place else axis
             batch, whole = settled(func, each, here, self.recording.batch_dim, marked)
@@ -70,7 +71,7 @@ class SequenceTracker(InPlaceTracker):
                 elif batch.lost:
                     found = [(s, lost_form) for s in sources]
                 else:
-                    found = rules[func](axis.single(), place, out[0].detach(), *args)
+                    found = rules[func](axis.single(), place, hidden, *args)
                 pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
                 if own is not batch:
                     pairs = [(t, of_sample(f, batch)) for t, f in pairs]

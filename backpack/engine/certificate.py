@@ -11,7 +11,8 @@ In large graphs gradients are not held for that: weighted sums of each row are c
 gradients themselves only where these differ by a digit.
 
 That takes two passes through the graph, and is done once for each model and kind of graph, again at a
-low rate, and every time where samples were picked by an index or a mask.
+low rate, and every time where samples were picked by an index or a mask (a loop over samples
+picks none: each tensor is one sample's).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack.graph import followed
 from backpack.graph.carry import bytes_at
-from backpack.graph.nodes import children_of, upwards
+from backpack.graph.nodes import PICKING, children_of, kind_of, upwards
 from backpack.graph.recognised import outputs_at
 from backpack.graph.scaling import Scale, Starts, agree, along, mask_of, powers, pulled
 from backpack.graph.survey import Graph
@@ -41,6 +42,8 @@ MODES: tuple[Mode, ...] = ("once", "always", "never")
 default: Mode = "once"
 # A graph that was certified is certified again after so many passes.
 AGAIN_AFTER = 200
+# So many kinds of graphs are kept of a model.
+_KINDS = 1024
 # Where gradients at all taps take more bytes, weighted sums of them are compared first.
 SKETCHED_FROM = 2**24
 
@@ -78,13 +81,19 @@ def due(graph: Graph, mode: Mode) -> bool:
     axes = [tap.own for _, tap in graph.taps]
     if mode == "never" or not [axis for axis in axes if axis.size != 1]:
         return False
-    if mode == "always" or [axis for axis in axes if axis.picked is not None]:
+    picked = [axis for axis in axes if axis.picked is not None]
+    if mode == "always" or any(axis.solo is None for axis in picked):
+        return True
+    # Tensors of one sample each, in a loop over samples, are told apart by the graph's signature.
+    if picked and any(kind_of(node) in PICKING for node in graph.nodes):
         return True
     signature, again = graph.signature(), False
     for recording in {id(r): r for r in graph.recordings if r.taps}.values():
         module = recording.module()
         if module is not None:
             counts = _passes.setdefault(module, {})
+            if len(counts) >= _KINDS:
+                counts.clear()
             again |= counts.get(signature, 0) % AGAIN_AFTER == 0
             counts[signature] = counts.get(signature, 0) + 1
     return again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -343,6 +343,7 @@ def merge(forms: Sequence[Form]) -> Form:
         elif not isinstance(form, (Lookup, Dense)):
             merged.append(form)
     for (layout, _), group in outers.items():
+        group = _by_call(group)
         merged.append(group[0] if len(group) == 1 else _joined(group, layout))
     if lookups:
         index, g = torch.cat([f.index for f in lookups], 1), torch.cat([f.g for f in lookups], 2)
@@ -355,6 +356,16 @@ def merge(forms: Sequence[Form]) -> Form:
         first, *rest = (f.values for f in dense)
         merged.append(Dense(sum(rest, first)))
     return merged[0] if len(merged) == 1 else Sum(tuple(merged))
+
+
+def _by_call(group: Sequence[Outer]) -> list[Outer]:
+    """Results of one call have met the same inputs: their columns are added up, place by place."""
+    found: dict[int, Outer] = {}
+    for form in group:
+        key = id(form if form.call is None else form.call)
+        before = found.get(key)
+        found[key] = form if before is None else replace(before, g=before.g + form.g)
+    return list(found.values())
 
 
 def _position_counts(forms: Sequence[Positioned]) -> Tensor | None:

@@ -40,6 +40,7 @@ class Sides(Positioned):
         layout: where the matrix entries are stored in the parameter.
         counts: how many positions each sample has, ``[n]``, where they differ; the rest is zero.
         tally: adds up what is written out piece by piece, if :meth:`total` will be asked for.
+        call: the same object for forms of several results of one call: their inputs are counted once.
     """
 
     inputs: Tensor | Patches
@@ -47,6 +48,7 @@ class Sides(Positioned):
     layout: Layout
     counts: Tensor | None = None
     tally: Tally | None = None
+    call: object | None = None
 
     @property
     def adds_up(self) -> bool:

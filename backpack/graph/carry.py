@@ -179,17 +179,30 @@ def _way(starts: Sequence[GradientEdge], targets: Sequence[GradientEdge]) -> int
     return hash((*parts, *map(type, nodes)))
 
 
+# What to do, by what the operation is called.
+_REMEDIES = {
+    "embedding_bag": "in place of an EmbeddingBag take an Embedding, and sum its rows",
+    "_nested_": "let the model return the rows of nested tensors (x.values())",
+    "attention": "for attention, run the forward pass inside "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+}
+
+
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
     """Say in our words where torch has no second derivative of an operation."""
     try:
         yield
     except RuntimeError as error:
-        if "is not implemented" not in str(error) or "cannot be differentiated twice" in str(error):
+        text = str(error)
+        missing = "is not implemented" in text or (
+            isinstance(error, NotImplementedError) and "_nested_" in text
+        )
+        if not missing or "cannot be differentiated twice" in text:
             raise
+        remedy = next((r for name, r in _REMEDIES.items() if name in text), _REMEDIES["attention"])
         raise NotImplementedError(
-            f"an operation of the model or the loss cannot be differentiated twice ({error}); for "
-            "attention, run the forward pass inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            f"an operation of the model or the loss cannot be differentiated twice ({text}); {remedy}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
-from backpack.graph.nodes import PRODUCTS, TERMWISE, kind_of
+from backpack.graph.nodes import PICKING, PRODUCTS, TERMWISE, kind_of
 from backpack.graph.region import Candidate, Region, shape_at
 from backpack.graph.scaling import agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Tap, notes
@@ -25,11 +25,6 @@ Place = tuple[int, int]
 # What was found is found again after so many passes.
 AGAIN_AFTER = 200
 _CAPACITY = 256
-# Operations that may pick other entries the next time.
-_PICKING = frozenset(
-    """Index IndexSelect Gather IndexPut IndexAdd Scatter ScatterAdd MaskedSelect MaskedFill Take Where
-    Sort Topk""".split()
-)
 
 
 @dataclass
@@ -86,7 +81,7 @@ def _may_change(region: Region, node: Node) -> bool:
     kind, children = kind_of(node), [child for child, _ in node.next_functions]
     fixed = kind in PRODUCTS - {"Mul", "Div"} and None in children
     return bool(
-        kind in _PICKING or fixed and any(c is not None and region.taps.get(c) for c in children)
+        kind in PICKING or fixed and any(c is not None and region.taps.get(c) for c in children)
     )
 
 

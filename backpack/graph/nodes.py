@@ -26,10 +26,16 @@ LINEAR = frozenset(
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NativeDropout
     PreluKernel Where MaskedFill MaskedSelect Max Min Amax Amin Diagonal Rrelu RreluWithNoise Tril Triu
     Cumsum IndexAdd IndexPut Scatter ScatterAdd Swapaxes Movedim NllLoss NllLoss2D Take Conj
-    ConjPhysical ViewAsReal ViewAsComplex Complex FftR2C FftC2C FftC2R""".split()
+    ConjPhysical ViewAsReal ViewAsComplex Complex FftR2C FftC2C FftC2R
+    NestedGetValues NestedViewFromJagged""".split()
 ) | {IDENTITY}
 # Products, linear as long as only one of their arguments depends on the data.
 PRODUCTS = frozenset("Mul Div Mm Bmm Mv Dot Addmm Addbmm Baddbmm Addmv Convolution".split())
+# Operations that may pick other entries the next time.
+PICKING = frozenset(
+    """Index IndexSelect Gather IndexPut IndexAdd Scatter ScatterAdd MaskedSelect MaskedFill Take Where
+    Sort Topk""".split()
+)
 # Curved, but sums of functions of single entries.
 TERMWISE = frozenset(
     """MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy

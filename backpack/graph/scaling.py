@@ -6,7 +6,7 @@ sample agrees to the last digit, but for kernels that add in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from backpack.samples.separability import generic
 Scale = Callable[[Tensor, torch.dtype], Tensor]
 # Where samples are apart, with their axes there.
 Starts = Sequence[tuple[GradientEdge, SampleAxis]]
+
+_powers: dict[Hashable, Tensor] = {}
+_MOST_POWERS = 64
 
 
 def powers(samples: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,8 +38,19 @@ def mask_of(digit: int) -> Scale:
 
 def along(axis: SampleAxis, like: Tensor, scale: Scale) -> Tensor:
     """The numbers of the samples on their axis, to be multiplied with a tensor."""
-    ids = scale(axis.sample_ids(like.device), like.real.dtype if like.is_complex() else like.dtype)
-    return ids.reshape([-1 if d == axis.dim and not axis.bare else 1 for d in range(like.dim())])
+    dtype = like.real.dtype if like.is_complex() else like.dtype
+    key = None
+    if scale is powers and axis.picked is None:  # nearly all: many places have the same
+        key = (axis, like.dim(), like.device, dtype)
+        if key in _powers:
+            return _powers[key]
+    numbers = scale(axis.sample_ids(like.device), dtype)
+    numbers = numbers.reshape([-1 if d == axis.dim and not axis.bare else 1 for d in range(like.dim())])
+    if key is not None:
+        if len(_powers) >= _MOST_POWERS:
+            _powers.clear()
+        _powers[key] = numbers
+    return numbers
 
 
 def agree(before: Tensor, after: Tensor, factors: Tensor) -> bool:

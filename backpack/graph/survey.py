@@ -82,7 +82,7 @@ class Graph:
         taps = []
         for node, tap in self.taps:
             place, axis = tap.place, tap.own
-            taps += [tap.func, place, axis.dim, axis.outer, axis.size, axis.inner]
+            taps += [tap.func, place, axis.dim, axis.outer, axis.size, axis.inner, axis.solo]
             taps += node._input_metadata[place].shape
         return hash((*self.kinds, *taps))
 

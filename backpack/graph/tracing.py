@@ -100,7 +100,9 @@ def _select(axis: SampleAxis, node: Node, old: torch.Size, new: torch.Size) -> S
 
 _STEPS: dict[str, Callable[[SampleAxis, Node, torch.Size, torch.Size], SampleAxis | None]] = {
     **dict.fromkeys("View UnsafeView ReshapeAlias Unsqueeze Squeeze".split(), _reshape),
-    **dict.fromkeys("Clone Alias ToCopy Neg Tanh Sigmoid Exp".split(), _same),
+    **dict.fromkeys(
+        "Clone Alias ToCopy Neg Tanh Sigmoid Exp NestedGetValues NestedViewFromJagged".split(), _same
+    ),
     "Transpose": _transpose,
     "Permute": _permute,
     "Slice": _slice,

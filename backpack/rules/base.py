@@ -47,10 +47,13 @@ def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def outer_form(batch: SampleAxis, a: Tensor, g: Tensor, layout: Layout) -> Outer:
-    """Ungrouped, from rows ``a`` and columns ``g`` at the rows of the result."""
+def outer_form(
+    batch: SampleAxis, a: Tensor, g: Tensor, layout: Layout, call: object | None = None
+) -> Outer:
+    """Ungrouped, from rows ``a`` and columns ``g`` at the rows of one result of a call."""
     a, g = batch.rows(a), batch.rows(g, 1)
-    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout, positions(batch, g.shape[2]))
+    counts = positions(batch, g.shape[2])
+    return Outer(a.unsqueeze(1), g.unsqueeze(2), layout, counts, call=call)
 
 
 def positions(batch: SampleAxis, longest: int) -> Tensor | None:

@@ -124,6 +124,7 @@ def _packed(name: str) -> Callable[..., Pairs]:
         """``batch`` is the axis of packed hidden states, whichever the place.
 
         ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.
+        It is the same tensor for all results of a call.
         """
         weights = recursions.Layer.of(params, has_biases)
         h0: Tensor = hx[0] if name == "lstm" else hx
@@ -149,7 +150,7 @@ def _packed(name: str) -> Callable[..., Pairs]:
             def form(g: Tensor) -> Form:
                 back = shared(g)
                 columns = steps.pack(getattr(back, d), 1)
-                return outer_form(batch, rows(back).to(g.dtype), columns, Layout(weight.shape))
+                return outer_form(batch, rows(back).to(g.dtype), columns, Layout(weight.shape), output)
 
             return form
 

@@ -82,6 +82,7 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         """``batch`` is the hidden states' axis, whichever the place.
 
         ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.
+        It is the same tensor for all results of a call.
         """
         weights = recursions.Layer.of(params, has_biases)
         h0: Tensor = hx[0] if name == "lstm" else hx
@@ -109,16 +110,16 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
 
         def input_weight(g: Tensor) -> Form:
             x, back = shared(g)
-            return outer_form(first, x, back.d_ih, Layout(weights.w_ih.shape))
+            return outer_form(first, x, back.d_ih, Layout(weights.w_ih.shape), output)
 
         def hidden_weight(g: Tensor) -> Form:
             back = shared(g)[1]
-            return outer_form(first, back.previous, back.d_hh, Layout(weights.w_hh.shape))
+            return outer_form(first, back.previous, back.d_hh, Layout(weights.w_hh.shape), output)
 
         def projection(g: Tensor) -> Form:
             back = shared(g)[1]
             assert weights.w_hr is not None and back.unprojected is not None and back.d_hr is not None
-            return outer_form(first, back.unprojected, back.d_hr, Layout(weights.w_hr.shape))
+            return outer_form(first, back.unprojected, back.d_hr, Layout(weights.w_hr.shape), output)
 
         def bias(which: str) -> ToForm:
             return lambda g: Dense(first.rows(getattr(shared(g)[1], which), 1).sum(2))
