@@ -39,7 +39,8 @@ from backpack.samples.separability import generic
 from backpack.testing.oracle import DEFAULT, Oracle
 from backpack.vivit import LowRank
 from tests.cases import Apply
-from tests.complex_cases import PROGRAMS, ModReLU, Program, crossentropy
+from tests.complex_cases import ModReLU, crossentropy
+from tests.complex_programs import PROGRAMS, Program
 
 FIRST = (BatchGrad, BatchL2Grad, SumGradSquared, Variance)
 CURVED = (DiagGGNExact, BatchDiagGGNExact)

@@ -22,6 +22,7 @@ from backpack.graph.nodes import kind_of
 from backpack.graph.origins import source_at
 from backpack.graph.tangents import vector_jacobian
 from backpack.graph.taps import Source
+from backpack.rules.analytic import conjugated_form
 from backpack.rules.base import RULES
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis
@@ -41,6 +42,8 @@ def source_of(node: Node, number: int, place: int, axis: SampleAxis) -> Source:
     if form is None:
         alone = lost_form if axis.lost else _one_by_one(node, number, place, axis, shape)
         return source_at(edge, shape, alone, False)
+    if node._input_metadata[number].dtype.is_complex:
+        form = conjugated_form(form)
     linear = not (kind_of(node) == "Div" and place == 1)
     return source_at(edge, shape, form, linear)
 

@@ -16,7 +16,7 @@ ANALYTIC = frozenset(
         *(F.linear, torch.matmul, Tensor.matmul, Tensor.__rmatmul__, torch.mm, Tensor.mm),
         *(torch.einsum, torch.addmm, Tensor.addmm),
         *(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__rmul__),
-        *(torch.add, Tensor.add, Tensor.__radd__, torch.sub, Tensor.sub),
+        *(torch.add, Tensor.add, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__setitem__),
         *(getattr(torch, f"conv{kind}{n}d") for n in (1, 2, 3) for kind in ("", "_transpose")),
     }
 )
@@ -24,8 +24,9 @@ ANALYTIC = frozenset(
 
 def conjugated(pairs: Pairs) -> Pairs:
     """Rules give ``J^T g`` as of real numbers; the gradient of an analytic function is ``J^H g``."""
+    return [(tensor, conjugated_form(form)) for tensor, form in pairs]
 
-    def form(rule: ToForm) -> ToForm:
-        return lambda g: of_one(rule(g.conj()), conjugate)
 
-    return [(tensor, form(rule)) for tensor, rule in pairs]
+def conjugated_form(form: ToForm) -> ToForm:
+    """The same of one form: ``J^H g = conj(J^T conj(g))``."""
+    return lambda g: of_one(form(g.conj()), conjugate)
