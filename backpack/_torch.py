@@ -97,8 +97,8 @@ pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 
 
 # What makes a nested tensor of jagged layout from rows, what gives these back, and what pads them.
-nested_view: Any = torch._nested_view_from_jagged  # type: ignore[attr-defined]
-nested_rows: Any = torch._nested_get_values  # type: ignore[attr-defined]
+nested_view: Any = torch._nested_view_from_jagged
+nested_rows: Any = torch._nested_get_values
 nested_padded: Any = torch.nested.to_padded_tensor
 
 

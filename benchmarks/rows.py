@@ -5,7 +5,7 @@
 Graphs, packed and nested sequences, bags, lists of images, episodes, tokens, users, derivatives inside
 the loss. The loop runs model and loss on each sample alone. Ratios are to one backward pass of the
 whole batch without quantities, of processor time on one thread: the least of all turns, which
-alternate. Memory is the peak beyond what is there before the pass, each in a process of its own. Writes
+alternate. Memory is the peak beyond what is there before the pass. Writes
 ``benchmarks/results/rows.json`` and ``rows.md``.
 """
 
@@ -332,26 +332,29 @@ def times(name: str, rounds: int) -> dict[str, float]:
     return {"seconds": least["gradient"], **{key: least[key] / least["gradient"] for key in COLUMNS}}
 
 
-def peak(name: str, key: str) -> int:
-    """The most memory that a pass takes, in bytes."""
-    kind = made(name)
-    if key not in ("gradient", "loop"):
-        kind.say(kind.model)
-    step = steps(kind)[key]
-    for _ in range(2):
+def peaks(name: str) -> dict[str, int]:
+    """The most memory that each pass takes, in bytes."""
+    found = {}
+    for key in ("gradient", *COLUMNS):
+        kind = made(name)
+        if key not in ("gradient", "loop"):
+            kind.say(kind.model)
+        step = steps(kind)[key]
+        for _ in range(2):
+            step()
+            kind.model.zero_grad()
+        before = reset_peak()
         step()
-        kind.model.zero_grad()
-    before = reset_peak()
-    step()
-    return peak_bytes() - before
+        found[key] = peak_bytes() - before
+    return found
 
 
-def apart(name: str, key: str) -> int:
-    """:func:`peak` in a process of its own, where what is freed goes back to the system."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.rows", "--peak", name, key]
+def apart(name: str) -> dict[str, int]:
+    """:func:`peaks` in a process of its own, where what is freed goes back to the system."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.rows", "--peaks", name]
     frugal = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     ran = subprocess.run(command, capture_output=True, text=True, env=frugal, check=True)
-    return int(ran.stdout.splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -361,7 +364,7 @@ def table(results: dict[str, Any]) -> str:
         f"{results['processor']}; torch {results['torch']}; one thread. Processor time as a multiple "
         "of one backward pass without quantities (the least of "
         f"{results['rounds']} turns), and peak memory of a pass in MB. `loop`: each sample's gradient "
-        "by plain autograd, one after the other.",
+        "by plain autograd, one after the other. Taken beside other work.",
         "",
         f"| | samples | gradient | {' | '.join(COLUMNS)} |",
         f"|---{'|---' * (len(COLUMNS) + 2)}|",
@@ -377,16 +380,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--peak", nargs=2)
+    parser.add_argument("--peaks")
     options = parser.parse_args()
-    if options.peak:
-        print(peak(*options.peak))
+    if options.peaks:
+        print(json.dumps(peaks(options.peaks)))
         return
     found: dict[str, Any] = {}
     for name in options.kinds:
         found[name] = {"samples": made(name).samples, "times": times(name, options.rounds)}
         print(name, {key: f"{value:.2f}" for key, value in found[name]["times"].items()}, flush=True)
-        found[name]["bytes"] = {key: apart(name, key) for key in ("gradient", *COLUMNS)}
+        found[name]["bytes"] = apart(name)
     cpu = next(
         (
             line.split(":")[1].strip()

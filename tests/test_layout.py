@@ -20,7 +20,7 @@ ROOMS = {
     "forms": """memory triton products overlaps base layout lookup strips tally sides outer sums several
         pairs at_output""",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
-        packed fallback analytic decompositions jagged""",
+        packed fallback analytic decompositions components jagged""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
         derived recognised node_rules above region followed differentiated residuals unseen survey

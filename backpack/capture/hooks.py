@@ -28,7 +28,7 @@ from backpack.graph.nodes import kind_of
 from backpack.graph.outputs import ModelOutput
 from backpack.graph.taps import LOSS, MODEL_OUTPUT, Recording, notes
 from backpack.graph.transformed import note_transformed
-from backpack.rules.jagged import ROWS, rows_of
+from backpack.rules.components import ROWS, rows_of
 from backpack.samples.axis import MADE, SampleAxis, mark, regular_axis, sample_axis_of, solo_axis
 
 

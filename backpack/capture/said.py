@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from backpack._ambient import ambient
 from backpack._torch import nested_parts, without_torch_function
 from backpack.graph.taps import Recording
-from backpack.rules.jagged import Places, rows_of
+from backpack.rules.components import Places, rows_of
 from backpack.samples.aliases import Written
 from backpack.samples.axis import (
     SampleAxis,

@@ -12,7 +12,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,12 @@ from backpack._torch import (
     nested_parts,
     nested_rows,
     nested_view,
-    nested_view_of,
     without_torch_function,
 )
+from backpack.rules.components import ROWS, Places, alike, made_of, rows_of
 from backpack.samples.movers import LIKE, argument, dims_of, spellings
 from backpack.samples.propagate import ELEMENTWISE, POINTWISE
 
-# On a nested tensor: the tensor of rows that it was made from, which the graph goes through.
-ROWS = "_backpack_rows"
 _Rule = Callable[..., Any]
 JAGGED: dict[Any, _Rule] = {}
 
@@ -44,65 +42,12 @@ def _opens(*functions: Any) -> Callable[[_Rule], _Rule]:
     return register
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """All components' rows, one after the other."""
-    known = x.__dict__.get(ROWS)
-    return nested_rows(x) if known is None else known
-
-
-def made_of(rows: Tensor, parts: NestedParts, axis: int | None = None) -> Tensor:
-    """The nested tensor of rows."""
-    made = nested_view_of(rows, parts, parts.axis if axis is None else axis)
-    setattr(made, ROWS, rows)
-    return made
-
-
-class Places(NamedTuple):
-    """Where rows are.
-
-    Attributes:
-        component: of each row, ``[rows]``.
-        step: its place among those of its component.
-        lengths: how many rows each component has, ``[B]``.
-    """
-
-    component: Tensor
-    step: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Places:
-        with without_torch_function():
-            offsets = nested_parts(x).offsets.long()
-            lengths = offsets.diff()
-            component = torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths)
-            step = torch.arange(len(component), device=offsets.device) - offsets[component]
-            return cls(component, step, lengths)
-
-    def pad(self, rows: Tensor, axis: int, fill: float = 0.0, longest: int | None = None) -> Tensor:
-        """``[B, steps, *]``, from rows on an axis."""
-        rows = rows.movedim(axis, 0)
-        if longest is None:
-            longest = int(self.lengths.max()) if len(self.lengths) else 0
-        full = rows.new_full((len(self.lengths), longest, *rows.shape[1:]), fill)
-        return full.index_put((self.component, self.step), rows)
-
-    def there(self) -> Tensor:
-        """Which steps of a padded batch are rows, ``[B, steps]``."""
-        with without_torch_function():
-            steps = int(self.lengths.max()) if len(self.lengths) else 0
-            return torch.arange(steps, device=self.lengths.device) < self.lengths[:, None]
-
-    def unpad(self, full: Tensor, axis: int) -> Tensor:
-        return full[self.component, self.step].movedim(0, axis)
-
-
 def opens(func: Any) -> bool:
     """Whether something is known of an operation; what asks for attributes is none."""
     return func in JAGGED or func in ELEMENTWISE or func in POINTWISE or func in LIKE
 
 
-def opened(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``func`` computes from nested tensors; ``NotImplemented`` where that is not known."""
     rule = JAGGED.get(func)
     nested = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_nested]
@@ -111,7 +56,7 @@ def opened(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if rule is not None:
         return rule(func, *args, **kwargs)
     first = nested_parts(nested[0])
-    if any(not _alike(nested_parts(x), first) for x in nested[1:]):
+    if any(not alike(nested_parts(x), first) for x in nested[1:]):
         return NotImplemented
     places = Places.of(nested[0])
     given = [_beside(x, nested[0], places) for x in args]
@@ -122,10 +67,6 @@ def opened(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     made = func(*given, **named)
     fits = isinstance(made, Tensor) and made.dim() == rows.dim()
     return made_of(made, first) if fits else NotImplemented
-
-
-def _alike(x: NestedParts, y: NestedParts) -> bool:
-    return x.axis == y.axis and (x.offsets is y.offsets or torch.equal(x.offsets, y.offsets))
 
 
 def _beside(x: Any, nested: Tensor, places: Places) -> Any:
@@ -402,7 +343,7 @@ def _reshape(func: Any, x: Tensor, *shape: Any) -> Any:
 def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     nested = all(isinstance(x, Tensor) and x.is_nested for x in tensors)
     own = _own(tensors[0], dim) if nested else None
-    if own is None or not all(_alike(nested_parts(x), own[1]) for x in tensors):
+    if own is None or not all(alike(nested_parts(x), own[1]) for x in tensors):
         return NotImplemented
     return made_of(func([rows_of(x) for x in tensors], own[2]), own[1])
 
