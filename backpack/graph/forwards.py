@@ -29,9 +29,10 @@ SHOWN = 8
 # Operations that put entries beside each other.
 _JOINS = frozenset({"Cat", "Stack", "CopySlices", "IndexPut", "Scatter", "SliceScatter", "IndexCopy"})
 
-# Losses that reduce what they compute from entries at the same place of two tensors.
+# Operations that compute from entries at the same place of two tensors, and losses that reduce this.
 _ENTRYWISE = frozenset(
-    "MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv Dot".split()
+    """Add Sub Mul Div Maximum Minimum MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy
+    BinaryCrossEntropyWithLogits KlDiv Dot""".split()
 )
 
 
@@ -162,25 +163,28 @@ def what_is_open(roots: Sequence[Node], groups: Sequence[Group], graph: Graph) -
             return f"{_kind(node)} puts their rows beside each other"
         rows.meet(node)
     rows.unite_same_data()
-    apart = [group for group in rows.united.all() if group[0].size is not None]
-    if len(apart) < 2:
-        return None
-    reached = [_parameters_of(group, graph) for group in apart]
-    shared = ((i, j) for j in range(len(apart)) for i in range(j) if reached[i] & reached[j])
-    pair = next(shared, None)
+    pair = _share_parameters(rows.united, graph)
     if pair is None:
         return None
-    if all(apart[j][0].size == 1 for j in pair):
+    if all(each.size == 1 for each in pair):
         return "each has one row"
     return "row n of one never meets row n of another (their losses are added up, or all rows compared)"
 
 
-def _parameters_of(group: Group, graph: Graph) -> set[int]:
-    """Ids of the parameters that forward passes meet."""
-    taps = [tap for _, tap in graph.taps if any(tap.recording is each for each in group)]
-    sources = [source for tap in taps for source in tap.sources]
-    leaves = [[s.leaf] if s.leaf is not None else leaves_below(s.edge) for s in sources]
-    return {id(leaf) for found in leaves for leaf in found}
+def _share_parameters(groups: _Groups, graph: Graph) -> tuple[Recording, Recording] | None:
+    """Forward passes of two groups that meet the same parameter."""
+    first: dict[int, Recording] = {}
+    for _, tap in graph.taps:
+        here = groups.of.get(id(tap.recording))
+        if here is None or tap.recording.size is None:
+            continue
+        for source in tap.sources:
+            leaves = [source.leaf] if source.leaf is not None else leaves_below(source.edge)
+            for leaf in leaves:
+                other = first.setdefault(id(leaf), tap.recording)
+                if groups.of[id(other)] is not here:
+                    return other, tap.recording
+    return None
 
 
 class _Rows:
@@ -239,20 +243,24 @@ class _Rows:
 
     def _row_by_row(self, node: Node, one_row: bool) -> bool:
         """Whether a result has rows, each of which is computed from the same row of all groups."""
-        edges = [GradientEdge(node, j) for j in range(len(node._input_metadata))]
-        if not any(len(about.shape) for about in node._input_metadata):
-            if _kind(node) not in _ENTRYWISE:
-                return False
-            edges = [GradientEdge(child, nr) for child, nr in node.next_functions if child is not None]
+        edges = [GradientEdge(child, nr) for child, nr in node.next_functions if child is not None]
+        edges = [edge for edge in edges if self.below[edge.node]]
+        shapes = {len(edge.node._input_metadata[edge.output_nr].shape) for edge in edges}
+        scalar = not any(len(about.shape) for about in node._input_metadata)
+        if scalar and (_kind(node) not in _ENTRYWISE or shapes == {0}):
+            return False
         seen = {self.groups[id(b.recording)] for _, b in self.outputs_below(node)}
         # Of one sample, everything is row 0. What comes from inside of a model, as its derivatives do,
         # tells nothing about its rows here.
         if one_row or seen != self.below[node]:
             return True
-        axes = [axis_at(edge, self.placed_below(edge.node)) for edge in edges]
-        if edges[0].node is not node and len(set(axes)) > 1:
-            return False
-        return any(axis is not None and not axis.lost for axis in axes)
+        if _kind(node) in _ENTRYWISE:
+            axes = {axis_at(edge, self.placed_below(edge.node)) for edge in edges}
+            if scalar or (len(shapes) == len(axes) == 1 and all(axis is not None for axis in axes)):
+                return len(axes) == 1 and all(axis is not None and not axis.lost for axis in axes)
+        places = self.placed_below(node)
+        found = [axis_at(GradientEdge(node, j), places) for j in range(len(node._input_metadata))]
+        return any(axis is not None and not axis.lost for axis in found)
 
     def unite_same_data(self) -> None:
         """Calls with the very same tensors, unchanged since, are about the same samples."""
