@@ -1,7 +1,8 @@
-"""Programs of the benchmark of rows compute what its loop does."""
+"""Programs of the benchmark of rows compute what its loop does; its table is that of its results."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -33,3 +34,8 @@ def test_loop(name: str) -> None:
             assert not expected.any(), parameter
             continue
         torch.testing.assert_close(p.grad_batch, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_table() -> None:
+    results = json.loads((rows.RESULTS / "rows.json").read_text())
+    assert (rows.RESULTS / "rows.md").read_text() == rows.table(results)
