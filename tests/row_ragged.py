@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +96,7 @@ class LearnedStart(nn.Module):
 class TwoResults(nn.Module):
     """Of one call of a recurrent layer all states and the last ones are read."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Any) -> None:
         super().__init__()
         self.rnn, self.head = kind(3, 2, batch_first=True), nn.Linear(2, 2)
 
@@ -189,7 +191,7 @@ class GatedAttention(nn.Module):
 class GatedEach(GatedAttention):
     """The same for one bag after the other."""
 
-    def forward(self, bags: list[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, bags: list[Tensor]) -> Tensor:
         out = []
         for bag in bags:
             h = self.embed(bag)
