@@ -216,7 +216,13 @@ def test_different_batch_sizes(data) -> None:
     X, _ = data
     model = extend(nn.Linear(3, 3))
     loss = model(X).sum() + model(X[:2]).sum()
-    with pytest.raises(RuntimeError, match="4 and of 2|2 and of 4"), backpack(BatchGrad()):
+    with (
+        pytest.raises(RuntimeError, match="of 4, 2 samples.*forwards='further'"),
+        backpack(BatchGrad()),
+    ):
+        loss.backward(retain_graph=True)
+    sizes = pytest.raises(RuntimeError, match="4 and of 2|2 and of 4")
+    with sizes, backpack(BatchGrad(), forwards="same"):
         loss.backward()
 
 

@@ -74,7 +74,8 @@ class _Watch(TorchFunctionMode):
         # Looked up each time: tools that watch backward passes put their own functions there.
         if func is not Tensor.backward and func is not torch.autograd.grad:  # nearly all calls
             result = func(*args, **kwargs) if kwargs else func(*args)
-            self.block.made.note(result)
+            if ambient.recorder is None:  # which notes what the model makes
+                self.block.made.note(result)
             return result
         kwargs = kwargs or {}
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)

@@ -35,8 +35,8 @@ class Made(list["weakref.ref[Tensor]"]):
                 if len(self) > self.limit:
                     self[:] = [ref for ref in self if ref() is not None]  # others nobody holds
                     self.limit = 1024 + 2 * len(self)
-        elif type(result) in (tuple, list):
-            for each in result:  # type: ignore[attr-defined]
+        elif isinstance(result, (tuple, list)):
+            for each in result:
                 self.note(each)
 
 
