@@ -339,7 +339,7 @@ REFUSALS: list[tuple[Callable[..., None], str]] = [
     (_together, "use a block backpack"),
     (_optimizer, "KFAC: parameter 'words.weight' is kept in parts"),
     (_monitor, "parameter 'words.weight' is kept in parts"),
-    (_no_rule, "(fully_shard). Keep() does not say how"),
+    (_no_rule, "(fully_shard). what backpack.vivit keeps does not say how"),
     (_unseen, "must be loss.backward()"),
     (_other_parameters, "differs in 'head.bias'"),
     (_other_group, "process_group has 1"),

@@ -47,8 +47,9 @@ _numbers = itertools.count()
 def retaining(thread: int) -> list[Tensor]:
     """The tensors made in a thread that keep their gradients."""
     found: dict[int, Tensor] = {}
-    for made in list(_made.values()):
-        if made.thread == thread:
+    for each in _made.valuerefs():  # a list, whatever other threads do
+        made = each()
+        if made is not None and made.thread == thread:
             for ref in made:
                 tensor = ref()
                 if tensor is not None and tensor.retains_grad:
