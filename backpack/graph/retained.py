@@ -33,11 +33,15 @@ class Made(list["weakref.ref[Tensor]"]):
             if result.requires_grad:
                 self.append(weakref.ref(result))
                 if len(self) > self.limit:
-                    self[:] = [ref for ref in self if ref() is not None]  # others nobody holds
+                    self.let_go()
                     self.limit = 1024 + 2 * len(self)
         elif isinstance(result, (tuple, list)):
             for each in result:
                 self.note(each)
+
+    def let_go(self) -> None:
+        """Forget tensors that nobody holds any more."""
+        self[:] = [ref for ref in self if ref() is not None]
 
 
 _made: weakref.WeakValueDictionary[int, Made] = weakref.WeakValueDictionary()
@@ -50,6 +54,7 @@ def retaining(thread: int) -> list[Tensor]:
     for each in _made.valuerefs():  # a list, whatever other threads do
         made = each()
         if made is not None and made.thread == thread:
+            made.let_go()
             for ref in made:
                 tensor = ref()
                 if tensor is not None and tensor.retains_grad:
