@@ -257,6 +257,36 @@ def test_factors_of_an_unbatched_layer(ext: type) -> None:
         torch.testing.assert_close(here, there)
 
 
+ROWS_OF_ITSELF: dict[str, Callable[[Tensor], Tensor]] = {
+    "diagonal_scatter": lambda c: c.diagonal_scatter(2 * c.diagonal()),
+    "cat": lambda c: torch.cat([2 * c[:, :1], c[:, 1:]], 1),
+    "cat of picked": lambda c: torch.cat([c[:, 1:], c[:, :1]], 1).roll(1, 1),
+    "stack": lambda c: torch.stack([2 * each for each in c.unbind(1)], 1),
+    "select_scatter": lambda c: c.select_scatter(2 * c.select(1, 0), 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_ITSELF)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_a_second_input_beside_the_others(rows: int, name: str) -> None:
+    """What is picked from a guess is no less of a guess."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(rows, 2)
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return self.l(ROWS_OF_ITSELF[name](c).T)
+
+    model, lossfunc = extend(Model(), batch_dim=1), nn.MSELoss(reduction="sum")
+    X, C, y = torch.randn(N, N, 2), torch.randn(rows, N), torch.randn(N, 2)
+    with backpack(BatchGrad()):
+        lossfunc(model(X.transpose(0, 1), C), y).backward()
+    f = model(X.transpose(0, 1), C).detach()
+    torch.testing.assert_close(model.l.bias.grad_batch, 2 * (f - y))
+
+
 class Codes(nn.Module):
     """Features of all samples together choose the words of each."""
 

@@ -115,7 +115,7 @@ class Functions:
             return noted
         if size == 1:
             return solo_axis(0, 1, tensor.shape, tensor.device)
-        tentative = all(axis.tentative for _, axis in data)
+        tentative = min(axis.tentative for _, axis in data)
         candidates = [axis for axis in (noted, *(axis for _, axis in data)) if axis is not None]
         for d, length in enumerate(tensor.shape):
             if length % size == 0:
@@ -127,7 +127,7 @@ class Functions:
         found = verdict if isinstance(verdict, SampleAxis) else None
         if found is None:
             found = SampleAxis(size, lost=f"{name}, a custom autograd.Function, {verdict}")
-        return replace(found, tentative=True) if tentative else found
+        return replace(found, tentative=tentative) if tentative else found
 
 
 def _key(node: Any) -> Any:

@@ -115,8 +115,8 @@ def entry_axis(
     if found is None or found.shape != new.shape:
         return None
     axis = decoded(found, size)
-    tentative = axis is not None and all(each.tentative for _, each in marked)
-    return replace(axis, tentative=True) if tentative else axis  # type: ignore[type-var]
+    tentative = min((each.tentative for _, each in marked), default=0)
+    return replace(axis, tentative=tentative) if axis is not None and tentative else axis
 
 
 def coded(axis: SampleAxis, x: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def settled(
             # All of it is that sample's: layers expect samples in front.
             axis = solo_axis(solo, axis.size, new.shape, new.device, axis.tentative)
         common = axis.size > 1 and solo is not None and not new.requires_grad
-        axis = replace(axis, tentative=True) if common else axis
+        axis = replace(axis, tentative=max(1, axis.tentative)) if common else axis
         certain = [each for _, each in marked if not each.tentative and not each.lost]
         if axis.tentative and certain and not common and func not in LIKE:
             # Constants are written to places that depend on the data.
@@ -306,7 +306,7 @@ def _counted(
     # Statistics have no rows, whatever their length, until they are given some.
     rows = func in EXPANSIONS or (func not in LIKE and new.dim() >= max(x.dim() for x, _ in marked))
     if rows and dim < new.dim() and new.shape[dim] == lost.size:
-        return regular_axis(lost.size, dim, tentative=True)
+        return regular_axis(lost.size, dim, tentative=max(1, tentative))
     return replace(lost, tentative=True)
 
 
