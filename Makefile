@@ -1,4 +1,4 @@
-# Every target makes its own environment in .venv and installs what it lacks, once.
+# Every target makes its own environment, in .venv or beside it, and installs what it lacks, once.
 
 PYTHON ?= python3
 WORKERS ?= 2

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from backpack.cockpit.history import History
 
@@ -382,6 +381,3 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     found = [round((first + k) * step, 12) for k in range(count + 2)]
     return [t for t in found if t <= high + 1e-9 * step]
-
-
-Renderer = Callable[[Panel], Any]

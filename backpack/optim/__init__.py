@@ -3,7 +3,7 @@
 optimizer = KFAC(model, lr=0.1, damping=1e-2)
 loss = lossfunc(model(X), y)
 with optimizer.backpack():
-    loss.backward()
+loss.backward()
 optimizer.step()
 """
 
