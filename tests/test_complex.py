@@ -6,6 +6,7 @@ of two, a complex output is handed over as real numbers, and the oracle differen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -361,3 +362,32 @@ def test_monitor_goes_on() -> None:
             crossentropy(model(X), None).backward()
             optimizer.step()
     assert not torch.equal(before, model.one.weight)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda w, v: torch.add(w, v, alpha=1j),
+        lambda w, v: torch.sub(w, v, alpha=1 + 2j),
+        lambda w, v: w.add(v, alpha=2j) * 1j,
+        lambda w, v: torch.add(w, v.real, alpha=1j),
+    ],
+    ids=["add", "sub", "method", "real"],
+)
+def test_weights_that_are_sums_with_complex_factors(weight: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (nn.Parameter(torch.randn(4, 2, dtype=torch.complex128)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ weight(self.w, self.v)
+
+    model, x = extend(Sum()), torch.randn(3, 4, dtype=torch.complex128)
+    with backpack(BatchGrad(), Variance()):
+        model(x).abs().square().sum().backward()
+    for p in model.parameters():
+        for n, x_n in enumerate(x):
+            (own,) = torch.autograd.grad(model(x_n[None]).abs().square().sum(), p)
+            torch.testing.assert_close(p.grad_batch[n], own)
+        torch.testing.assert_close(p.variance, p.grad_batch.var(0, unbiased=False))

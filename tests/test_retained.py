@@ -144,6 +144,59 @@ def test_between_output_and_loss(ext: Any) -> None:
         torch.testing.assert_close(kept(inside, ext()), kept(inside))
 
 
+def _assigned(z: Tensor, h: Tensor) -> None:
+    z[:] = h
+
+
+def _columns(z: Tensor, h: Tensor) -> None:
+    z[:, 0].copy_(h[:, 0])
+    z[:, 1:3] = h[:, 1:3]
+
+
+def _view(z: Tensor, h: Tensor) -> None:
+    view = z[:, :3]
+    view.copy_(h[:, :3])
+
+
+@pytest.mark.parametrize("write", [_assigned, _columns, _view, Tensor.copy_, Tensor.add_])
+@pytest.mark.parametrize("inside", [True, False], ids=["in the model", "after it"])
+def test_memory_that_was_written_to(write: Callable[[Tensor, Tensor], Any], inside: bool) -> None:
+    """What was made without a gradient has one from then on."""
+
+    class Buffer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if not inside:
+                return h
+            self.buffer = torch.zeros(len(x), 5)
+            write(self.buffer, h)
+            self.buffer.retain_grad()
+            return self.last(self.buffer.tanh())
+
+    def kept(model: Any, x: Tensor) -> Tensor | None:
+        out = model(x)
+        if inside:
+            out.square().sum().backward()
+            return model.buffer.grad
+        buffer = torch.zeros_like(out)
+        write(buffer, out)
+        buffer.retain_grad()
+        F.mse_loss(buffer.view(-1), torch.ones(buffer.numel())).backward()
+        return buffer.grad
+
+    torch.manual_seed(0)
+    model, x = Buffer(), torch.randn(3, 4)
+    expected = kept(model, x)
+    extend(model)
+    for ext in (E.BatchGrad(), E.DiagGGNExact(), E.DiagHessian()):
+        with backpack(ext):
+            torch.testing.assert_close(kept(model, x), expected)
+
+
 def test_models_in_blocks_around_training() -> None:
     """What is noted of a block's operations does not grow with it."""
     model = extend(nn.Linear(4, 3))

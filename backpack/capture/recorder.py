@@ -102,6 +102,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         if route is not None:
             out = route(self, func, args, kwargs or {})
             self.recording.made.note(out)
+            self.recording.made.note_written(args)
             return out
         if kwargs and kwargs.get("out") is not None:
             return self.write_into(func, args, kwargs)

@@ -76,6 +76,8 @@ class _Watch(TorchFunctionMode):
             result = func(*args, **kwargs) if kwargs else func(*args)
             if ambient.recorder is None:  # which notes what the model makes
                 self.block.made.note(result)
+                if result is None or (args and result is args[0]):
+                    self.block.made.note_written(args)
             return result
         kwargs = kwargs or {}
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)

@@ -48,8 +48,8 @@ def _terms(node: Node, shape: torch.Size) -> list[tuple[GradientEdge, float]] | 
     return found
 
 
-def _times(factor: float, form: ToForm) -> ToForm:
-    return form if factor == 1 else lambda g: form(factor * g)
+def _times(factor: complex, form: ToForm) -> ToForm:
+    return form if factor == 1 else lambda g: form(factor.conjugate() * g)
 
 
 def source_at(edge: GradientEdge, shape: torch.Size, form: ToForm, linear: bool) -> Source:

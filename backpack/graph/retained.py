@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,13 @@ class Made(list["weakref.ref[Tensor]"]):
         elif isinstance(result, (tuple, list)):
             for each in result:
                 self.note(each)
+
+    def note_written(self, args: Sequence[object]) -> None:
+        """Note what an operation has written to: its first argument, maybe a view of another tensor."""
+        target = args[0] if args else None
+        if isinstance(target, Tensor):
+            self.note(target)
+            self.note(target._base)
 
     def let_go(self) -> None:
         """Forget tensors that nobody holds any more."""
