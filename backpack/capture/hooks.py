@@ -135,7 +135,7 @@ def _axes_of_inputs(
     recording.size = marked[0].size if marked else sizes[0] if sizes else None
     certain = set(left[:1])
     if left and doubtful(given[left[0]]):
-        # Those that shapes do not tell from it are no guesses: where they disagree, no one is right.
+        # Inputs that shapes do not tell from it are no guesses: where they disagree, none is right.
         most = given[left[0]].dim()
         certain |= {j for j in left if given[j].dim() >= most}
         recording.doubted = len(left) > 1

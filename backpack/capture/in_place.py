@@ -39,7 +39,7 @@ FUNCTIONAL_TWINS = _functional_twins()
 _REPLACES = (Tensor.set_, Tensor.data.__set__)  # type: ignore[attr-defined]
 
 
-# It looks at the same memory in another way.
+# Operations after which a tensor looks at memory in another way, or at other memory.
 _RELOOKS = frozenset(
     (
         *_REPLACES,

@@ -77,7 +77,7 @@ def _beside(x: Any, nested: Tensor, places: Places) -> Any:
     if x.is_nested:
         return rows_of(x)
     if x.dim() < nested.dim():
-        # It must not meet rows by its place among them.
+        # A tensor with fewer axes must not meet rows by its place among them.
         at = x.dim() - inner + axis
         return x if at < 0 or x.shape[at] == 1 else NotImplemented
     if x.dim() > nested.dim() or x.shape[axis + 1] != 1:

@@ -230,7 +230,7 @@ def _propagate(
                 demoted.append(old)
             elif old.requires_grad or (aligns and not best.requires_grad):
                 chosen = conflict
-            # Otherwise it is a constant, for all that gradients know.
+            # Otherwise `old` is a constant, for all that gradients know.
     assert chosen is not None
     return chosen, demoted
 
