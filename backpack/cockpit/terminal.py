@@ -84,8 +84,10 @@ def rendered(history: History, title: str = "") -> Any:
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left")
-    for name, side in (("quantity", "left"), ("last", "right"), ("median", "right"), ("", "left")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table.add_column("quantity")
+    table.add_column("last", justify="right")
+    table.add_column("median", justify="right")
+    table.add_column("")
     for row in rows(history):
         table.add_row(*row)
     said = [
