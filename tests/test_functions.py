@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, extend
-from backpack.extensions import BatchGrad
+from backpack.extensions import BatchGrad, DiagGGNExact
 from backpack.samples import separability as probe
 from backpack.testing.oracle import check
 from tests.cases import Apply, P
@@ -360,3 +360,34 @@ def test_functions_named_as_operations_of_torch(name: str, place: str) -> None:
 
     report = check(PLACES[place](f), lossfunc, torch.randn(3, 4), torch.zeros(3, 3), tolerance=1e-7)
     assert report.ok, f"\n{report}"
+
+
+def _kron(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    """What becomes of the samples of a second input is not known."""
+    rows = m.l(torch.kron(m.p, b)).unflatten(0, (2, len(b)))
+    return m.o(rows.transpose(0, 1).flatten(1).tanh())
+
+
+@pytest.mark.parametrize("loss", [nn.HuberLoss, nn.L1Loss, nn.PoissonNLLLoss, nn.MSELoss])
+def test_a_function_between_a_lost_output_and_a_loss(loss: type[nn.Module]) -> None:
+    """It is the loss's input, and none of the loss's operations: its curvature counts."""
+    model = extend(Apply(_kron, p=P(2, 1), l=nn.Linear(2, 3), o=nn.Linear(6, 1)))
+    output = model(torch.randn(4, 3), torch.randn(4, 2))
+    with (
+        pytest.raises(RuntimeError, match="takes part in the loss .* lost first at kron"),
+        backpack(DiagGGNExact()),
+    ):
+        extend(loss())(Cube.apply(output), torch.rand(4, 1)).backward()
+
+
+def test_a_function_between_models() -> None:
+    """What a later model takes is its data, whatever has made it."""
+    first, second = extend(nn.Linear(4, 3)), extend(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+    x = torch.randn(5, 4)
+    with backpack(BatchGrad()):
+        second(Cube.apply(first(x))).square().sum().backward()
+    parameters = [*first.parameters(), *second.parameters()]
+    for n in range(5):
+        truth = torch.autograd.grad(second(Cube.apply(first(x[n : n + 1]))).square().sum(), parameters)
+        for p, g in zip(parameters, truth, strict=True):
+            torch.testing.assert_close(p.grad_batch[n], g)

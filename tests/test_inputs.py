@@ -230,3 +230,27 @@ def test_layers_as_many_as_samples(kind: Any) -> None:
         model(a, x)[n].square().sum().backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(found[name][n], p.grad)
+
+
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index_select": lambda a, i: a.index_select(0, i),
+    "index": lambda a, i: a[i],
+    "gather": lambda a, i: a.gather(0, i.unsqueeze(1).expand(-1, a.shape[1])),
+    "embedding": lambda a, i: F.embedding(i, a),
+}
+
+
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("name", PICKS)
+def test_rows_that_another_input_picks(name: str, square: bool) -> None:
+    """A table whose rows are picked by data: either could hold the samples."""
+    pick = PICKS[name]
+    model = _features(lambda m, a, x: m.o(m.l(pick(a, x[:3].argmax(1) % 3)).tanh()))
+    a = torch.randn(3, 3) if square else torch.randn(3, D)
+    model.l = nn.Linear(a.shape[1], D)
+    extend(model)
+    with (
+        pytest.raises(RuntimeError, match="rows of one are picked by the other"),
+        backpack(BatchGrad()),
+    ):
+        model(a, torch.randn(4, D)).square().sum().backward()

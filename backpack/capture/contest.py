@@ -24,10 +24,11 @@ _RIVAL = "_backpack_rival"
 _PRODUCTS = frozenset(
     spellings(*"matmul mm bmm einsum tensordot inner outer ger cdist __matmul__ __rmatmul__".split())
 )
+_PICKS = frozenset(spellings(*"index_select gather take take_along_dim __getitem__ embedding".split()))
 
 
 class Met:
-    """Where inputs that speak of another number of samples meet parameters.
+    """Where inputs that speak of another number of samples meet parameters, or pick rows of data.
 
     Args:
         rivals: ids of these inputs.
@@ -37,13 +38,19 @@ class Met:
         self.rivals = rivals
         # Results of the first meetings, with their lengths.
         self.places: list[tuple[GradientEdge, torch.Size]] = []
+        # Whether an index made from a rival has picked rows of the input that counts.
+        self.picks = False
 
-    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call: what is computed from a rival is one too, until a parameter meets it."""
         found = _tensors((out,))
         given = _tensors((*args, *kwargs.values())) if found else []
-        if not any(id(a) in self.rivals or hasattr(a, _RIVAL) for a in given):
+        rivals = [a for a in given if id(a) in self.rivals or hasattr(a, _RIVAL)]
+        if not rivals:
             return
+        if func in _PICKS and any(not a.is_floating_point() for a in rivals):
+            # One row is no sign of that: picked from one sample, all rows are.
+            self.picks |= any(axis.size > 1 for a in given if (axis := sample_axis_of(a)) is not None)
         for each in found:
             if not each.requires_grad:
                 setattr(each, _RIVAL, True)
@@ -66,6 +73,8 @@ def contested(
     met: Met, recording: Recording, outputs: Sequence[Tensor], axes: Sequence[SampleAxis | None]
 ) -> str | None:
     """How two inputs of different lengths may both carry the batch, if they may."""
+    if met.picks:
+        return "rows of one are picked by the other"
     if not met.places:
         return None
     speaks = False

@@ -71,6 +71,8 @@ class Functions:
         """
         node = tensor.grad_fn
         assert node is not None
+        if node in self.recording.entries:
+            return noted  # an input: what it was made from is none of this forward pass's
         known = notes(node).setdefault(_FUNCTION, {})
         if tensor.output_nr not in known:
             ruled = any(tap.place == tensor.output_nr for tap in notes(node).get(TAPS, ()))

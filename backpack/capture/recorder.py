@@ -131,7 +131,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Look at a call that is over."""
         if self.recording.rivals:
-            self.met.look(args, kwargs, out)
+            self.met.look(func, args, kwargs, out)
         if not torch.is_grad_enabled():
             self.touch(args, kwargs)
         if type(out) is not Tensor and type(out) in _PLAIN:

@@ -49,7 +49,14 @@ class Names:
 
     def unseen(self, unseen: Sequence[tuple[Tensor, str]]) -> str:
         parameter, where = unseen[0]
-        lost = next((r.lost for r in self.recordings if r.lost is not None), None)
+        # Losses are recorded too; the model's own operations come first.
+        modules = {r: r.module() for r in self.recordings if r.lost is not None}
+        own = (
+            r
+            for r, m in modules.items()
+            if m is not None and any(p is parameter for p in m.parameters())
+        )
+        lost = next((r.lost for r in (*own, *modules)), None)
         if lost is not None:
             return (
                 f"parameter {self(parameter)} takes part in the loss (at {where}), but with data of "
