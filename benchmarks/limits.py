@@ -31,6 +31,7 @@ With ``x`` elements in the input, ``g`` in the output, ``w = I O`` in the weight
 | diagonal from columns, ``R = 1``: squares first | N w + M N O | x + M g + w |
 | diagonal from columns else | as ``SumGradSquared``, ``M`` times | x + M g + w |
 | Kronecker factors, symmetric halves | N R I^2 / 2 + M N O^2 / 2 | x + I^2 + M g + O^2 |
+| of convolutions with kernels of ``K`` places | N R I^2 / (K + 1) + M N O^2 / 2 | as above |
 
 Sampled curvature has ``M = 1`` column, exact curvature of cross-entropy one less than classes. Layers
 that act elementwise (also pooling and batch norm in evaluation mode) only move elements; columns
@@ -58,7 +59,10 @@ class Work(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer as counted: ``products`` are pairs ``(I, O)``, empty for all but product layers."""
+    """A layer as counted: ``products`` are pairs ``(I, O)``, empty for all but product layers.
+
+    ``overlap``: places of a kernel's axis along which each input meets all of them.
+    """
 
     samples: int
     positions: int
@@ -67,6 +71,7 @@ class Layer(NamedTuple):
     products: tuple[tuple[int, int], ...] = ()
     rows: int = 0
     first: bool = False
+    overlap: int = 1
 
     @property
     def weights(self) -> int:
@@ -136,7 +141,8 @@ class Layer(NamedTuple):
             return [Work(macs, columns * self.g + width**2 + self.rows / width)]
         if not self.products:
             return []
-        sides = ((self.positions * i * i, columns * o * o) for i, o in self.products)
+        share = 2 / (self.overlap + 1)
+        sides = ((share * self.positions * i * i, columns * o * o) for i, o in self.products)
         macs = self.samples * sum(map(sum, sides)) / 2
         factors = sum(i * i + o * o for i, o in self.products)
         return [Work(macs, self.x + columns * self.g + factors)]
@@ -161,7 +167,10 @@ def layers(model: nn.Module, X: Tensor) -> list[Layer]:
         elif isinstance(module, nn.Conv2d):
             i, o = module.weight[0].numel(), module.out_channels
             r = output[0, 0].numel()
-            found.append(Layer(n, r, x.numel(), output.numel(), ((i, o),), 0, first))
+            # With larger steps places see other inputs.
+            sizes = zip(module.kernel_size, module.stride, strict=True)
+            overlap = max(size if step == 1 else 1 for size, step in sizes)
+            found.append(Layer(n, r, x.numel(), output.numel(), ((i, o),), 0, first, overlap))
         elif isinstance(module, nn.LSTM):
             steps, h = x.shape[1], module.hidden_size
             for j in range(module.num_layers):

@@ -12,7 +12,7 @@ import backpack
 from backpack import extend
 from backpack import extensions as E
 from backpack.engine.costs import contraction, cost_of
-from backpack.forms.layout import Layout
+from backpack.forms.layout import Layout, Patches
 from backpack.forms.outer import Outer
 from tests.cases import CASES, LOSSES, Apply
 
@@ -95,6 +95,28 @@ def test_operations_are_those_that_torch_counts(positions: int) -> None:
         for factor in form.kronecker():
             factor.matrix()
     assert counter.get_total_flops() == cost_of(E.KFAC(), form, 2).operations
+
+
+def test_operations_of_windows_that_overlap() -> None:
+    """Products that pairs of places have in common are counted once."""
+    x = torch.rand(4, 40, 32, 32)
+    windows = x.unfold(2, 5, 1).unfold(3, 5, 1).permute(0, 1, 4, 5, 2, 3).unsqueeze(1)
+    g = torch.rand(1, 4, 1, 28 * 28, 3)
+    form = Outer(Patches(windows, 2), g, Layout(torch.Size((3, 40, 5, 5))))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for factor in form.kronecker():
+            factor.matrix()
+    said = cost_of(E.KFAC(), form, 1).operations or 0
+    assert 0.5 < counter.get_total_flops() / said < 1.2
+    assert said < 0.5 * 2 * 4 * 28 * 28 * 1000**2
+
+
+def test_one_quantity_needs_no_list() -> None:
+    model, X = nn.Linear(4, 3), torch.rand(5, 4)
+    assert backpack.plan(model, X, E.KFAC()).bytes == backpack.plan(model, X, [E.KFAC()]).bytes
+    assert backpack.check(model, F.mse_loss, X, torch.rand(5, 3), E.DiagGGNExact()).ok
+    backpack.accumulate(model, F.mse_loss, [(X, torch.rand(5, 3))], E.Variance())
+    assert model.weight.variance.shape == (3, 4)
 
 
 def test_refusals_are_those_of_a_pass() -> None:

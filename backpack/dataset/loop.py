@@ -16,7 +16,7 @@ from backpack.dataset.accumulating import accumulating
 from backpack.dataset.spread import refuse_repeated
 from backpack.dataset.totals import Individual
 from backpack.engine.block import backpack
-from backpack.quantities.base import BackpropExtension
+from backpack.quantities.base import BackpropExtension, listed
 
 _REDUCTIONS: dict[Any, Literal["mean", "sum"]] = {"mean": "mean", "sum": "sum", "batchmean": "mean"}
 
@@ -25,7 +25,7 @@ def accumulate(
     model: nn.Module,
     lossfunc: Callable[..., Tensor] | None,
     loader: Iterable[Any],
-    extensions: Sequence[BackpropExtension],
+    extensions: BackpropExtension | Sequence[BackpropExtension],
     *,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: str = "labels",
@@ -57,7 +57,7 @@ def accumulate(
         loader: gives batches: pairs ``(X, y)``, where ``X`` may be a tuple of inputs or a dictionary of
             arguments, or dictionaries of arguments with the targets among them. (Of more than two
             entries the last is ``y``.) Other batches need ``forward``.
-        extensions: the quantities.
+        extensions: the quantities, or one.
         forward: ``forward(model, batch)`` computes the loss.
         target: the key of targets in a dictionary.
         reduction: ``"mean"`` or ``"sum"``; by default that of ``lossfunc``, or as the loss says.
@@ -97,7 +97,7 @@ def accumulate(
     spread = {"process_group": process_group, "gather": gather}
     if process_group is not None:
         refuse_repeated(loader)
-    extensions = backpack(*extensions, **options).extensions
+    extensions = backpack(*listed(extensions), **options).extensions
     if not getattr(model, "_backpack_extend", False):
         extend(model)
     if isinstance(lossfunc, nn.Module) and not getattr(lossfunc, "_backpack_extend", False):

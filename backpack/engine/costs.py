@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from backpack.forms.base import LARGEST_FACTOR, Form
+from backpack.forms.layout import Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
 from backpack.forms.several import Part, Pullback, Scaled
@@ -112,7 +113,10 @@ def _factors(form: Form, columns: int) -> tuple[list[int], int]:
         return _factors(form.form, columns)
     if isinstance(form, Outer) and len(form.shape) > 1:
         q, s, (o, i) = form.g.shape[2], form.positions, _both(form)
-        return [q * o, i], 2 * n * (columns * (q * o) ** 2 + q * s * i * i)
+        # Of the pairs of places of a kernel those of one distance share a product.
+        overlap = form.inputs.overlap() if isinstance(form.inputs, Patches) else None
+        share = 1.0 if overlap is None else 2 / (overlap.kernel + 1)
+        return [q * o, i], 2 * n * (columns * (q * o) ** 2 + round(q * s * i * i * share))
     if isinstance(form, Lookup):
         rows, d = form.shape
         return [rows, d], 2 * columns * n * d * d

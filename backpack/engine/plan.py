@@ -22,7 +22,7 @@ from backpack.forms.base import Form
 from backpack.forms.several import merge
 from backpack.graph.carry import bytes_at
 from backpack.graph.survey import Graph, survey
-from backpack.quantities.base import BackpropExtension
+from backpack.quantities.base import BackpropExtension, listed
 from backpack.quantities.matrix_products import Product
 from backpack.sources.at_output import forms_at_output
 from backpack.sources.columns import Pass
@@ -127,7 +127,7 @@ def _scaled(number: int | None, unit: float) -> str:
 def plan(
     model: nn.Module,
     X: Any,
-    extensions: Sequence[BackpropExtension],
+    extensions: BackpropExtension | Sequence[BackpropExtension],
     lossfunc: Callable[[Any, Any], Tensor] | None = None,
     y: Any = None,
 ) -> Plan:
@@ -142,7 +142,7 @@ def plan(
     Args:
         model: any module.
         X: the input, a tuple of inputs, or a dictionary of keyword arguments.
-        extensions: the quantities.
+        extensions: the quantities, or one.
         lossfunc: a loss of output and ``y``. By default the model's own (an output that is a number, or
             has it as its attribute ``loss``); where there is none, a sum of squares stands in, of which
             each number of the output has a column of second order.
@@ -161,7 +161,7 @@ def plan(
         >>> found.bytes == 4 * (5 * (12 + 3) + 3**2 + 4**2 + 3**2), found.refused
         (True, None)
     """
-    owner = backpack(*extensions, certify="never")
+    owner = backpack(*listed(extensions), certify="never")
     states = {name: buffer.clone() for name, buffer in model.named_buffers()}
     known = "_backpack_extend" in model.__dict__
     if not known:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack.forms.base import PATCH_BYTES
-from backpack.forms.overlaps import overlap_of, overlapping_gram
+from backpack.forms.overlaps import Overlap, overlap_of, overlapping_gram
 from backpack.forms.products import MIRRORED, gram_matrix
 
 
@@ -106,16 +106,20 @@ class Patches:
         size = self.shape[1:].numel() * self.windows.element_size()
         return max(1, limits.get(self.windows.device.type, 2**24) // max(1, size))
 
-    def gram(self) -> Tensor:
-        """``sum_{n,q,s} a a^T``, written out piece by piece; large ones from what windows share."""
+    def overlap(self) -> Overlap | None:
+        """What windows share, where :meth:`gram` makes use of it."""
         n, q, s, i = self.shape
         # Less precise numbers are added up in as few steps as can be; on a device it was not measured.
         plain = self.windows.device.type == "cpu" and self.windows.element_size() >= 4
-        if plain and n * q * s * i**2 >= MIRRORED and not torch.is_grad_enabled():
-            overlap = overlap_of(self.windows, self.ndim)
-            if overlap is not None:
-                step = self.step(PATCH_BYTES) * overlap.kernel
-                return overlapping_gram(self.windows, self.ndim, overlap, step)
+        large = n * q * s * i**2 >= MIRRORED
+        return overlap_of(self.windows, self.ndim) if plain and large else None
+
+    def gram(self) -> Tensor:
+        """``sum_{n,q,s} a a^T``, written out piece by piece; large ones from what windows share."""
+        overlap = self.overlap()
+        if overlap is not None and not torch.is_grad_enabled():
+            step = self.step(PATCH_BYTES) * overlap.kernel
+            return overlapping_gram(self.windows, self.ndim, overlap, step)
         total = self.windows.new_zeros(self.shape[-1], self.shape[-1])
         for part in self.windows.split(self.step(PATCH_BYTES)):
             together = part.movedim((0, 1), (-self.ndim - 2, -self.ndim - 1))

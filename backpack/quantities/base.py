@@ -58,6 +58,12 @@ def _of_complex(value: Any, way: OfComplex) -> Any:
     return value.sum(-1) if way == "sum" else value
 
 
+def listed(extensions: BackpropExtension | Sequence[BackpropExtension]) -> list[BackpropExtension]:
+    """Quantities as a list, also where one is given alone."""
+    alone = isinstance(extensions, (BackpropExtension, type))
+    return [extensions] if alone else list(extensions)  # type: ignore[list-item, arg-type]
+
+
 class BackpropExtension:
     """A quantity, saved to ``parameter.<savefield>``.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from backpack.capture.extend import extend, unextend
 from backpack.capture.said import Samples, said_axes
 from backpack.engine.block import backpack
-from backpack.quantities.base import BackpropExtension
+from backpack.quantities.base import BackpropExtension, listed
 from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagHessian, DiagGGNExact, DiagHessian
 from backpack.quantities.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack.quantities.square_root import SqrtGGNExact
@@ -308,7 +308,7 @@ def check(
     lossfunc: Callable[[Any, Any], Tensor],
     X: Any,
     y: Any,
-    extensions: Sequence[BackpropExtension] = DEFAULT,
+    extensions: BackpropExtension | Sequence[BackpropExtension] = DEFAULT,
     *,
     batch_dim: int = 0,
     output_dim: int | None = None,
@@ -330,7 +330,7 @@ def check(
         lossfunc: a loss module or function of output and targets.
         X: the input, or a tuple of inputs.
         y: the targets.
-        extensions: the quantities to check; by default all that are exact.
+        extensions: the quantities to check, or one; by default all that are exact.
         batch_dim: sample axis of input and output.
         output_dim: sample axis of the output, if it is another.
         tolerance: largest relative error that counts as agreement.
@@ -355,6 +355,7 @@ def check(
         >>> report.ok, report.worst < 1e-8
         (True, True)
     """
+    extensions = listed(extensions)
     for ext in extensions:
         if ext.savefield not in _TWINS:
             raise KeyError(f"{ext!r} has no brute-force twin; leave it out of check(...)")
