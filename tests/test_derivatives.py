@@ -695,6 +695,60 @@ def test_interior_and_boundary_curvature() -> None:
         torch.testing.assert_close(p.diag_ggn_exact, sum(rows))
 
 
+JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "square": lambda r, s: torch.cat([r, s]).square().sum(),
+    "weighted": lambda r, s: (torch.cat([s, 3 * r]).unsqueeze(1) - 0.3).pow(2).mean(),
+    "stack": lambda r, s: torch.stack([*r.unbind(), *s.unbind()]).square().sum(),
+    "huber": lambda r, s: nn.functional.huber_loss(torch.cat([r, s]).view(-1, 1), torch.ones(9, 1)),
+    "extended": lambda r, s: extend(nn.MSELoss())(torch.cat([r, s]), torch.ones(9)),
+    "softplus": lambda r, s: nn.functional.softplus(torch.cat([r, s])).mean(),
+    "two squares": lambda r, s: torch.cat([r, s]).square().sum() + r.square().sum(),
+}
+
+
+@pytest.mark.parametrize("by", JOINS)
+def test_curvature_of_residuals_joined(by: str) -> None:
+    """Residuals of passes of different sizes in one vector: its Jacobian, and second derivatives."""
+    model, _, X = make("poisson-tanh")
+    edge, start = torch.rand(3, 2), torch.rand(2, 2)
+
+    def parts() -> tuple[Tensor, Tensor]:
+        return torch.cat([poisson(model, x)[0][0] for x in (X, start)]), model(edge).flatten()
+
+    X = X[:4]
+    parameters = dict(model[:4].named_parameters())
+    r, s = parts()
+    entries = torch.cat([r, s])
+    J = [
+        torch.autograd.grad(e, parameters.values(), retain_graph=True, allow_unused=True)
+        for e in entries
+    ]
+    H = torch.autograd.functional.hessian(lambda v: JOINS[by](v[:6], v[6:]), entries.detach())
+    wanted = {}
+    for (key, p), column in zip(parameters.items(), zip(*J, strict=True), strict=True):
+        rows = torch.stack([torch.zeros_like(p) if g is None else g for g in column]).flatten(1)
+        wanted[key] = torch.einsum("ap,ab,bp->p", rows, H, rows).reshape(p.shape)
+    slopes = torch.autograd.grad(JOINS[by](r, s), parameters.values(), create_graph=True)
+    diagonals = {}
+    for (key, p), g in zip(parameters.items(), slopes, strict=True):
+        bends = [
+            torch.autograd.grad(e, p, retain_graph=True, materialize_grads=True)[0].flatten()[j]
+            for j, e in enumerate(g.flatten())
+        ]
+        diagonals[key] = torch.stack(bends).reshape(p.shape)
+    extend(model)
+    with backpack(
+        DiagGGNExact(), SqrtGGNExact(), BatchGrad(), DiagHessian(), GGNMP(), forwards="further"
+    ):
+        JOINS[by](*parts()).backward()
+    for key, p in parameters.items():
+        torch.testing.assert_close(p.diag_ggn_exact, wanted[key])
+        torch.testing.assert_close(p.sqrt_ggn_exact.square().sum((0, 1)), wanted[key])
+        torch.testing.assert_close(p.diag_h, diagonals[key])
+        assert len(p.grad_batch) == 9
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+
+
 @pytest.mark.parametrize("name", ["linear", "conv"])
 def test_penalty_of_the_gradient_of_a_loss(name: str) -> None:
     """Double backpropagation: the loss is a part of what is differentiated."""

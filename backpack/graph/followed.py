@@ -15,9 +15,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
 from backpack.graph.nodes import PICKING, PRODUCTS, TERMWISE, kind_of
-from backpack.graph.region import Candidate, Region, shape_at
+from backpack.graph.region import ALL, Candidate, Region, shape_at
 from backpack.graph.scaling import agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Tap, notes
+from backpack.graph.tracing import axis_at
 from backpack.samples.axis import SampleAxis
 
 # A place in the graph: the number of a node in the region's order, and that of its output.
@@ -135,7 +136,7 @@ class _Follower:
                 if any(tap.place == edge.output_nr and not tap.batch.lost for tap in notes(node)[TAPS]):
                     found.starts[key] = None
                 continue
-            axis = found.starts.get(key) or self._named(edge)
+            axis = found.starts.get(key) or self._named(edge) or self._joined(edge)
             if axis is not None:
                 if key not in found.starts and not any(TAPS in notes(n) for n in region.taps[node]):
                     found.unseen.append(key)
@@ -180,6 +181,29 @@ class _Follower:
             if reached and all(reached):
                 return candidate
         return None
+
+    def _joined(self, edge: GradientEdge) -> Candidate | None:
+        """The axis of what is made from rows of several passes, one after the other."""
+        region, parts = self.region, list[tuple[GradientEdge, SampleAxis]]()
+        if len(region.recordings) < 2 or prod(shape_at(edge.node, edge.output_nr)) < 2:
+            return None
+        stack, seen, joins = [edge], set[GradientEdge](), False
+        while stack:
+            here = stack.pop()
+            if here in seen or not region.taps[here.node]:
+                continue
+            seen.add(here)
+            tap = next((t for t in notes(here.node).get(TAPS, ()) if t.place == here.output_nr), None)
+            if tap is None and TAPS in notes(here.node) or tap is not None and tap.batch.lost:
+                return None
+            named = None if tap is not None else self._named(here)
+            if tap is not None or named is not None:
+                parts.append((here, tap.batch if tap is not None else region.among_all(named)))  # type: ignore[arg-type]
+                continue
+            joins = joins or kind_of(here.node) in ("Cat", "Stack")
+            stack += [GradientEdge(c, nr) for c, nr in here.node.next_functions if c is not None]
+        axis = axis_at(edge, parts) if joins else None
+        return None if axis is None or axis.lost else (ALL, axis)
 
     def _places(self) -> Iterator[tuple[Place, GradientEdge]]:
         """What reaches parameters by itself, and all taps."""
@@ -226,7 +250,8 @@ class _Follower:
 
 def axis_named(region: Region, edge: GradientEdge) -> SampleAxis | None:
     """The sample axis of a tensor below the roots, named after the taps below; ``None``: on none."""
-    found = _Follower(region)._named(edge)
+    follower = _Follower(region)
+    found = follower._named(edge) or follower._joined(edge)
     return None if found is None else region.among_all(found)
 
 
