@@ -232,6 +232,15 @@ def test_layers_as_many_as_samples(kind: Any) -> None:
             torch.testing.assert_close(found[name][n], p.grad)
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_an_input_that_is_not_used(length: int) -> None:
+    """As many rows as it has are picked from the other by an index that looks like its samples."""
+    picks = torch.tensor([1, 0, 0])
+    model = extend(_features(lambda m, a, x: m.o(m.l(x[torch.tensor(picks.tolist())]).tanh())))
+    with pytest.raises(RuntimeError, match="which input carries the batch"), backpack(BatchGrad()):
+        model(torch.randn(3, length), torch.randn(2, D)).square().sum().backward()
+
+
 PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index_select": lambda a, i: a.index_select(0, i),
     "index": lambda a, i: a[i],
