@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.cases import CASES
-from tests.test_losses import ROWS
+from tests.losses.test_losses import ROWS
 from tests.zoo.models import ZOO
 from tests.zoo.support import ORDERS, Row, bound, quantities, table
 
-PAGE = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "support.md").read_text()
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 

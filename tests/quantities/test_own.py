@@ -15,7 +15,7 @@ from backpack.losses.base import LOSSES
 from backpack.rules.base import RULES
 from backpack.testing.oracle import check
 
-PAGE = Path(__file__).parent.parent / "docs" / "own.md"
+PAGE = Path(__file__).parents[2] / "docs" / "own.md"
 
 
 @pytest.fixture

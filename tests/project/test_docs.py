@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("howto/*.md"), *DOCS.parent.glob("*.md")])
 
 

@@ -20,10 +20,10 @@ from backpack import accumulate, accumulating, extend
 from backpack import backpack as block_of
 from backpack import extensions as E
 from backpack.sources.table import HessianRoot
+from tests.dataset.test_accumulate import QUANTITIES as _QUANTITIES
+from tests.engine.test_processes import same
+from tests.engine.test_sharded import taken as taken_parts
 from tests.processes import spawn
-from tests.test_accumulate import QUANTITIES as _QUANTITIES
-from tests.test_processes import same
-from tests.test_sharded import taken as taken_parts
 
 # "=": as one process and one batch, to 1e-10; "no": an error that names the quantity.
 TABLE = """

@@ -325,7 +325,7 @@ def test_debug_says_whose_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_page() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "rows.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "rows.md").read_text()
     names: dict[str, Any] = {}
     shapes = []
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import pictures, report, vivit
 
-RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("2*-cores.json"))
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("2*-cores.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -19,8 +19,8 @@ from backpack import extend, optim
 from backpack import extensions as E
 from backpack.forms.base import Form
 from backpack.own import Rule
+from tests.dataset.test_accumulate import QUANTITIES
 from tests.processes import spawn
-from tests.test_accumulate import QUANTITIES
 
 
 class GradientMax(E.BackpropExtension):
@@ -189,7 +189,7 @@ def process(rank: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: run(WAYS[name], rank, size) for name in ways_of(size)}
     if size == 2:
         found["refusals"] = {name: refusal(case, rank) for name, case in REFUSALS.items()}
-        page = Path(__file__).parent.parent / "docs" / "distributed.md"
+        page = Path(__file__).parents[2] / "docs" / "distributed.md"
         exec("\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)), {})
         found["sampled"], found["left out"] = sampled(rank), left_out(rank)
     return found

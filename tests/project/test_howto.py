@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "docs" / "howto"
+FOLDER = Path(__file__).parents[2] / "docs" / "howto"
 PAGES = {page.stem: page for page in sorted(FOLDER.glob("*.md")) if page.stem != "index"}
 # Those whose packages are in the environment of `make zoo` only.
 PACKAGES = {"gradient-norms", "lightning", "tensorboard", "trainer"}

@@ -22,9 +22,9 @@ from backpack import extensions as E
 from backpack.cockpit import watch
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.vivit import LowRank
+from tests.dataset.test_accumulate import QUANTITIES
+from tests.engine.test_processes import GradientMax, local, parts, same
 from tests.processes import spawn
-from tests.test_accumulate import QUANTITIES
-from tests.test_processes import GradientMax, local, parts, same
 
 SIZES = (2, 4)
 

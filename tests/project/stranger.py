@@ -1,4 +1,4 @@
-"""A stranger's first hour: ``python tests/stranger.py [--packages]``, or ``make stranger``.
+"""A stranger's first hour: ``python tests/project/stranger.py [--packages]``, or ``make stranger``.
 
 Clones the repository into an empty folder, makes the environment and the demo with one command and the
 smoke test with another, then copies the README's example and every how-to's program from its page and
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Job(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 
 from backpack.cockpit.instruments import panels
 from backpack.cockpit.report import write
-from tests.test_cockpit_report import finished
+from tests.cockpit.test_report import finished
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

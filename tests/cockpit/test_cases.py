@@ -14,7 +14,7 @@ from backpack.cockpit import hess_trace, tic_diag, tic_trace, watch
 from backpack.cockpit.histograms import symlog_edges
 from backpack.testing.oracle import Oracle
 from tests.cases import CASES, LOSSES, Case, LossCase
-from tests.test_cockpit_quantities import close
+from tests.cockpit.test_quantities import close
 
 FIRST = """loss grad_norm param_norm update_size norm_test inner_test ortho_test grad_noise grad_signal
 mean_gsnr early_stopping alpha hard_samples grad_hist""".split()

@@ -1,6 +1,6 @@
 """The smoke suite and the table of cases with other versions of Python and torch.
 
-    python3 tests/versions.py python3.10:2.11.0 python3.13:2.15.0    (make versions)
+    python3 tests/project/versions.py python3.10:2.11.0 python3.13:2.15.0    (make versions)
 
 Each pair has an environment of its own in ``.venv-versions``; a Python is looked for as a command and
 among those of pyenv. Builds of torch for CUDA bring some 3 GB of libraries. With ``--bare`` they are
@@ -18,9 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv-versions"
-TESTS = ["tests/test_smoke.py", "tests/test_cases.py"]
+TESTS = ["tests/project/test_smoke.py", "tests/quantities/test_cases.py"]
 # What torch and the tests import.
 PACKAGES = """filelock fsspec hypothesis jinja2 networkx numpy pytest pytest-xdist scikit-learn
     setuptools sympy typing_extensions""".split()

@@ -879,7 +879,7 @@ def test_half_precision_is_added_up_in_single() -> None:
 
 
 def test_page() -> None:
-    page = Path(__file__).parent.parent / "docs" / "datasets.md"
+    page = Path(__file__).parents[2] / "docs" / "datasets.md"
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     space: dict[str, Any] = {"__name__": "datasets"}
     exec(compile(code, str(page), "exec"), space)

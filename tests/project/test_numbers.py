@@ -10,7 +10,7 @@ import pytest
 from benchmarks import pages
 from benchmarks.pages import ROOT
 from experiments import report, store
-from tests.claims import claims
+from tests.project.claims import claims
 
 CLAIMS = list(claims())
 

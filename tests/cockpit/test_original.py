@@ -19,7 +19,7 @@ from backpack.cockpit.quantities.quantity import SingleStepQuantity
 from backpack.cockpit.utils.configuration import configuration, quantities_cls_for_configuration
 from backpack.cockpit.utils.schedules import linear, logarithmic
 from backpack.extensions import BatchGrad, DiagHessian
-from tests.test_cockpit_quantities import (
+from tests.cockpit.test_quantities import (
     Problem,
     Seen,
     Truth,

@@ -931,7 +931,7 @@ def test_tasks_in_a_transform(beside: bool) -> None:
 
 
 def test_page() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "derivatives.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "derivatives.md").read_text()
     torch.set_default_dtype(torch.float32)
     names: dict[str, Any] = {}
     shapes = []

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-SITE = Path(os.environ.get("SITE", Path(__file__).parent.parent / "docs" / "_build"))
+SITE = Path(os.environ.get("SITE", Path(__file__).parents[2] / "docs" / "_build"))
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
 SHOWN = [page for page in PAGES if not page.startswith(("_static/", "_modules/"))]
 

@@ -13,7 +13,7 @@ import pytest
 from backpack.losses.base import LOSSES
 from backpack.rules.base import RULES
 
-FOLDER = Path(__file__).parent.parent / "tutorials"
+FOLDER = Path(__file__).parents[2] / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("*/*.py"))
 
 

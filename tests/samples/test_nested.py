@@ -15,7 +15,7 @@ from backpack import backpack, extend, extensions, mark
 from tests.idioms.compare import Comparison
 from tests.idioms.reference import Expanded, Truth
 from tests.row_cases import data
-from tests.test_rows import GROUPS, targets
+from tests.samples.test_rows import GROUPS, targets
 
 LENGTHS = [2, 4, 1]
 PARTS = list(data(7, 3, seed=31).split(LENGTHS))
