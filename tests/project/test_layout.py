@@ -18,14 +18,14 @@ ROOMS = {
     "samples": """axis aliases separability movers blocks contractions indexing reductions entries
         packing writes propagate""",
     "forms": """memory triton products overlaps base layout lookup strips tally sides outer sums several
-        pairs at_output""",
+        complex_pairs at_output""",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         packed fallback analytic decompositions components jagged""",
     "losses": "blocks base elementwise piecewise softmax twice",
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
         derived recognised node_rules above region followed differentiated residuals unseen survey
         forwards""",
-    "capture": """switch functions contest inputs said loss_records pairs tracker in_place sequences
+    "capture": """switch functions contest inputs said loss_records row_pairs tracker in_place sequences
         recorder passages hooks marks extend""",
     "sources": "columns at_output curvature_map entries hessian kfra table",
     "kronecker": "matrices block eigen factored lists",

@@ -39,16 +39,16 @@ _PRODUCTS = frozenset(spellings("matmul", "__matmul__", "bmm", "mm"))
 _FACTORS = {"Mul": 2, **dict.fromkeys("Div Neg Clone ToCopy NativeDropout".split(), 1)}
 
 
-class Pairs(NamedTuple):
+class RowPairs(NamedTuple):
     """Where the two rows of each pair are numbered."""
 
     rows: SampleAxis
     columns: SampleAxis
 
-    def moved(self, by: int) -> Pairs:
-        return Pairs(*(axis.moved(axis.dim + by) for axis in self))
+    def moved(self, by: int) -> RowPairs:
+        return RowPairs(*(axis.moved(axis.dim + by) for axis in self))
 
-    def agrees(self, other: Pairs) -> bool:
+    def agrees(self, other: RowPairs) -> bool:
         return all(a.agrees(b) for a, b in zip(self, other, strict=True))
 
     def fits(self, tensor: Tensor) -> bool:
@@ -116,7 +116,7 @@ def _certified(rows: SampleAxis) -> SampleAxis:
     return SampleAxis(rows.size, rows.dim, picked=ids)
 
 
-def _kept(func: Any, out: Tensor, data: list[tuple[Tensor, SampleAxis]]) -> Pairs | None:
+def _kept(func: Any, out: Tensor, data: list[tuple[Tensor, SampleAxis]]) -> RowPairs | None:
     """Pairs by an operation on single entries, or along the rows."""
     if func not in _KEEPING:
         return None
@@ -139,12 +139,12 @@ def _moved(
     kwargs: dict[str, Any],
     out: Tensor,
     data: list[tuple[Tensor, SampleAxis]],
-) -> Pairs | None:
+) -> RowPairs | None:
     """Pairs whose axes are moved, or summed up along another."""
     if len(data) != 1 or func not in MOVERS or not hasattr(data[0][0], PAIRS):
         return None
     tensor = data[0][0]
-    pairs = Pairs(
+    pairs = RowPairs(
         *(moved(MOVERS[func], axis, tensor, out, args, kwargs) for axis in getattr(tensor, PAIRS))
     )
     lost = pairs.rows.lost or pairs.columns.lost or pairs.rows.dim == pairs.columns.dim
@@ -157,7 +157,7 @@ def _made(
     kwargs: dict[str, Any],
     out: Tensor,
     data: list[tuple[Tensor, SampleAxis]],
-) -> Pairs | None:
+) -> RowPairs | None:
     """Pairs by a product or a sum of rows with rows."""
     places: dict[int, SampleAxis] = {}
     for tensor, axis in data:
@@ -171,7 +171,7 @@ def _made(
             return None
         if here.lost or not here.fits(out.shape) or not places.setdefault(here.dim, here).agrees(here):
             return None
-    return Pairs(*(places[dim] for dim in sorted(places))) if len(places) == 2 else None
+    return RowPairs(*(places[dim] for dim in sorted(places))) if len(places) == 2 else None
 
 
 def _silent(
@@ -180,7 +180,7 @@ def _silent(
     kwargs: dict[str, Any],
     out: Tensor,
     data: list[tuple[Tensor, SampleAxis]],
-    pairs: Pairs,
+    pairs: RowPairs,
 ) -> bool:
     """Whether entries of different samples are zero, and depend on nothing."""
     apart = pairs.apart(out)
@@ -237,7 +237,7 @@ def _product(func: Any, args: tuple[Any, ...], out: Tensor) -> SampleAxis | None
     return None
 
 
-def _within_samples(matrix: Tensor) -> Pairs | None:
+def _within_samples(matrix: Tensor) -> RowPairs | None:
     """The pairs of a matrix in which a mask has left those within samples."""
     below = [] if matrix.grad_fn is None else [matrix.grad_fn]
     while below:

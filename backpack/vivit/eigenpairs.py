@@ -44,7 +44,7 @@ class Derivatives(NamedTuple):
 
 
 @dataclass(eq=False)
-class Pairs:
+class Eigenpairs:
     """Leading eigenvalues of the GGN of a group of parameters, and their eigenvectors.
 
     Attributes:
