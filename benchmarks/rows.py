@@ -376,6 +376,13 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def processor() -> str:
+    """Its name, as the system gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -390,17 +397,9 @@ def main() -> None:
         found[name] = {"samples": made(name).samples, "times": times(name, options.rounds)}
         print(name, {key: f"{value:.2f}" for key, value in found[name]["times"].items()}, flush=True)
         found[name]["bytes"] = apart(name)
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     results = {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": cpu,
+        "processor": processor(),
         "torch": torch.__version__,
         "rounds": options.rounds,
         "kinds": found,

@@ -695,6 +695,47 @@ def test_interior_and_boundary_curvature() -> None:
         torch.testing.assert_close(p.diag_ggn_exact, sum(rows))
 
 
+def _joined_flat(model: nn.Module, X: Tensor, edge: Tensor) -> Tensor:
+    return torch.cat([poisson(model, X)[0][0], model(edge).flatten()])
+
+
+def _joined_columns(model: nn.Module, X: Tensor, edge: Tensor) -> Tensor:
+    return torch.cat([poisson(model, X)[0][0].unsqueeze(1), 3 * model(edge)])
+
+
+def _joined_derivatives(model: nn.Module, X: Tensor, edge: Tensor) -> Tensor:
+    return torch.cat([poisson(model, edge)[0][0], poisson(model, X)[0][0]])
+
+
+@pytest.mark.parametrize("loss", ["sum of squares", "mse"])
+@pytest.mark.parametrize("joined", [_joined_flat, _joined_columns, _joined_derivatives])
+def test_curvature_of_residuals_joined(joined: Callable[..., Tensor], loss: str) -> None:
+    """One vector of residuals of several terms, each with points of its own, and its square."""
+    model, X, edge = mlp(nn.Tanh()), torch.rand(5, 2), torch.rand(3, 2)
+    residuals = joined(model, X, edge)
+    scale = 2.0 if loss == "sum of squares" else 2.0 / residuals.numel()
+    rows = [
+        torch.autograd.grad(r, list(model.parameters()), retain_graph=True, materialize_grads=True)
+        for r in residuals.flatten()
+    ]
+    extend(model)
+    with backpack(DiagGGNExact(), GGNMP(), forwards="further"):
+        residuals = joined(model, X, edge)
+        target = torch.zeros_like(residuals)
+        mse = nn.functional.mse_loss(residuals, target)
+        (mse if loss == "mse" else residuals.square().sum()).backward()
+    for p, g in zip(model.parameters(), zip(*rows, strict=True), strict=True):
+        if p.grad is not None:
+            j = torch.stack(g).flatten(1)
+            assert_near(p.diag_ggn_exact, scale * j.square().sum(0).reshape(p.shape))
+            v = torch.rand(1, *p.shape)
+            assert_near(p.ggnmp(v).flatten(), scale * j.T @ (j @ v.flatten()))
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["linear", "conv"])
 def test_penalty_of_the_gradient_of_a_loss(name: str) -> None:
     """Double backpropagation: the loss is a part of what is differentiated."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backpack._torch import current_task
+from backpack.engine.alone import OwnUse
 from backpack.engine.collect import Leaf, form_of_source, reduce
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.loop import carry_sources
@@ -78,6 +79,25 @@ class Reducing(Saving):
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
                     ready[leaf] = None
+        self._finish(taps, ready)
+
+    def used(self, tap: Tap, uses: list[OwnUse], gradients: Gradients, _: Gradients) -> None:
+        """Backward has passed the node of a layer that one sample alone has met."""
+        if self.block.nested or current_task() != self.task:
+            return
+        ready: dict[Leaf, None] = {}
+        for use in uses:
+            leaf, gradient = use.leaf, gradients[use.place]
+            if gradient is not None:
+                leaf.arrived = True
+                leaf.forms.append(use.form(gradient))
+            leaf.waiting.discard(tap)
+            if not leaf.waiting:
+                ready[leaf] = None
+        self._finish([tap], ready)
+
+    def _finish(self, taps: list[Tap], ready: Iterable[Leaf]) -> None:
+        """Reduce what is complete, and let go of taps."""
         for leaf in ready:
             if self.watch.runs:
                 with self.watch(leaf.parameter):

@@ -18,6 +18,7 @@ from backpack.graph.nodes import PICKING, PRODUCTS, TERMWISE, kind_of
 from backpack.graph.region import Candidate, Region, shape_at
 from backpack.graph.scaling import agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Tap, notes
+from backpack.graph.tracing import axis_at
 from backpack.samples.axis import SampleAxis
 
 # A place in the graph: the number of a node in the region's order, and that of its output.
@@ -226,8 +227,34 @@ class _Follower:
 
 def axis_named(region: Region, edge: GradientEdge) -> SampleAxis | None:
     """The sample axis of a tensor below the roots, named after the taps below; ``None``: on none."""
-    found = _Follower(region)._named(edge)
-    return None if found is None else region.among_all(found)
+    follower = _Follower(region)
+    found = follower._named(edge)
+    return _of_parts(follower, edge) if found is None else region.among_all(found)
+
+
+def _of_parts(follower: _Follower, edge: GradientEdge) -> SampleAxis | None:
+    """The axis of what is computed from several tensors, as residuals that are joined, from theirs."""
+    region, places = follower.region, dict[Place, tuple[GradientEdge, SampleAxis]]()
+    stack, seen = [edge.node], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for child, number in node.next_functions:
+            if child is None or not region.taps[child]:
+                continue
+            here, key = GradientEdge(child, number), (region.index[child], number)
+            if TAPS in notes(child):
+                axes = [tap.batch for tap in notes(child)[TAPS] if tap.place == number]
+                if not axes or axes[0].lost:
+                    return None
+                places[key] = here, axes[0]
+            elif (named := follower._named(here)) is not None:
+                places[key] = here, region.among_all(named)
+            else:
+                stack.append(child)
+    return axis_at(edge, list(places.values())) if places else None
 
 
 def starts_of(region: Region, found: Followed) -> list[tuple[GradientEdge, SampleAxis]]:
