@@ -25,14 +25,14 @@ test: $(STAMPS)/test
 
 # The library in ten seconds.
 smoke: $(STAMPS)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_smoke.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/project/test_smoke.py
 
 # The same from the wheel that users install, without the checkout.
 wheel: $(STAMPS)/test
 	rm -rf build/wheel && mkdir -p build/wheel/tests
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PIP) --no-deps --target build/wheel/site build/wheel/*.whl
-	cp tests/test_smoke.py build/wheel/tests
+	cp tests/project/test_smoke.py build/wheel/tests
 	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -c \
 		"import backpack; assert 'build/wheel/site' in backpack.__file__, backpack.__file__"
 	cd build/wheel && OMP_NUM_THREADS=1 PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q \
@@ -48,8 +48,7 @@ sdist: $(STAMPS)/test $(STAMPS)/release
 	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q --collect-only -n 0 \
 		| tail -1
 	cd build/sdist/unpacked && OMP_NUM_THREADS=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q -n 0 \
-		tests/test_smoke.py tests/test_layout.py tests/test_pages.py tests/test_howto.py tests/test_support.py \
-		tests/test_docs.py tests/test_numbers.py tests/test_pictures.py
+		$(patsubst %,tests/project/test_%.py,smoke layout pages howto support docs numbers pictures)
 
 # What goes to a package index: ADDRESS is where the repository is, for links of the README.
 release: $(STAMPS)/release
@@ -67,7 +66,7 @@ coverage: $(STAMPS)/test $(STAMPS)/coverage
 # A fresh clone, its two commands, and every how-to copied from its page; minutes for each. PACKAGES=--packages takes
 # those that need transformers, Lightning and TensorBoard, too.
 stranger:
-	$(PYTHON) tests/stranger.py $(PACKAGES)
+	$(PYTHON) tests/project/stranger.py $(PACKAGES)
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -75,12 +74,12 @@ test-slow: $(STAMPS)/test
 # The oldest and newest torch, and each Python; BARE=--bare leaves CUDA's 3 GB of libraries out.
 VERSIONS ?= python3.10:2.11.0 python3.11:2.13.0 python3.12:2.12.1 python3.13:2.15.0
 versions: $(BIN)/python
-	$(BIN)/python tests/versions.py $(BARE) $(VERSIONS)
+	$(BIN)/python tests/project/versions.py $(BARE) $(VERSIONS)
 
 # The GPU kernel against torch's operations, in Triton's interpreter on the CPU.
 test-triton: $(TRITON)/stamp
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) -m triton \
-		tests/test_kernels.py
+		tests/forms/test_kernels.py
 
 # Every quantity on a GPU against brute force, then what thresholds for devices rest on. DEVICE=cpu tries
 # both where there is none. Here torch is for CPUs: GPU_PYTHON is one with pytest whose torch knows the device.
@@ -94,7 +93,7 @@ gpu:
 test-browser: $(STAMPS)/test
 	$(PIP) playwright
 	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium
-	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/test_cockpit_browser.py
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/cockpit/test_browser.py
 
 # Optimizers with curvature beside SGD and Adam, on digits: a small grid search, figures, a table.
 experiments: $(STAMPS)/experiments
@@ -158,7 +157,7 @@ docs: $(STAMPS)/docs
 # CHROMIUM is the program's path; without it playwright fetches one.
 check-site: docs $(STAMPS)/site
 	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium-headless-shell
-	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -n 0 tests/site_check.py
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -n 0 tests/project/site_check.py
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

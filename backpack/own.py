@@ -35,7 +35,7 @@ from backpack.quantities.combining import (
     Rule,
 )
 from backpack.quantities.reading import Reader
-from backpack.rules.base import Pairs, op_rule
+from backpack.rules.base import ParameterForms, op_rule
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, sample_axis_of
 from backpack.sources.columns import Columns, ColumnSource, LossPiece, Pass, Wanted
@@ -79,7 +79,7 @@ __all__ = [
     "LossPiece",
     "Outer",
     "OutputBasis",
-    "Pairs",
+    "ParameterForms",
     "Pass",
     "Patches",
     "Pullback",

@@ -1,7 +1,7 @@
 """Puts tables of results into the pages that show them: ``python -m benchmarks.pages``.
 
 A page has a pair of comments where a table of this file's belongs; what is between them is replaced.
-Single numbers in sentences are compared with the same results by ``tests/test_numbers.py``.
+Single numbers in sentences are compared with the same results by ``tests/project/test_numbers.py``.
 """
 
 from __future__ import annotations

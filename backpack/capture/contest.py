@@ -54,7 +54,7 @@ class Met:
         for each in found:
             if not each.requires_grad:
                 setattr(each, _RIVAL, True)
-            elif not any(sample_axis_of(a) is not None for a in given):
+            elif not any((axis := sample_axis_of(a)) is not None and not axis.tentative for a in given):
                 self.places.append((get_gradient_edge(each), each.shape))
 
 

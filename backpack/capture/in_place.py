@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from backpack._torch import SPACES
-from backpack.capture import pairs
+from backpack.capture import row_pairs
 from backpack.capture.tracker import Tracker, note_own
 from backpack.graph.making import View, make_tap
 from backpack.samples.aliases import is_shared, places_of, wrote
@@ -135,7 +135,7 @@ class InPlaceTracker(Tracker):
         old = target.clone() if taken else target.detach() if follows else target.detach().clone()
         if target.requires_grad and not taken:
             old.requires_grad_()
-        pairs.keep_pairs(target, old)
+        row_pairs.keep_pairs(target, old)
         if own is not None:
             mark(old, own)
             marked = [(old if t is target else t, axis) for t, axis in marked]
@@ -157,8 +157,8 @@ class InPlaceTracker(Tracker):
         batch, whole = settled(func, target, batch, self.recording.batch_dim, marked)
         if batch.lost and not batch.tentative:
             assigns = func == Tensor.__setitem__
-            op = pairs.assigned if assigns else FUNCTIONAL_TWINS[func] or write.op
-            batch = pairs.axis_by_pairs(op, write.args, write.kwargs, target, marked) or batch
+            op = row_pairs.assigned if assigns else FUNCTIONAL_TWINS[func] or write.op
+            batch = row_pairs.axis_by_pairs(op, write.args, write.kwargs, target, marked) or batch
         if own is None:
             self.adopt(target)
         if batch.lost:

@@ -16,7 +16,7 @@ from backpack._torch import SPACES
 from backpack.capture.contest import Met, makes_pairs
 from backpack.capture.functions import Functions, is_custom, settle
 from backpack.capture.loss_records import note_loss
-from backpack.capture.pairs import axis_by_pairs
+from backpack.capture.row_pairs import axis_by_pairs
 from backpack.forms.base import Dense
 from backpack.graph.making import make_tap, store_tap
 from backpack.graph.taps import ENDS, MIXES, NONLINEAR, Recording, notes

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from backpack.engine.left_out import REFUSALS
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense, Form
-from backpack.forms.pairs import as_pairs, in_pairs
+from backpack.forms.complex_pairs import as_pairs, in_pairs
 from backpack.forms.several import Pullback, Scaled, Together, merge, of_one
 from backpack.graph.carry import pull_back
 from backpack.graph.derived import entry_derivatives

@@ -20,7 +20,7 @@ from backpack.engine.collect import Leaf
 from backpack.engine.refusals import Names
 from backpack.engine.run import Run
 from backpack.engine.state import Block, Nested
-from backpack.forms.pairs import from_pairs
+from backpack.forms.complex_pairs import from_pairs
 from backpack.graph.nodes import walk
 from backpack.graph.retained import retaining
 from backpack.sources.table import LossGradient

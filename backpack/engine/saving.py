@@ -18,7 +18,7 @@ from backpack.engine.left_out import REFUSALS
 from backpack.engine.pass_state import PassState
 from backpack.engine.refusals import Names
 from backpack.engine.state import ExtensionHook, Nested
-from backpack.forms.pairs import from_pairs
+from backpack.forms.complex_pairs import from_pairs
 from backpack.kronecker.block import KroneckerBlock
 from backpack.quantities.base import BackpropExtension, Context
 from backpack.quantities.reading import note_found

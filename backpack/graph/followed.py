@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
 from backpack.graph.nodes import PICKING, PRODUCTS, TERMWISE, kind_of
-from backpack.graph.region import Candidate, Region, shape_at
+from backpack.graph.region import ALL, Candidate, Region, shape_at
 from backpack.graph.scaling import agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Tap, notes
 from backpack.graph.tracing import axis_at
@@ -136,7 +136,7 @@ class _Follower:
                 if any(tap.place == edge.output_nr and not tap.batch.lost for tap in notes(node)[TAPS]):
                     found.starts[key] = None
                 continue
-            axis = found.starts.get(key) or self._named(edge)
+            axis = found.starts.get(key) or self._named(edge) or self._joined(edge)
             if axis is not None:
                 if key not in found.starts and not any(TAPS in notes(n) for n in region.taps[node]):
                     found.unseen.append(key)
@@ -181,6 +181,29 @@ class _Follower:
             if reached and all(reached):
                 return candidate
         return None
+
+    def _joined(self, edge: GradientEdge) -> Candidate | None:
+        """The axis of what is made from rows of several passes, one after the other."""
+        region, parts = self.region, list[tuple[GradientEdge, SampleAxis]]()
+        if len(region.recordings) < 2 or prod(shape_at(edge.node, edge.output_nr)) < 2:
+            return None
+        stack, seen, joins = [edge], set[GradientEdge](), False
+        while stack:
+            here = stack.pop()
+            if here in seen or not region.taps[here.node]:
+                continue
+            seen.add(here)
+            tap = next((t for t in notes(here.node).get(TAPS, ()) if t.place == here.output_nr), None)
+            if tap is None and TAPS in notes(here.node) or tap is not None and tap.batch.lost:
+                return None
+            named = None if tap is not None else self._named(here)
+            if tap is not None or named is not None:
+                parts.append((here, tap.batch if tap is not None else region.among_all(named)))  # type: ignore[arg-type]
+                continue
+            joins = joins or kind_of(here.node) in ("Cat", "Stack")
+            stack += [GradientEdge(c, nr) for c, nr in here.node.next_functions if c is not None]
+        axis = axis_at(edge, parts) if joins else None
+        return None if axis is None or axis.lost else (ALL, axis)
 
     def _places(self) -> Iterator[tuple[Place, GradientEdge]]:
         """What reaches parameters by itself, and all taps."""
@@ -228,33 +251,8 @@ class _Follower:
 def axis_named(region: Region, edge: GradientEdge) -> SampleAxis | None:
     """The sample axis of a tensor below the roots, named after the taps below; ``None``: on none."""
     follower = _Follower(region)
-    found = follower._named(edge)
-    return _of_parts(follower, edge) if found is None else region.among_all(found)
-
-
-def _of_parts(follower: _Follower, edge: GradientEdge) -> SampleAxis | None:
-    """The axis of what is computed from several tensors, as residuals that are joined, from theirs."""
-    region, places = follower.region, dict[Place, tuple[GradientEdge, SampleAxis]]()
-    stack, seen = [edge.node], set[Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for child, number in node.next_functions:
-            if child is None or not region.taps[child]:
-                continue
-            here, key = GradientEdge(child, number), (region.index[child], number)
-            if TAPS in notes(child):
-                axes = [tap.batch for tap in notes(child)[TAPS] if tap.place == number]
-                if not axes or axes[0].lost:
-                    return None
-                places[key] = here, axes[0]
-            elif (named := follower._named(here)) is not None:
-                places[key] = here, region.among_all(named)
-            else:
-                stack.append(child)
-    return axis_at(edge, list(places.values())) if places else None
+    found = follower._named(edge) or follower._joined(edge)
+    return None if found is None else region.among_all(found)
 
 
 def starts_of(region: Region, found: Followed) -> list[tuple[GradientEdge, SampleAxis]]:

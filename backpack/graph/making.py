@@ -14,7 +14,7 @@ from backpack.forms.base import Form
 from backpack.graph.origins import sources_of
 from backpack.graph.taps import TAPS, UNBATCHED, Recording, Tap, notes, of_sample
 from backpack.rules.analytic import ANALYTIC, conjugated
-from backpack.rules.base import RULES, Pairs, ToForm
+from backpack.rules.base import RULES, ParameterForms, ToForm
 from backpack.rules.fallback import fallback
 from backpack.samples.axis import SampleAxis, mark, regular_axis, solo_axis
 from backpack.samples.movers import reshaped
@@ -104,7 +104,9 @@ def make_tap(
         tap.input = weakref.ref(args[0])
 
 
-def _unbatched(rule: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pairs | None:
+def _unbatched(
+    rule: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ParameterForms | None:
     """The rule of a layer whose input is one sample without an axis for it, by an axis put in front."""
     axes = UNBATCHED.get(func)
     if axes is None or kwargs or args[0].dim() != axes:

@@ -19,7 +19,9 @@ from backpack.samples.axis import MARK, SampleAxis, regular_axis
 _PRODUCTS_OF_DATA = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1, "Convolution": 0, "Mul": 0, "Div": 0}
 # Rows of a table, picked by data.
 _LOOKUPS = frozenset({"Embedding", "Index", "IndexSelect", "Gather"})
-# A forward pass, by its place among those of the region, and a sample axis of it.
+# A forward pass, by its place among those of the region, and a sample axis of it; or all, and an axis
+# of all samples.
+ALL = -1
 Candidate = tuple[int, SampleAxis]
 
 
@@ -91,7 +93,7 @@ class Region:
     def among_all(self, candidate: Candidate) -> SampleAxis:
         """An axis as one of the samples of all forward passes."""
         j, axis = candidate
-        return self.recordings[j].among_all(axis)
+        return axis if j == ALL else self.recordings[j].among_all(axis)
 
     def _product(self, node: Node) -> bool:
         """Whether parameters are multiplied with a constant that may have rows for the samples.

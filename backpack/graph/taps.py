@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack._ambient import within
 from backpack.forms.base import Form
-from backpack.forms.pairs import real_part
+from backpack.forms.complex_pairs import real_part
 from backpack.forms.several import Part, among, of_one
 from backpack.graph.retained import Made
 from backpack.rules.analytic import conjugated

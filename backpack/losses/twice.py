@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backpack._torch import shows
-from backpack.forms.pairs import as_pairs, from_pairs
+from backpack.forms.complex_pairs import as_pairs, from_pairs
 from backpack.forms.products import spectrum
 from backpack.losses.base import LossHessian, normal_draws
 from backpack.samples.axis import SampleAxis

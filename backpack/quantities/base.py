@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backpack.forms.base import Form
-from backpack.forms.pairs import as_pairs, from_pairs
+from backpack.forms.complex_pairs import as_pairs, from_pairs
 from backpack.quantities.combining import Rule
 from backpack.quantities.reading import Reader
 from backpack.sources.columns import ColumnSource

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack.forms.pairs import as_pairs
+from backpack.forms.complex_pairs import as_pairs
 from backpack.kronecker.block import KroneckerBlock
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack.forms.pairs import conjugate
+from backpack.forms.complex_pairs import conjugate
 from backpack.forms.several import of_one
-from backpack.rules.base import Pairs, ToForm
+from backpack.rules.base import ParameterForms, ToForm
 
 # Operations whose rules are right for complex numbers too, as conjugates.
 ANALYTIC = frozenset(
@@ -22,7 +22,7 @@ ANALYTIC = frozenset(
 )
 
 
-def conjugated(pairs: Pairs) -> Pairs:
+def conjugated(pairs: ParameterForms) -> ParameterForms:
     """Rules give ``J^T g`` as of real numbers; the gradient of an analytic function is ``J^H g``."""
     return [(tensor, conjugated_form(form)) for tensor, form in pairs]
 

@@ -13,18 +13,15 @@ from backpack.forms.outer import Outer
 from backpack.samples.axis import SampleAxis
 
 ToForm = Callable[[Tensor], Form]
+# What a rule gives: tensors an operation may have as parameters, each with the way to its form.
+ParameterForms = list[tuple["Tensor | None", ToForm]]
+OpRule = Callable[..., "ParameterForms | None"]
 
 
-Pairs = list[tuple["Tensor | None", ToForm]]
+RULES: dict[Any, OpRule] = {}
 
 
-Rule = Callable[..., "Pairs | None"]
-
-
-RULES: dict[Any, Rule] = {}
-
-
-def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
+def op_rule(*functions: Any) -> Callable[[OpRule], OpRule]:
     """Register a rule for operations (as the torch-function protocol reports them).
 
     Example:
@@ -39,7 +36,7 @@ def op_rule(*functions: Any) -> Callable[[Rule], Rule]:
         True
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: OpRule) -> OpRule:
         for func in functions:
             RULES[func] = function
         return function
@@ -73,4 +70,4 @@ def channel_sum(batch: SampleAxis, g: Tensor) -> Dense:
     return Dense(g if batch.plain else batch.split(g, 1).sum(2))
 
 
-SEVERAL_OUTPUTS: dict[Any, Callable[..., Pairs]] = {}
+SEVERAL_OUTPUTS: dict[Any, Callable[..., ParameterForms]] = {}

@@ -13,7 +13,7 @@ from backpack._ambient import ambient, within
 from backpack.forms.base import Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.outer import Outer
-from backpack.rules.base import Pairs, Rule, channel_sum, op_rule, positions
+from backpack.rules.base import OpRule, ParameterForms, channel_sum, op_rule, positions
 from backpack.samples.axis import SampleAxis, sample_axis_of
 
 # Patches are kept while the columns of a loss are carried, up to this many bytes.
@@ -82,7 +82,7 @@ def _channels(batch: SampleAxis, g: Tensor, groups: int) -> Tensor:
     return batch.split(g, 1).permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
 
 
-def _conv(ndim: int) -> Rule:
+def _conv(ndim: int) -> OpRule:
     def convolution(
         batch: SampleAxis,
         input: Tensor,
@@ -92,7 +92,7 @@ def _conv(ndim: int) -> Rule:
         padding: Any = 0,
         dilation: Any = 1,
         groups: int = 1,
-    ) -> Pairs | None:
+    ) -> ParameterForms | None:
         if sample_axis_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
             return None
         kernel, layout = weight.shape[2:], Layout(weight.shape)
@@ -117,7 +117,7 @@ def _conv(ndim: int) -> Rule:
     return convolution
 
 
-def _conv_transpose(ndim: int) -> Rule:
+def _conv_transpose(ndim: int) -> OpRule:
     def transposed_convolution(
         batch: SampleAxis,
         input: Tensor,
@@ -128,7 +128,7 @@ def _conv_transpose(ndim: int) -> Rule:
         output_padding: Any = 0,
         groups: int = 1,
         dilation: Any = 1,
-    ) -> Pairs | None:
+    ) -> ParameterForms | None:
         if sample_axis_of(input) is None or batch.dim != 0 or input.dim() != ndim + 2:
             return None
         kernel, layout = weight.shape[2:], Layout(weight.shape, "convt")

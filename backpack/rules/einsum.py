@@ -12,13 +12,13 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout
 from backpack.forms.outer import Outer
 from backpack.forms.several import Pullback
-from backpack.rules.base import Pairs, op_rule, positions
+from backpack.rules.base import ParameterForms, op_rule, positions
 from backpack.samples.axis import SampleAxis, sample_axis_of
 from backpack.samples.contractions import einsum_labels
 
 
 @op_rule(torch.einsum)
-def einsum(batch: SampleAxis, equation: Any, *operands: Any) -> Pairs | None:
+def einsum(batch: SampleAxis, equation: Any, *operands: Any) -> ParameterForms | None:
     """Of two factors, one of them without samples.
 
     Labels of the weight that the result has are outputs, those it shares with the data and that are

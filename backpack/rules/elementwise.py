@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack.forms.base import Dense, Form
-from backpack.rules.base import Pairs, op_rule
+from backpack.rules.base import ParameterForms, op_rule
 from backpack.samples.axis import SampleAxis, axis_of, owners_of, sample_axis_of
 
 
@@ -39,7 +39,7 @@ def reduce_to(batch: SampleAxis, g: Tensor, shape: torch.Size) -> Dense:
 
 
 @op_rule(Tensor.__setitem__)
-def setitem(batch: SampleAxis, target: Tensor, index: Any, values: Any) -> Pairs | None:
+def setitem(batch: SampleAxis, target: Tensor, index: Any, values: Any) -> ParameterForms | None:
     """``target[index] = values``."""
     whole = target.shape
     count = torch.arange(target.numel(), device=target.device).reshape(whole)
@@ -73,7 +73,7 @@ def _scaled(g: Tensor, alpha: Any) -> Tensor:
     return g if alpha == 1 else alpha * g
 
 
-def _added(batch: SampleAxis, x: Any, scale: Any) -> Pairs:
+def _added(batch: SampleAxis, x: Any, scale: Any) -> ParameterForms:
     if not isinstance(x, Tensor):
         return []
     shape = x.shape
@@ -81,17 +81,17 @@ def _added(batch: SampleAxis, x: Any, scale: Any) -> Pairs:
 
 
 @op_rule(torch.add, Tensor.add, Tensor.__radd__)
-def add(batch: SampleAxis, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
+def add(batch: SampleAxis, input: Any, other: Any, *, alpha: Any = 1) -> ParameterForms | None:
     return _added(batch, input, 1) + _added(batch, other, alpha)
 
 
 @op_rule(torch.sub, Tensor.sub)
-def sub(batch: SampleAxis, input: Any, other: Any, *, alpha: Any = 1) -> Pairs | None:
+def sub(batch: SampleAxis, input: Any, other: Any, *, alpha: Any = 1) -> ParameterForms | None:
     return _added(batch, input, 1) + _added(batch, other, -alpha)
 
 
 @op_rule(torch.mul, Tensor.mul, torch.multiply, Tensor.multiply, Tensor.__rmul__)
-def mul(batch: SampleAxis, input: Any, other: Any) -> Pairs | None:
+def mul(batch: SampleAxis, input: Any, other: Any) -> ParameterForms | None:
     source, factor = (other, input) if sample_axis_of(input) is not None else (input, other)
     if not isinstance(source, Tensor):
         return []

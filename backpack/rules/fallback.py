@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backpack._torch import shows, tree_flatten, tree_unflatten
 from backpack.forms.base import Dense, Form
-from backpack.rules.base import Pairs, ToForm
+from backpack.rules.base import ParameterForms, ToForm
 from backpack.samples.axis import SampleAxis, sample_axis_of
 from backpack.samples.separability import spare
 
@@ -24,7 +24,7 @@ def fallback(
     kwargs: dict[str, Any],
     sources: Sequence[Tensor],
     at_once: bool = False,
-) -> Pairs:
+) -> ParameterForms:
     """Differentiate the operation itself, sample by sample (vmap over samples, a loop if need be).
 
     Args:

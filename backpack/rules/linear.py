@@ -9,7 +9,7 @@ from torch import Tensor
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout
 from backpack.forms.outer import Outer
-from backpack.rules.base import Pairs, op_rule, outer_form, position_sum
+from backpack.rules.base import ParameterForms, op_rule, outer_form, position_sum
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, sample_axis_of
 
@@ -17,7 +17,7 @@ from backpack.samples.axis import SampleAxis, sample_axis_of
 @op_rule(F.linear)
 def linear(
     batch: SampleAxis, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Pairs | None:
+) -> ParameterForms | None:
     if sample_axis_of(input) is None or weight.dim() != 2:
         return None
     layout = Layout(weight.shape)
@@ -40,14 +40,14 @@ def linear(
 @op_rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, Tensor.__rmatmul__)
 def matmul(
     batch: SampleAxis, input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None
-) -> Pairs | None:
+) -> ParameterForms | None:
     right = mat2 if other is None else other
     if right is None:
         return None
     return (_times_matrix if sample_axis_of(right) is None else _matrix_times)(batch, input, right)
 
 
-def _times_matrix(batch: SampleAxis, x: Tensor, w: Tensor, scale: float = 1.0) -> Pairs | None:
+def _times_matrix(batch: SampleAxis, x: Tensor, w: Tensor, scale: float = 1.0) -> ParameterForms | None:
     """``x @ w`` with a matrix or vector ``w``."""
     if w.dim() > 2 or x.dim() < 2:
         return None
@@ -60,7 +60,7 @@ def _times_matrix(batch: SampleAxis, x: Tensor, w: Tensor, scale: float = 1.0) -
     return [(w, form)]
 
 
-def _matrix_times(batch: SampleAxis, w: Tensor, x: Tensor, scale: float = 1.0) -> Pairs | None:
+def _matrix_times(batch: SampleAxis, w: Tensor, x: Tensor, scale: float = 1.0) -> ParameterForms | None:
     """``w @ x`` with a matrix ``w``: the transpose of ``x^T @ w^T``."""
     if w.dim() != 2 or x.dim() < 2:
         return None
@@ -76,7 +76,7 @@ def _matrix_times(batch: SampleAxis, w: Tensor, x: Tensor, scale: float = 1.0) -
 @op_rule(torch.addmm, Tensor.addmm)
 def addmm(
     batch: SampleAxis, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Pairs | None:
+) -> ParameterForms | None:
     product = (_times_matrix if sample_axis_of(mat2) is None else _matrix_times)(
         batch, mat1, mat2, scale=alpha
     )

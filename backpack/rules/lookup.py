@@ -8,7 +8,7 @@ from torch import Tensor
 
 from backpack.forms.base import Form
 from backpack.forms.lookup import Lookup
-from backpack.rules.base import Pairs, op_rule, positions
+from backpack.rules.base import ParameterForms, op_rule, positions
 from backpack.samples.axis import SampleAxis, picked_axis, sample_axis_of
 
 
@@ -22,7 +22,7 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Pairs | None:
+) -> ParameterForms | None:
     at = sample_axis_of(input)
     if at is None or at.lost:
         return None
@@ -51,7 +51,7 @@ def embedding_bag(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> Pairs | None:
+) -> ParameterForms | None:
     """Sums and means of rows: each position of a bag is a lookup."""
     if mode == "max" or batch.dim != 0 or batch.bare:
         return None

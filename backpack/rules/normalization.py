@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack.forms.base import Dense, Form
-from backpack.rules.base import Pairs, channel_sum, op_rule
+from backpack.rules.base import ParameterForms, channel_sum, op_rule
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, sample_axis_of
 
 
 def _per_channel(
     batch: SampleAxis, normalized: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None
-) -> Pairs | None:
+) -> ParameterForms | None:
     if batch.dim != 0:
         return None
     return [
@@ -33,7 +33,7 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Pairs | None:
+) -> ParameterForms | None:
     if sample_axis_of(input) is None:
         return None
     shape = torch.Size(normalized_shape)
@@ -50,7 +50,7 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Pairs | None:
+) -> ParameterForms | None:
     if sample_axis_of(input) is None:
         return None
     shape = torch.Size(normalized_shape)
@@ -65,7 +65,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Pairs | None:
+) -> ParameterForms | None:
     return _per_channel(batch, lambda: F.group_norm(input, num_groups, eps=eps), weight, bias)
 
 
@@ -80,7 +80,7 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Pairs | None:
+) -> ParameterForms | None:
     if use_input_stats:
         return _per_channel(batch, lambda: F.instance_norm(input, eps=eps), weight, bias)
     return batch_norm(batch, input, running_mean, running_var, weight, bias, eps=eps)
@@ -97,7 +97,7 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Pairs | None:
+) -> ParameterForms | None:
     def normalized() -> Tensor:
         if training:
             return F.batch_norm(input, None, None, training=True, eps=eps)
@@ -107,7 +107,7 @@ def batch_norm(
 
 
 @op_rule(torch.prelu, F.prelu, Tensor.prelu)
-def prelu(batch: SampleAxis, input: Tensor, weight: Tensor) -> Pairs | None:
+def prelu(batch: SampleAxis, input: Tensor, weight: Tensor) -> ParameterForms | None:
     if batch.dim != 0 or input.dim() < 2 or sample_axis_of(input) is None:
         return None
     shape = weight.shape

@@ -16,14 +16,14 @@ from torch import Tensor
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout
 from backpack.rules import recursions
-from backpack.rules.base import Pairs, ToForm, outer_form
+from backpack.rules.base import ParameterForms, ToForm, outer_form
 from backpack.rules.elementwise import reduce_to
 from backpack.rules.recurrent import Once
 from backpack.samples.axis import SampleAxis, picked_axis
 from backpack.samples.packing import Steps, axis_of_packed, axis_of_sequences
 
 # Rules by the kernel, which also runs on padded batches.
-PACKED: dict[Any, Callable[..., Pairs]] = {}
+PACKED: dict[Any, Callable[..., ParameterForms]] = {}
 
 
 def packed_axes(
@@ -106,7 +106,7 @@ def layer_by_layer(
     return (data, *(torch.cat(found, 0) for found in finals))
 
 
-def _packed(name: str) -> Callable[..., Pairs]:
+def _packed(name: str) -> Callable[..., ParameterForms]:
     def layer(
         batch: SampleAxis,
         place: int,
@@ -120,7 +120,7 @@ def _packed(name: str) -> Callable[..., Pairs]:
         dropout: float,
         train: bool,
         bidirectional: bool,
-    ) -> Pairs:
+    ) -> ParameterForms:
         """``batch`` is the axis of packed hidden states, whichever the place.
 
         ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.
@@ -168,7 +168,7 @@ def _packed(name: str) -> Callable[..., Pairs]:
             """The data, where it is made from parameters and only the first states are data."""
             return reduce_to(batch, steps.pack(shared(g).d_ih, 1) @ weights.w_ih, data.shape)
 
-        pairs: Pairs = [
+        pairs: ParameterForms = [
             (weights.w_ih, matrix(weights.w_ih, lambda back: data, "d_ih")),
             (weights.w_hh, matrix(weights.w_hh, lambda back: steps.pack(back.previous), "d_hh")),
             (weights.b_ih, bias("d_ih")),

@@ -12,7 +12,7 @@ from torch import Tensor
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout
 from backpack.rules import recursions
-from backpack.rules.base import SEVERAL_OUTPUTS, Pairs, ToForm, outer_form
+from backpack.rules.base import SEVERAL_OUTPUTS, ParameterForms, ToForm, outer_form
 from backpack.rules.elementwise import reduce_to
 from backpack.samples.axis import SampleAxis, solo_axis
 
@@ -64,7 +64,7 @@ def recurrent_axis(
     return chosen, demoted
 
 
-def _recurrent(name: str) -> Callable[..., Pairs]:
+def _recurrent(name: str) -> Callable[..., ParameterForms]:
     def layer(
         batch: SampleAxis,
         place: int,
@@ -78,7 +78,7 @@ def _recurrent(name: str) -> Callable[..., Pairs]:
         train: bool,
         bidirectional: bool,
         batch_first: bool,
-    ) -> Pairs:
+    ) -> ParameterForms:
         """``batch`` is the hidden states' axis, whichever the place.
 
         ``output`` is detached: it is the hidden states, and holding on to it must not be a cycle.

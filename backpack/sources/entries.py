@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import has_values
-from backpack.forms.pairs import as_pairs, from_pairs
+from backpack.forms.complex_pairs import as_pairs, from_pairs
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 from backpack.sources.curvature_map import CurvatureMap

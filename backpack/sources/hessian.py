@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import has_values, shows
-from backpack.forms.pairs import as_pairs, from_pairs
+from backpack.forms.complex_pairs import as_pairs, from_pairs
 from backpack.graph.carry import carry, differentiable_twice
 from backpack.graph.nodes import walk
 from backpack.graph.recognised import second_derivative

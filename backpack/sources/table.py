@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from backpack.forms.pairs import as_pairs, from_pairs
+from backpack.forms.complex_pairs import as_pairs, from_pairs
 from backpack.forms.products import spectrum
 from backpack.graph.carry import carry
 from backpack.losses.blocks import HessianBlocks

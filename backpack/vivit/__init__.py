@@ -16,7 +16,7 @@ from backpack.vivit.computations import (
 from backpack.vivit.data import derivatives_over, over
 from backpack.vivit.figures import draw_noise, draw_overlaps, draw_spectrum
 from backpack.vivit.lanczos import Density, Ritz, lanczos, spectral_density
-from backpack.vivit.lowrank import Derivatives, LowRank, Noise, Pairs
+from backpack.vivit.lowrank import Derivatives, Eigenpairs, LowRank, Noise
 from backpack.vivit.operators import GGN, Hessian, Operator
 from backpack.vivit.spaces import overlap
 from backpack.vivit.tangent import ntk
@@ -33,7 +33,7 @@ __all__ = [
     "LowRank",
     "Noise",
     "Operator",
-    "Pairs",
+    "Eigenpairs",
     "Ritz",
     "derivatives_over",
     "draw_noise",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from backpack.own import BackpropExtension, LossGradient
 from backpack.vivit.kept import Keep, Kept, Numbered
-from backpack.vivit.lowrank import LowRank, Pairs, assembled, source_of
+from backpack.vivit.lowrank import Eigenpairs, LowRank, assembled, source_of
 
 ParameterGroup = dict[str, Any]
 Hook = Callable[[nn.Module], None]
@@ -118,7 +118,7 @@ class _Computation:
     def _result(self, group: ParameterGroup, curvature: LowRank) -> Any:
         raise NotImplementedError
 
-    def _pairs(self, group: ParameterGroup, curvature: LowRank) -> Pairs:
+    def _pairs(self, group: ParameterGroup, curvature: LowRank) -> Eigenpairs:
         """The pairs that a group's criterion keeps, in its order."""
         parameters = list(group["params"])
         values, vectors = curvature._spectrum(parameters)
@@ -137,7 +137,7 @@ class _Computation:
                 )
         if self._verbose:
             print(f"{type(self).__name__}: {len(keep)} of {len(values)} eigenvalues are kept")
-        return Pairs(shown[chosen], parameters, curvature, vectors[:, chosen], curvature._state)
+        return Eigenpairs(shown[chosen], parameters, curvature, vectors[:, chosen], curvature._state)
 
 
 GRADIENTS = "vivit_grad_batch"
@@ -284,7 +284,7 @@ class DirectionalDampedNewtonComputation(_Directional):
     def _result(self, group: ParameterGroup, curvature: LowRank) -> list[Tensor]:
         pairs = self._pairs(group, curvature)
 
-        def damping(pairs: Pairs, found: Any) -> Tensor:
+        def damping(pairs: Eigenpairs, found: Any) -> Tensor:
             vectors = pairs.coefficients.to(pairs.values)
             return group["damping"](pairs.values, vectors, found.gammas, found.lambdas)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backpack.vivit.lowrank import Derivatives, LowRank, Pairs
+from backpack.vivit.lowrank import Derivatives, Eigenpairs, LowRank
 
 Data = Iterable[tuple[Any, Any]]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -72,7 +72,7 @@ def derivatives_over(
     model: nn.Module,
     lossfunc: LossFunction,
     data: Data,
-    directions: Pairs | Sequence[Tensor],
+    directions: Eigenpairs | Sequence[Tensor],
     *,
     parameters: Iterable[Tensor] | None = None,
     mean: bool | None = None,
@@ -94,9 +94,9 @@ def derivatives_over(
         options: arguments of :class:`LowRank`.
     """
     averages, samples = _averages(lossfunc, mean), 0
-    group = directions.parameters if isinstance(directions, Pairs) else parameters
+    group = directions.parameters if isinstance(directions, Eigenpairs) else parameters
     group = None if group is None else list(group)
-    vectors = directions.vectors if isinstance(directions, Pairs) else list(directions)
+    vectors = directions.vectors if isinstance(directions, Eigenpairs) else list(directions)
     gammas, lambdas = [], []
     for X, y in _shown(data, progress):
         curvature = LowRank(**{"gradient": False, **options})

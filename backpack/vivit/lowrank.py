@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from backpack.own import BackpropExtension, ColumnSource, Dense
+from backpack.vivit.eigenpairs import Derivatives, Eigenpairs, Noise
 from backpack.vivit.kept import Kept
 from backpack.vivit.lanczos import lanczos
 from backpack.vivit.matrices import Group, fit, like, positive
 from backpack.vivit.operators import Operator
-from backpack.vivit.pairs import Derivatives, Noise, Pairs
 from backpack.vivit.passes import Collected, Pass, checked, source_of
 from backpack.vivit.rows import Rows, combine, project, squared_norms, total_count
 from backpack.vivit.systems import Systems
 
-__all__ = ["Derivatives", "LowRank", "Noise", "Pairs", "assembled", "source_of"]
+__all__ = ["Derivatives", "LowRank", "Noise", "Eigenpairs", "assembled", "source_of"]
 
 
 class LowRank(Systems):
@@ -182,7 +182,7 @@ class LowRank(Systems):
         criterion: Callable[[Tensor], Sequence[int]] | None = None,
         method: Literal["gram", "lanczos"] = "gram",
         generator: torch.Generator | None = None,
-    ) -> Pairs:
+    ) -> Eigenpairs:
         """Leading eigenpairs of ``G``.
 
         Args:
@@ -221,7 +221,7 @@ class LowRank(Systems):
                 "Ask for fewer, or give precision=torch.float64",
                 stacklevel=2,
             )
-        return Pairs(self._out(values, parameters), parameters, self, vectors, self._state)
+        return Eigenpairs(self._out(values, parameters), parameters, self, vectors, self._state)
 
     def _choose(
         self,
@@ -262,7 +262,9 @@ class LowRank(Systems):
     # ----------------------------------------------------------------------------------
     # Directions
 
-    def derivatives(self, directions: Pairs | Sequence[Tensor], group: Group = None) -> Derivatives:
+    def derivatives(
+        self, directions: Eigenpairs | Sequence[Tensor], group: Group = None
+    ) -> Derivatives:
         """Slope and curvature of every sample's loss along directions.
 
         They are of ``N`` times each sample's share of the loss, which is that sample's own loss where
@@ -284,17 +286,17 @@ class LowRank(Systems):
         return Derivatives(self._out(gammas, parameters), self._out(torch.cat(parts), parameters))
 
     def _along(
-        self, directions: Pairs | Sequence[Tensor], group: Group
+        self, directions: Eigenpairs | Sequence[Tensor], group: Group
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Parameters, ``g_n^T e_k [N, K]`` and ``V^T e_k [R, K]``."""
-        if isinstance(directions, Pairs) and directions.curvature is self and directions.current:
+        if isinstance(directions, Eigenpairs) and directions.curvature is self and directions.current:
             parameters = directions.parameters
             lengths = directions.values.double().clamp(min=0).sqrt()
             roots = directions.coefficients * lengths
             slopes = self._slopes(parameters).mT @ directions.coefficients
             tiny = torch.finfo(torch.float64).tiny
             return parameters, slopes / lengths.clamp(min=tiny), roots
-        if isinstance(directions, Pairs):
+        if isinstance(directions, Eigenpairs):
             parameters, vectors = self._group(directions.parameters), directions.vectors
         else:
             parameters, vectors = self._group(group), list(directions)
@@ -303,14 +305,14 @@ class LowRank(Systems):
         roots = project(self._columns(parameters), parameters, vectors, self._precision)
         return parameters, slopes.mT, roots.mT
 
-    def share(self, directions: Pairs) -> Tensor:
+    def share(self, directions: Eigenpairs) -> Tensor:
         """The part of the gradient along each direction, ``(e_k^T g)^2 / |g|^2``, ``[K]``."""
         parameters, slopes, _ = self._along(directions, None)
         shares = self._shares(parameters)
         whole = shares @ self._gradient_gram(parameters) @ shares
         return self._out((shares @ slopes).square() / whole, parameters)
 
-    def newton(self, pairs: Pairs, damping: Any, *, bulk: float | None = None) -> list[Tensor]:
+    def newton(self, pairs: Eigenpairs, damping: Any, *, bulk: float | None = None) -> list[Tensor]:
         """The damped Newton step in the space of some eigenvectors.
 
         ``s = sum_k -gamma_k / (lambda_k + delta_k) e_k``, with means of slopes and curvatures over

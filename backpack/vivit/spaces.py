@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backpack.vivit.lowrank import Pairs
+from backpack.vivit.lowrank import Eigenpairs
 
-Directions = Pairs | Sequence[Tensor]
+Directions = Eigenpairs | Sequence[Tensor]
 
 
 def overlap(first: Directions, second: Directions) -> float:
@@ -25,7 +25,7 @@ def overlap(first: Directions, second: Directions) -> float:
     Raises:
         ValueError: if shapes differ.
     """
-    a, b = (each.vectors if isinstance(each, Pairs) else list(each) for each in (first, second))
+    a, b = (each.vectors if isinstance(each, Eigenpairs) else list(each) for each in (first, second))
     if [x.shape[1:] for x in a] != [y.shape[1:] for y in b]:
         raise ValueError("overlap: directions are of different parameters")
     with torch.no_grad():

@@ -19,8 +19,8 @@ from backpack.forms import triton as kernels
 from backpack.testing.oracle import check
 from backpack.vivit import LowRank
 from tests.cases import CASES, LOSSES, RECURRENT, Case, LossCase
-from tests.test_cases import QUANTITIES
-from tests.test_kernels import SIZES, outer, products
+from tests.forms.test_kernels import SIZES, outer, products
+from tests.quantities.test_cases import QUANTITIES
 
 pytestmark = pytest.mark.gpu
 # Dropout draws other masks on another device.

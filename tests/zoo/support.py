@@ -19,8 +19,8 @@ from backpack.sources.table import ExactRoot, HessianRoot, LossGradient, RandomS
 from backpack.testing.oracle import check
 from tests.blocks import Blocks
 from tests.cases import CASES, LOSSES, Case
-from tests.test_losses import ROWS, With, setting
-from tests.test_losses import Row as LossRow
+from tests.losses.test_losses import ROWS, With, setting
+from tests.losses.test_losses import Row as LossRow
 from tests.zoo.compare import Trial
 from tests.zoo.models import ZOO
 
@@ -47,7 +47,7 @@ computed in float64 and compared with plain autograd, one entry, sample or row a
   weights share with them, sizes and symmetry; of `EKFLR` and `EKFAC` all eigenvalues, as the diagonal
   of the block in their basis;
 - **sampled**: a value for every parameter, random by definition (its mean is compared in
-  `tests/test_hutchinson.py`);
+  `tests/quantities/test_hutchinson.py`);
 - **runs**: a value for every parameter, and no brute-force counterpart to compare it with (`PCHMP`); of
   `KFRA` sizes and symmetry are right;
 - **an error's name**: what is raised instead (`KFRA` and `PCHMP` are defined for some architectures
@@ -220,7 +220,7 @@ def main(path: Path) -> None:
         ),
         table(
             "Losses",
-            "Rows of `tests/test_losses.py`, each with the reductions mean, sum and none.",
+            "Rows of `tests/losses/test_losses.py`, each with the reductions mean, sum and none.",
             {row.name: progress(row.name, lambda r=row: loss(r)) for row in ROWS},
             names,
         ),

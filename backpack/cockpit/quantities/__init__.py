@@ -1,4 +1,4 @@
-"""The original's 19 quantities, with its values."""
+"""The original's 19 quantities, with its values, where its users import them; ours: ``measures.py``."""
 
 from backpack.cockpit.quantities.alpha import Alpha
 from backpack.cockpit.quantities.curvature import HessMaxEV, HessTrace, TICDiag, TICTrace
