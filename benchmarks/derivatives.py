@@ -169,6 +169,23 @@ class Meta(nn.Module):
         return torch.stack(found)
 
 
+class Mapped(Meta):
+    """The same, in a transform over tasks."""
+
+    def forward(self, x: Tensor, y: Tensor, new: Tensor) -> Tensor:
+        weights = dict(self.net.named_parameters())
+
+        def task(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
+            def error(weights: dict[str, Tensor]) -> Tensor:
+                return (functional_call(self.net, weights, (x,)) - y).square().mean()
+
+            slopes = grad(error)(weights)
+            moved = {name: w - 0.1 * slopes[name] for name, w in weights.items()}
+            return functional_call(self.net, moved, (new,))
+
+        return vmap(task)(x, y, new)
+
+
 def meta(net: nn.Module, x: Tensor, y: Tensor, new: Tensor, wanted: Tensor) -> Tensor:
     return (net(x, y, new) - wanted).square().mean((1, 2))
 
@@ -199,9 +216,9 @@ def of_points(shares: Shares, alone: Share, directions: bool = False) -> Kind:
     return Kind(mlp(4), [Term(shares, alone, rows)])
 
 
-def tasks() -> Kind:
+def tasks(model: Meta) -> Kind:
     x, y, new, wanted = (torch.rand(16, 10, k) for k in (2, 1, 2, 1))
-    return Kind(Meta(), [Term(meta, lambda u, *row: row[0], (x, y, new, wanted))])
+    return Kind(model, [Term(meta, lambda u, *row: row[0], (x, y, new, wanted))])
 
 
 KINDS: dict[str, Callable[[], Kind]] = {
@@ -214,7 +231,8 @@ KINDS: dict[str, Callable[[], Kind]] = {
     ),
     "denoising score matching": lambda: of_points(denoising, denoising_alone, True),
     "sliced score matching": lambda: of_points(sliced, sliced_alone, True),
-    "meta-learning, a loop over tasks": tasks,
+    "meta-learning, a loop over tasks": lambda: tasks(Meta()),
+    "meta-learning, vmap over tasks": lambda: tasks(Mapped()),
 }
 
 

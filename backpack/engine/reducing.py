@@ -11,14 +11,14 @@ from torch.autograd.graph import GradientEdge
 
 from backpack._torch import current_task
 from backpack.engine.alone import OwnUse
-from backpack.engine.collect import Leaf, form_of_source, reduce
+from backpack.engine.collect import Leaf, form_of_source, forms_together, reduce
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.loop import carry_sources
 from backpack.engine.pass_state import Gradients, Roots
 from backpack.engine.refusals import Names
 from backpack.engine.saving import Saving
 from backpack.engine.state import Nested
-from backpack.forms.base import Dense
+from backpack.forms.base import Dense, Form
 from backpack.forms.several import merge
 from backpack.graph.outputs import LossRecord
 from backpack.graph.survey import Graph
@@ -64,9 +64,14 @@ class Reducing(Saving):
         for tap in taps:
             g = grads[tap.place]
             column = g.unsqueeze(0) if self.takes_gradient and g is not None else None
-            for leaf, source in self.uses.get(tap, ()):
+            uses, together = self.uses.get(tap, ()), dict[tuple[Leaf, int], Form]()
+            if column is not None and len(uses) > 1:
+                together = forms_together(self.block, tap, uses, column)
+            for leaf, source in uses:
                 leaf.arrived |= g is not None
-                if column is not None:
+                if (leaf, id(source)) in together:
+                    leaf.forms.append(together[leaf, id(source)])
+                elif column is not None:
                     if self.shares_patches:
                         with patches_kept():
                             form = form_of_source(self.block, leaf, tap, source, column)
