@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack._torch import leaf_of
 from backpack.engine.collect import Leaf
-from backpack.forms.base import Dense
-from backpack.forms.several import Part
+from backpack.forms.base import Dense, Form
+from backpack.forms.memory import fresh
 from backpack.graph.taps import Source, Tap
 
 # Gradients of all samples may take so much memory, where no quantity asks for them as they are.
@@ -37,13 +38,24 @@ class OwnUse(NamedTuple):
     turned: bool
     sample: int
 
-    def form(self, gradient: Tensor) -> Part:
-        """The form of that sample's use, from what the node has computed."""
-        leaf = self.leaf
+    def take(self, gradient: Tensor) -> None:
+        """Note the gradient of that sample's use, as the node has computed it."""
         gradient = gradient.mT if self.turned else gradient
-        if gradient.shape != leaf.parameter.shape:  # autograd adds up broadcast ones later
-            gradient = gradient.sum_to_size(leaf.parameter.shape)
-        return Part(Dense(gradient[None, None]), self.sample, leaf.samples)
+        if gradient.shape != self.leaf.parameter.shape:  # autograd adds up broadcast ones later
+            gradient = gradient.sum_to_size(self.leaf.parameter.shape)
+        self.leaf.alone.append((self.sample, gradient))
+
+
+def form_of_all(leaf: Leaf) -> Form:
+    """The form of what single samples' nodes have computed for a parameter."""
+    found, leaf.alone = sorted(leaf.alone, key=lambda pair: pair[0]), []
+    (of, gradients), samples = zip(*found, strict=True), leaf.samples
+    if of == tuple(range(samples)):
+        room = fresh(gradients[0], (samples, *gradients[0].shape))
+        return Dense(torch.stack(gradients, out=room).unsqueeze(0))
+    at, stacked = torch.tensor(of, device=gradients[0].device), torch.stack(gradients)
+    zeros = stacked.new_zeros(samples, *stacked.shape[1:])
+    return Dense(zeros.index_add(0, at, stacked).unsqueeze(0))
 
 
 def sample_of(tap: Tap) -> int | None:

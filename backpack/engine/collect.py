@@ -37,6 +37,7 @@ class Leaf:
         uses: the same but for parameters without entries, which no column reaches.
         waiting: taps of which the gradient has not come yet.
         forms: first-order forms of those of which it has.
+        alone: gradients of single samples' uses, with the samples, where autograd computes these.
         states: of quantities, by their fields.
         total: the gradient as the sum of the uses, if a quantity needs it.
         contracted: whether the first-order forms of all uses are reduced.
@@ -47,7 +48,7 @@ class Leaf:
     """
 
     __slots__ = (
-        *("parameter", "real", "samples", "places", "uses", "waiting", "forms", "states"),
+        *("parameter", "real", "samples", "places", "uses", "waiting", "forms", "alone", "states"),
         *("total", "contracted", "arrived", "hooked", "without", "refuse"),
     )
 
@@ -64,6 +65,7 @@ class Leaf:
         self.uses: list[tuple[Node, Tap, Source]] = []
         self.waiting: set[Tap] = set()
         self.forms: list[Form] = []
+        self.alone: list[tuple[int, Tensor]] = []
         self.states: dict[str, Any] = {}
         self.total: Tensor | None = None
         self.contracted = False

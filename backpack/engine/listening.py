@@ -164,12 +164,11 @@ class Listening(Reducing):
 
     def _own_uses(self, node: Node, taps: list[Tap]) -> list[OwnUse] | None:
         """Where autograd computes what is wanted of one sample's use, if nothing else is."""
-        if len(taps) > 1 or not self.takes_gradient or self.factored or self.shards is not None:
+        if len(taps) > 1 or not self.own_uses_do or self.keeps or torch.is_grad_enabled():
             return None
-        if self.block.owner.extension_hook is not None or self.keeps or torch.is_grad_enabled():
+        if self.shards is not None:
             return None
-        limited = not any(ext.large for ext in self.first_order)
-        return own_uses(node, taps[0], self.uses.get(taps[0], ()), limited)
+        return own_uses(node, taps[0], self.uses.get(taps[0], ()), not self.own_large)
 
     def taps_at_current_node(self, grads: Gradients) -> None:
         """Backward began, or was first seen, at a node with taps."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backpack._torch import current_task
-from backpack.engine.alone import OwnUse
+from backpack.engine.alone import OwnUse, form_of_all
 from backpack.engine.collect import Leaf, form_of_source, forms_together, reduce
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.loop import carry_sources
@@ -95,7 +95,7 @@ class Reducing(Saving):
             leaf, gradient = use.leaf, gradients[use.place]
             if gradient is not None:
                 leaf.arrived = True
-                leaf.forms.append(use.form(gradient))
+                use.take(gradient)
             leaf.waiting.discard(tap)
             if not leaf.waiting:
                 ready[leaf] = None
@@ -129,6 +129,8 @@ class Reducing(Saving):
         """All uses of a parameter are there: reduce its first-order form."""
         leaf.contracted = True
         forms, leaf.forms = leaf.forms, []
+        if leaf.alone:
+            forms.append(form_of_all(leaf))
         if not forms:
             return
         form = merge(forms)
