@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from torch.distributions import Categorical
 from torch.nn.utils.rnn import PackedSequence
 
 from backpack._ambient import ambient
-from backpack._torch import called_compiled, fakes, in_transform, nested_parts, rows_in_transform
+from backpack._torch import (
+    called_compiled,
+    fakes,
+    in_transform,
+    nested_parts,
+    rows_in_transform,
+    without_torch_function,
+)
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
@@ -60,7 +68,11 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
-    ambient.axes, ambient.written = _axes_of_inputs(recording, module, args, kwargs), {}
+    said = module.__dict__.get("_backpack_samples")
+    # No mode is asked for what is looked at, unless code of the user's is called.
+    with nullcontext() if callable(said) else without_torch_function():
+        axes = _axes_of_inputs(recording, module, args, kwargs)
+    ambient.axes, ambient.written = axes, {}
     ambient.ids = frozenset(map(id, recording.arguments))
     ambient.recorder = Recorder(recording, after_forward)
     ambient.passages = passages(ambient.recorder, module)
@@ -236,6 +248,13 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
         recording.depth -= 1
         return
     ambient.recorder = None
+    with without_torch_function():  # no mode is asked for what is looked at
+        _close(recorder, output)
+
+
+def _close(recorder: Recorder, output: Any) -> None:
+    """Note on the graph what the model gave, and forget the forward pass."""
+    recording = recorder.recording
     try:
         recorder.close()
         recorder.__exit__(None, None, None)

@@ -107,13 +107,14 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             return self.write_into(func, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
-        self.recording.made.note(out)
         # The user's forward pass goes on, whatever happens here. Other modes are told of none of it.
         try:
             if modes_open():
                 with without_torch_function():
+                    self.recording.made.note(out)
                     self._see(func, args, kwargs or {}, out)
             else:
+                self.recording.made.note(out)
                 self._see(func, args, kwargs or {}, out)
         except Exception as error:
             self.give_up(func, out, error)
@@ -166,6 +167,8 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 nested = nested or not all(type(each) is int for each in a)
         if nested or not usual or func in _WATCHED or func in LOSSES:
             self._look(func, args, kwargs, out)
+        elif data and not sources and self.one_sample(func, args, out, data):
+            pass
         elif not data:
             if sources or func in FACTORIES or any(t._base is not None for t in tensors_in(args)):
                 self._look(func, args, kwargs, out)
@@ -233,8 +236,11 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         at, *own = LAYERS[func]
         input, axes = args[at], ambient.axes
         axis: SampleAxis | None = getattr(input, MARK, None) or axes.get(id(input))
-        if axis is None or axis.lost is not None or axis.picked is not None:
+        if axis is None or axis.lost is not None:
             return False
+        if axis.picked is not None:  # what belongs to one sample is a batch of one
+            if axis.solo is None or axis.size == 1 or axis.dim or axis.bare or not out.numel():
+                return False
         weight, bias = (args[j] if j < len(args) else None for j in own)
         if weight is None or not weight.requires_grad:
             return False
