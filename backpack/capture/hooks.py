@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.distributions import Categorical
 from torch.nn.utils.rnn import PackedSequence
 
 from backpack._ambient import ambient
-from backpack._torch import called_compiled, fakes, in_transform, nested_parts, rows_in_transform
+from backpack._torch import (
+    called_compiled,
+    fakes,
+    in_transform,
+    modes_open,
+    nested_parts,
+    rows_in_transform,
+    without_torch_function,
+)
 from backpack.capture.contest import contested
 from backpack.capture.inputs import carriers, doubtful
 from backpack.capture.loss_records import note_loss, on_backward
@@ -60,7 +68,12 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
-    ambient.axes, ambient.written = _axes_of_inputs(recording, module, args, kwargs), {}
+    if len(args) == 1 and type(args[0]) is Tensor and not kwargs and modes_open():
+        with without_torch_function():
+            ambient.axes = _axes_of_inputs(recording, module, args, kwargs)
+    else:
+        ambient.axes = _axes_of_inputs(recording, module, args, kwargs)
+    ambient.written = {}
     ambient.ids = frozenset(map(id, recording.arguments))
     ambient.recorder = Recorder(recording, after_forward)
     ambient.passages = passages(ambient.recorder, module)
@@ -231,11 +244,20 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
     recorder = ambient.recorder
     if recorder is None or recorder.recording.module() is not module:
         return
-    recording = recorder.recording
-    if recording.depth:
-        recording.depth -= 1
+    if recorder.recording.depth:
+        recorder.recording.depth -= 1
         return
     ambient.recorder = None
+    if type(output) is Tensor:
+        with without_torch_function():  # no mode is told what is looked at here
+            _end(recorder, output)
+    else:
+        _end(recorder, output)
+
+
+def _end(recorder: Recorder, output: Any) -> None:
+    """The forward pass is over: its outputs are the border between model and loss."""
+    recording = recorder.recording
     try:
         recorder.close()
         recorder.__exit__(None, None, None)
@@ -343,6 +365,14 @@ def after_loss(
     node = output.grad_fn
     if node is None or ambient.recorder is not None or not _recordable():
         return
+    if modes_open() and all(type(x) is Tensor for x in (*args, *kwargs.values())):
+        with without_torch_function():
+            _note_loss(module, args, kwargs, node)
+    else:
+        _note_loss(module, args, kwargs, node)
+
+
+def _note_loss(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
     func, names = LOSS_MODULES[type(module)]
     f = args[0] if args else kwargs["input"]
     axis, dim = sample_axis_of(f), module.__dict__.get("_backpack_batch_dim", 0)
