@@ -5,7 +5,8 @@
 Graphs, packed and nested sequences, bags, lists of images, episodes, tokens, users, derivatives inside
 the loss. The loop runs model and loss on each sample alone. Ratios are to one backward pass of the
 whole batch without quantities, of processor time on one thread: the least of all turns, which
-alternate. Memory is the peak beyond what is there before the pass. Writes
+alternate. A second loop goes back twice for each sample, as many times as a gradient and one sampled
+column of curvature take. Memory is the peak beyond what is there before the pass. Writes
 ``benchmarks/results/rows.json`` and ``rows.md``.
 """
 
@@ -33,7 +34,9 @@ from benchmarks.worker import peak_bytes, reset_peak
 
 RESULTS = Path(__file__).parent / "results"
 QUANTITIES = ("BatchGrad", "BatchL2Grad", "DiagGGNMC", "KFAC")
-COLUMNS = ("loop", *QUANTITIES)
+# What is measured on a model that is not extended.
+PLAIN = ("gradient", "loop", "loop, twice")
+COLUMNS = ("loop", "loop, twice", *QUANTITIES)
 
 
 class Kind(NamedTuple):
@@ -297,6 +300,18 @@ def steps(kind: Kind) -> dict[str, Callable[[], Any]]:
         ]
         return [torch.stack(gs) for gs in filled]
 
+    def twice() -> list[Tensor]:
+        squares = [torch.zeros_like(p) for p in parameters]
+        for n in range(kind.samples):
+            share = kind.share(kind.model, n)
+            for last in (False, True):
+                found = torch.autograd.grad(
+                    share, parameters, retain_graph=not last, materialize_grads=True
+                )
+            for total, each in zip(squares, found, strict=True):
+                total.addcmul_(each, each)
+        return squares
+
     def computing(name: str) -> Callable[[], None]:
         def step() -> None:
             with bp.backpack(getattr(extensions, name)(), **kind.options):
@@ -304,7 +319,12 @@ def steps(kind: Kind) -> dict[str, Callable[[], Any]]:
 
         return step
 
-    return {"gradient": gradient, "loop": loop, **{name: computing(name) for name in QUANTITIES}}
+    return {
+        "gradient": gradient,
+        "loop": loop,
+        "loop, twice": twice,
+        **{name: computing(name) for name in QUANTITIES},
+    }
 
 
 def made(name: str) -> Kind:
@@ -319,7 +339,7 @@ def times(name: str, rounds: int) -> dict[str, float]:
     plain, kind = kind, kind._replace(model=made(name).model)
     kind.say(kind.model)
     own = steps(plain)  # the gradient and the loop, of a model that is not extended
-    run = {key: own[key] if key in ("gradient", "loop") else step for key, step in steps(kind).items()}
+    run = {key: own[key] if key in PLAIN else step for key, step in steps(kind).items()}
     found: dict[str, list[float]] = {key: [] for key in run}
     for _ in range(rounds + 1):
         for key, step in run.items():
@@ -337,7 +357,7 @@ def peaks(name: str) -> dict[str, int]:
     found = {}
     for key in ("gradient", *COLUMNS):
         kind = made(name)
-        if key not in ("gradient", "loop"):
+        if key not in PLAIN:
             kind.say(kind.model)
         step = steps(kind)[key]
         for _ in range(2):
@@ -364,7 +384,8 @@ def table(results: dict[str, Any]) -> str:
         f"{results['processor']}; torch {results['torch']}; one thread. Processor time as a multiple "
         "of one backward pass without quantities (the least of "
         f"{results['rounds']} turns), and peak memory of a pass in MB. `loop`: each sample's gradient "
-        "by plain autograd, one after the other. Taken beside other work.",
+        "by plain autograd, one after the other; `loop, twice`: two passes back for each, as many as a "
+        "gradient and a sampled column of curvature take. Taken beside other work.",
         "",
         f"| | samples | gradient | {' | '.join(COLUMNS)} |",
         f"|---{'|---' * (len(COLUMNS) + 2)}|",
@@ -374,6 +395,13 @@ def table(results: dict[str, Any]) -> str:
         first = f"{row['times']['seconds'] * 1e3:.1f} ms, {row['bytes']['gradient'] / 2**20:.0f} MB"
         lines.append(f"| {name} | {row['samples']} | {first} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def main() -> None:
@@ -390,17 +418,9 @@ def main() -> None:
         found[name] = {"samples": made(name).samples, "times": times(name, options.rounds)}
         print(name, {key: f"{value:.2f}" for key, value in found[name]["times"].items()}, flush=True)
         found[name]["bytes"] = apart(name)
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     results = {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": cpu,
+        "processor": processor(),
         "torch": torch.__version__,
         "rounds": options.rounds,
         "kinds": found,

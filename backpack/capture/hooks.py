@@ -6,11 +6,12 @@ import sys
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributions import Categorical
 from torch.nn.utils.rnn import PackedSequence
 
@@ -19,7 +20,6 @@ from backpack._torch import (
     called_compiled,
     fakes,
     in_transform,
-    modes_open,
     nested_parts,
     rows_in_transform,
     without_torch_function,
@@ -68,12 +68,11 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     _say_that_it_is_uncompiled(module)
     batch_dim = module.__dict__.get("_backpack_batch_dim", 0)
     recording = Recording(weakref.ref(module), None, batch_dim)
-    if len(args) == 1 and type(args[0]) is Tensor and not kwargs and modes_open():
-        with without_torch_function():
-            ambient.axes = _axes_of_inputs(recording, module, args, kwargs)
-    else:
-        ambient.axes = _axes_of_inputs(recording, module, args, kwargs)
-    ambient.written = {}
+    said = module.__dict__.get("_backpack_samples")
+    # No mode is asked for what is looked at, unless code of the user's is called.
+    with nullcontext() if callable(said) else without_torch_function():
+        axes = _axes_of_inputs(recording, module, args, kwargs)
+    ambient.axes, ambient.written = axes, {}
     ambient.ids = frozenset(map(id, recording.arguments))
     ambient.recorder = Recorder(recording, after_forward)
     ambient.passages = passages(ambient.recorder, module)
@@ -244,19 +243,17 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
     recorder = ambient.recorder
     if recorder is None or recorder.recording.module() is not module:
         return
-    if recorder.recording.depth:
-        recorder.recording.depth -= 1
+    recording = recorder.recording
+    if recording.depth:
+        recording.depth -= 1
         return
     ambient.recorder = None
-    if type(output) is Tensor:
-        with without_torch_function():  # no mode is told what is looked at here
-            _end(recorder, output)
-    else:
-        _end(recorder, output)
+    with without_torch_function():  # no mode is asked for what is looked at
+        _close(recorder, output)
 
 
-def _end(recorder: Recorder, output: Any) -> None:
-    """The forward pass is over: its outputs are the border between model and loss."""
+def _close(recorder: Recorder, output: Any) -> None:
+    """Note on the graph what the model gave, and forget the forward pass."""
     recording = recorder.recording
     try:
         recorder.close()
@@ -365,14 +362,6 @@ def after_loss(
     node = output.grad_fn
     if node is None or ambient.recorder is not None or not _recordable():
         return
-    if modes_open() and all(type(x) is Tensor for x in (*args, *kwargs.values())):
-        with without_torch_function():
-            _note_loss(module, args, kwargs, node)
-    else:
-        _note_loss(module, args, kwargs, node)
-
-
-def _note_loss(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
     func, names = LOSS_MODULES[type(module)]
     f = args[0] if args else kwargs["input"]
     axis, dim = sample_axis_of(f), module.__dict__.get("_backpack_batch_dim", 0)

@@ -184,6 +184,8 @@ class Recorder(SequenceTracker, TorchFunctionMode):
                 nested = nested or not all(type(each) is int for each in a)
         if nested or not usual or func in _WATCHED or func in LOSSES:
             self._look(func, args, kwargs, out)
+        elif data and not sources and self.one_sample(func, args, out, data):
+            pass
         elif not data:
             if sources or func in FACTORIES or any(t._base is not None for t in tensors_in(args)):
                 self._look(func, args, kwargs, out)
@@ -251,8 +253,11 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         at, *own = LAYERS[func]
         input, axes = args[at], ambient.axes
         axis: SampleAxis | None = getattr(input, MARK, None) or axes.get(id(input))
-        if axis is None or axis.lost is not None or axis.picked is not None:
+        if axis is None or axis.lost is not None:
             return False
+        if axis.picked is not None:  # what belongs to one sample is a batch of one
+            if axis.solo is None or axis.size == 1 or axis.dim or axis.bare or not out.numel():
+                return False
         weight, bias = (args[j] if j < len(args) else None for j in own)
         if weight is None or not weight.requires_grad:
             return False

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from backpack._torch import has_values, tree_flatten, tree_unflatten, without_torch_function
 from backpack.graph.nodes import children_of, kind_of
 from backpack.graph.taps import notes
+from backpack.graph.tracing import past
 from backpack.samples.axis import Rows, SampleAxis, sample_axis_of
 from backpack.samples.contractions import aligned, einsum_labels
 from backpack.samples.movers import MOVERS, spellings
@@ -37,6 +39,10 @@ _KEEPING = ELEMENTWISE | POINTWISE | set(spellings("softmax", "dropout", "dropou
 _PRODUCTS = frozenset(spellings("matmul", "__matmul__", "bmm", "mm"))
 # Nodes that leave an entry zero, by the number of their arguments one of which must be.
 _FACTORS = {"Mul": 2, **dict.fromkeys("Div Neg Clone ToCopy NativeDropout".split(), 1)}
+# Nodes that move the two sides of pairs to other axes.
+_MOVING = frozenset(
+    "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Slice Select".split()
+)
 
 
 class RowPairs(NamedTuple):
@@ -85,9 +91,9 @@ def axis_by_pairs(
     usual = out.grad_fn is not None and out.layout == torch.strided and has_values(out) and data
     if not usual or any(axis.tentative or axis.bare or axis.size == 1 for _, axis in data):
         return None
-    product = _product(func, args, out)
-    if product is not None:
-        return product
+    found = _product(func, args, out) or _summed(func, args, kwargs, out, data)
+    if found is not None:
+        return found
     pairs = (
         _kept(func, out, data)
         or _moved(func, args, kwargs, out, data)
@@ -230,20 +236,46 @@ def _product(func: Any, args: tuple[Any, ...], out: Tensor) -> SampleAxis | None
         pairs, axis = _within_samples(matrix), sample_axis_of(other)
         if pairs is None or axis is None or axis.lost or axis.bare or axis.tentative:
             continue
-        row, column = (terms[at][each.dim] for each in pairs)
-        same = torch.equal(pairs.columns.sample_ids(out.device), axis.sample_ids(out.device))
-        if same and terms[1 - at][axis.dim] == column and column not in result and row in result:
-            return _certified(pairs.rows.moved(result.index(row)))
+        for kept, summed in (pairs, reversed(pairs)):
+            row, column = terms[at][kept.dim], terms[at][summed.dim]
+            same = torch.equal(summed.sample_ids(out.device), axis.sample_ids(out.device))
+            if same and terms[1 - at][axis.dim] == column and column not in result and row in result:
+                return _certified(kept.moved(result.index(row)))
     return None
+
+
+def _summed(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Tensor,
+    data: list[tuple[Tensor, SampleAxis]],
+) -> SampleAxis | None:
+    """What is computed along one side of the pairs within samples, for each row of the other side."""
+    pairs = _within_samples(data[0][0]) if len(data) == 1 and func in MOVERS else None
+    if pairs is None:
+        return None
+    places = [moved(MOVERS[func], axis, data[0][0], out, args, kwargs) for axis in pairs]
+    left = [axis for axis in places if not axis.lost and axis.fits(out.shape)]
+    return _certified(left[0]) if len(left) == 1 else None
 
 
 def _within_samples(matrix: Tensor) -> RowPairs | None:
     """The pairs of a matrix in which a mask has left those within samples."""
-    below = [] if matrix.grad_fn is None else [matrix.grad_fn]
-    while below:
-        node = below.pop()
-        pairs = notes(node).get(PAIRS)
-        if pairs is not None and pairs.fits(matrix):
-            return pairs
-        below += children_of(node)[: _FACTORS.get(kind_of(node), 0)]
-    return None
+    found = None if matrix.grad_fn is None else _noted(matrix.grad_fn)
+    return found if found is not None and found.fits(matrix) else None
+
+
+def _noted(node: Node) -> RowPairs | None:
+    """The pairs of a node's result."""
+    if PAIRS in notes(node):
+        return notes(node)[PAIRS]
+    children = children_of(node)
+    for child in children[: _FACTORS.get(kind_of(node), 0)]:
+        found = _noted(child)
+        if found is not None:
+            return found
+    found = _noted(children[0]) if kind_of(node) in _MOVING else None
+    sides = [] if found is None else [past(axis, node) for axis in found]
+    rows, columns = sides or (None, None)
+    return None if rows is None or columns is None else RowPairs(rows, columns)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from backpack.capture.in_place import InPlaceTracker
-from backpack.graph.making import lost_form, of_sample, store_tap
+from backpack.graph.making import lost_form, store_tap
+from backpack.graph.taps import of_sample
 from backpack.rules.base import SEVERAL_OUTPUTS
 from backpack.rules.fallback import fallback
 from backpack.rules.packed import PACKED, packed_axes

@@ -23,8 +23,8 @@ from backpack.graph.taps import ENDS, MIXES, NONLINEAR, Recording, notes
 from backpack.losses.base import LOSSES
 from backpack.rules.base import ToForm
 from backpack.samples.aliases import through_base
-from backpack.samples.axis import MADE, MARK, SampleAxis, mark, regular_axis, sample_axis_of
-from backpack.samples.movers import LIKE
+from backpack.samples.axis import MADE, MARK, SampleAxis, mark, regular_axis, sample_axis_of, solo_axis
+from backpack.samples.movers import LIKE, spellings
 from backpack.samples.propagate import ELEMENTWISE, FACTORIES, name_of, settled, traced
 
 # Operations that curve each entry by itself.
@@ -42,6 +42,8 @@ ELEMENTWISE_NONLINEAR = frozenset(
 BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
 
 
+# Operations that give one sample an axis, of which nothing is lost.
+_IN_FRONT = frozenset((Tensor.__getitem__, *spellings("unsqueeze")))
 _DISTRIBUTIONS = (Distribution, Transform)
 
 
@@ -240,6 +242,31 @@ class Tracker:
             )
         if is_custom(out):
             settle(out, batch)
+
+    def one_sample(
+        self, func: Any, args: tuple[Any, ...], out: Any, data: list[tuple[Tensor, SampleAxis]]
+    ) -> bool:
+        """The result of an operation on data of one sample, of several: it is all that sample's."""
+        first = data[0][1]
+        sample, tentative = first.solo, first.tentative
+        if sample is None or type(out) is not Tensor or func in LIKE:
+            return False
+        if not out.requires_grad:  # nobody's own as yet
+            if func not in _IN_FRONT or (func is Tensor.__getitem__ and args[1] is not None):
+                return False
+            tentative = max(1, tentative)
+        for old, axis in data:
+            if axis is not first and (axis.solo != sample or axis.tentative != first.tentative):
+                return False
+            if axis.lost is not None or axis.size == 1 or out is old:
+                return False
+        if not out.numel() or is_custom(out):
+            return False
+        axis = solo_axis(sample, first.size, out.shape, out.device, tentative)
+        if len(data) == 1 and func in ELEMENTWISE_NONLINEAR and not out.is_complex():
+            notes(out.grad_fn)[NONLINEAR] = self.recording, axis  # type: ignore[arg-type]
+        out._backpack_batch = axis  # type: ignore[attr-defined]
+        return True
 
     def settle_doubt(
         self, func: Any, batch: SampleAxis, out: Tensor, args: tuple[Any, ...], faint: list[SampleAxis]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,9 @@ from backpack.engine.left_out import REFUSALS
 from backpack.engine.state import Block, Nested
 from backpack.forms.base import Dense, Form
 from backpack.forms.complex_pairs import as_pairs, in_pairs
-from backpack.forms.several import Pullback, Scaled, Together, merge, of_one
-from backpack.graph.carry import pull_back
-from backpack.graph.derived import entry_derivatives
+from backpack.forms.several import Part, Pullback, Scaled, Together, merge, of_one
+from backpack.graph.carry import pull_back, pull_back_to_all
+from backpack.graph.derived import entry_derivatives, mixed_leaves
 from backpack.graph.taps import Source, Tap
 from backpack.quantities.base import BackpropExtension
 
@@ -37,6 +37,7 @@ class Leaf:
         uses: the same but for parameters without entries, which no column reaches.
         waiting: taps of which the gradient has not come yet.
         forms: first-order forms of those of which it has.
+        alone: gradients of single samples' uses, with the samples, where autograd computes these.
         states: of quantities, by their fields.
         total: the gradient as the sum of the uses, if a quantity needs it.
         contracted: whether the first-order forms of all uses are reduced.
@@ -47,7 +48,7 @@ class Leaf:
     """
 
     __slots__ = (
-        *("parameter", "real", "samples", "places", "uses", "waiting", "forms", "states"),
+        *("parameter", "real", "samples", "places", "uses", "waiting", "forms", "alone", "states"),
         *("total", "contracted", "arrived", "hooked", "without", "refuse"),
     )
 
@@ -64,6 +65,7 @@ class Leaf:
         self.uses: list[tuple[Node, Tap, Source]] = []
         self.waiting: set[Tap] = set()
         self.forms: list[Form] = []
+        self.alone: list[tuple[int, Tensor]] = []
         self.states: dict[str, Any] = {}
         self.total: Tensor | None = None
         self.contracted = False
@@ -101,6 +103,42 @@ def _form_of_source(block: Block, leaf: Leaf, tap: Tap, source: Source, columns:
         return of_one(form, lambda each: Scaled(each, scale))
     vjp = partial(_pull_back, block, source.edge, leaf.parameter)
     return of_one(form, lambda each: Pullback(each, vjp, leaf.parameter.shape))
+
+
+def forms_together(
+    block: Block, tap: Tap, uses: Sequence[tuple[Leaf, Source]], columns: Tensor
+) -> dict[tuple[Leaf, int], Form]:
+    """Forms of parameters that one tensor is made from, carried on to all of them in one pass.
+
+    By parameters and ids of sources, only for those whose forms are written out in any case: of other
+    uses too, and of whose entries several are mixed.
+    """
+    groups: dict[int, tuple[Source, list[Leaf]]] = {}
+    for leaf, source in uses:
+        if source.edge is not None and len(leaf.uses) > 1 and not leaf.parameter.is_complex():
+            groups.setdefault(id(source), (source, []))[1].append(leaf)
+    found: dict[tuple[Leaf, int], Form] = {}
+    for source, leaves in groups.values():
+        edge = source.edge
+        if (
+            len(leaves) < 2
+            or edge is None
+            or edge.node._input_metadata[edge.output_nr].dtype.is_complex
+        ):
+            continue
+        mixed = mixed_leaves(edge.node)
+        leaves = [leaf for leaf in leaves if id(leaf.parameter) in mixed]
+        form = tap.form(source, columns)
+        part = form.form if isinstance(form, Part) else form
+        with Nested(block):
+            dense = part.dense()
+            parameters = [leaf.parameter for leaf in leaves]
+            results = pull_back_to_all(edge, parameters, dense.flatten(0, 1)) if leaves else []
+        for leaf, result in zip(leaves, results, strict=True):
+            own = Dense(result.reshape(*dense.shape[:2], *leaf.parameter.shape))
+            whole = Part(own, form.sample, form.samples) if isinstance(form, Part) else own
+            found[leaf, id(source)] = whole
+    return found
 
 
 def _pull_back(block: Block, edge: GradientEdge, parameter: Tensor, columns: Tensor) -> Tensor:

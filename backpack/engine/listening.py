@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from backpack._torch import current_node, has_values, static_graphs
 from backpack.engine import certificate
+from backpack.engine.alone import OwnUse, own_uses
 from backpack.engine.collect import Leaf, form_of_zeros
 from backpack.engine.debug import print_forms, print_outputs, print_taps
 from backpack.engine.pass_state import NOTHING, Gradients
@@ -47,9 +49,17 @@ class Listening(Reducing):
         self.block.wrappers = static_graphs(roots) or self.block.wrappers
         exts = self.block.owner.extensions
         curvature = any(ext.source.second_order for ext in exts)
+        numbered = False
         with Nested(self.block):
             anew = self.block.owner.certify == "always"
+            if self.block.owner.forwards == "further":
+                self.groups = groups_below(roots)
+                numbered = sum(bool(each.taps) for group in self.groups for each in group) > 1
+                if numbered:
+                    number_further(self.groups)
             graph = survey(roots, curvature, anew)
+            if numbered and not graph.transformed:
+                return graph
             several = several_forwards(graph) or bool(graph.transformed)
             if self.block.owner.forwards != "same" and several:
                 self.groups = groups_below(roots)
@@ -120,7 +130,7 @@ class Listening(Reducing):
             if real_only:
                 self.refuse(names.complex(parameter, real_only[0]), [parameter], real_only)
         if leaf is None:
-            leaf = self.leaves[parameter] = Leaf(parameter, tap.batch.size, self._refuse_one)
+            leaf = self.leaves[parameter] = Leaf(parameter, tap.samples, self._refuse_one)
             if self.without:
                 self._leave_out(leaf)
             for field, reason in self.without.get(None, {}).items() if self.without else ():
@@ -129,8 +139,8 @@ class Listening(Reducing):
                 self._save_on_gradient(leaf)
             for field in self.frees_previous:
                 self.part(parameter).__dict__.pop(field, None)
-        if leaf.samples != tap.batch.size:
-            return self.refuse(names.sizes(parameter, leaf.samples, tap.batch.size), [parameter])
+        if leaf.samples != tap.samples:
+            return self.refuse(names.sizes(parameter, leaf.samples, tap.samples), [parameter])
         if leaf.contracted:
             raise RuntimeError(
                 f"parameter {names(parameter)} is reached by several losses of one backward call; add "
@@ -147,8 +157,18 @@ class Listening(Reducing):
         """Take notice when backward reaches a node with taps."""
         if node is current_node():
             self.at_current_node = taps  # whose hooks are being called already
+        elif (uses := self._own_uses(node, taps)) is not None:
+            self.handles.append(node.register_hook(partial(self.used, taps[0], uses)))
         else:
             self.handles.append(node.register_prehook(partial(self.tap, taps)))
+
+    def _own_uses(self, node: Node, taps: list[Tap]) -> list[OwnUse] | None:
+        """Where autograd computes what is wanted of one sample's use, if nothing else is."""
+        if len(taps) > 1 or not self.own_uses_do or self.keeps or torch.is_grad_enabled():
+            return None
+        if self.shards is not None:
+            return None
+        return own_uses(node, taps[0], self.uses.get(taps[0], ()), not self.own_large)
 
     def taps_at_current_node(self, grads: Gradients) -> None:
         """Backward began, or was first seen, at a node with taps."""

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backpack._torch import current_task
-from backpack.engine.collect import Leaf, form_of_source, reduce
+from backpack.engine.alone import OwnUse, form_of_all
+from backpack.engine.collect import Leaf, form_of_source, forms_together, reduce
 from backpack.engine.layer_io import LayerIO, passes_its_input_on
 from backpack.engine.loop import carry_sources
 from backpack.engine.pass_state import Gradients, Roots
 from backpack.engine.refusals import Names
 from backpack.engine.saving import Saving
 from backpack.engine.state import Nested
-from backpack.forms.base import Dense
+from backpack.forms.base import Dense, Form
 from backpack.forms.several import merge
 from backpack.graph.outputs import LossRecord
 from backpack.graph.survey import Graph
@@ -63,9 +64,14 @@ class Reducing(Saving):
         for tap in taps:
             g = grads[tap.place]
             column = g.unsqueeze(0) if self.takes_gradient and g is not None else None
-            for leaf, source in self.uses.get(tap, ()):
+            uses, together = self.uses.get(tap, ()), dict[tuple[Leaf, int], Form]()
+            if column is not None and len(uses) > 1:
+                together = forms_together(self.block, tap, uses, column)
+            for leaf, source in uses:
                 leaf.arrived |= g is not None
-                if column is not None:
+                if (leaf, id(source)) in together:
+                    leaf.forms.append(together[leaf, id(source)])
+                elif column is not None:
                     if self.shares_patches:
                         with patches_kept():
                             form = form_of_source(self.block, leaf, tap, source, column)
@@ -78,6 +84,25 @@ class Reducing(Saving):
                 leaf.waiting.discard(tap)
                 if not leaf.waiting:
                     ready[leaf] = None
+        self._finish(taps, ready)
+
+    def used(self, tap: Tap, uses: list[OwnUse], gradients: Gradients, _: Gradients) -> None:
+        """Backward has passed the node of a layer that one sample alone has met."""
+        if self.block.nested or current_task() != self.task:
+            return
+        ready: dict[Leaf, None] = {}
+        for use in uses:
+            leaf, gradient = use.leaf, gradients[use.place]
+            if gradient is not None:
+                leaf.arrived = True
+                use.take(gradient)
+            leaf.waiting.discard(tap)
+            if not leaf.waiting:
+                ready[leaf] = None
+        self._finish([tap], ready)
+
+    def _finish(self, taps: list[Tap], ready: Iterable[Leaf]) -> None:
+        """Reduce what is complete, and let go of taps."""
         for leaf in ready:
             if self.watch.runs:
                 with self.watch(leaf.parameter):
@@ -104,6 +129,8 @@ class Reducing(Saving):
         """All uses of a parameter are there: reduce its first-order form."""
         leaf.contracted = True
         forms, leaf.forms = leaf.forms, []
+        if leaf.alone:
+            forms.append(form_of_all(leaf))
         if not forms:
             return
         form = merge(forms)

@@ -86,10 +86,11 @@ class Names:
     def complex(self, parameter: Tensor, ext: BackpropExtension) -> Exception:
         """Of a quantity that complex parameters do not have."""
         return NotImplementedError(
-            f"parameter {self(parameter)} is complex, for which {ext!r} is not defined; make it from a "
-            "real one with an axis of two (torch.view_as_complex), ask for diagonals, square roots or "
-            "products in its place (DiagGGNExact, SqrtGGNExact, GGNMP), or leave the parameter out: "
-            "requires_grad_(False), backpack(..., unsupported='skip')"
+            f"parameter {self(parameter)} is complex, for which {ext!r} is not defined "
+            "(docs/complex.md says why); make it from a real one with an axis of two "
+            "(torch.view_as_complex), ask for "
+            "diagonals, square roots or products in its place (DiagGGNExact, SqrtGGNExact, GGNMP), or "
+            "leave the parameter out: requires_grad_(False), backpack(..., unsupported='skip')"
         )
 
     def sizes(self, parameter: Tensor, one: int, other: int) -> Exception:

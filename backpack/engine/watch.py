@@ -105,10 +105,12 @@ class _Watch(TorchFunctionMode):
                 # A Jacobian or Hessian product, not the gradient of a loss.
                 with Nested(self.block):
                     return func(*args, **kwargs)
-            if kwargs.get("create_graph", args[4] if len(args) > 4 else False) and all(
-                isinstance(t, Tensor) and not isinstance(t, Parameter) for t in inputs
+            if kwargs.get("create_graph", args[4] if len(args) > 4 else False) and (
+                ambient.recorder is not None
+                or all(isinstance(t, Tensor) and not isinstance(t, Parameter) for t in inputs)
             ):
-                # A derivative in the model's inputs, which the loss is going to contain.
+                # A derivative in the model's inputs, or in its forward pass (a step for a task), which
+                # the loss is going to contain.
                 with Nested(self.block):
                     return func(*args, **kwargs)
             wanted = {t for t in inputs if isinstance(t, Tensor)}

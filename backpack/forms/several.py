@@ -13,6 +13,7 @@ from backpack.forms.layout import Layout, Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.memory import fresh
 from backpack.forms.outer import Outer
+from backpack.forms.ragged import beside
 from backpack.forms.sums import Sum
 
 
@@ -255,6 +256,10 @@ def _together(singles: Sequence[Part]) -> Form:
 
     Forms of several samples in a row have ranges that are the same or apart.
     """
+    if all(single.form.samples == 1 for single in singles):
+        joined = beside([(s.sample, s.form) for s in singles], singles[0].samples)
+        if joined is not None:
+            return joined
     size, like = singles[0].samples, singles[0].like
     of: dict[range, list[Form]] = {}
     for single in singles:

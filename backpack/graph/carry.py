@@ -6,7 +6,7 @@ Letters: ``v`` columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -222,6 +222,16 @@ def hooks_suspended(leaf: Tensor) -> Iterator[None]:
 
 def pull_back(edge: GradientEdge, leaf: Tensor, columns: Tensor) -> Tensor:
     """Columns at a derived tensor carried on to a leaf, ``[m, *t] -> [m, *p]``."""
-    with hooks_suspended(leaf):
-        (result,) = carry(edge, [get_gradient_edge(leaf)], columns)
-    return leaf.new_zeros(len(columns), *leaf.shape) if result is None else result
+    return pull_back_to_all(edge, [leaf], columns)[0]
+
+
+def pull_back_to_all(edge: GradientEdge, leaves: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
+    """Columns at a derived tensor carried on to several leaves at once."""
+    with ExitStack() as stack:
+        for leaf in leaves:
+            stack.enter_context(hooks_suspended(leaf))
+        found = carry(edge, [get_gradient_edge(leaf) for leaf in leaves], columns)
+    return [
+        leaf.new_zeros(len(columns), *leaf.shape) if result is None else result
+        for leaf, result in zip(leaves, found, strict=True)
+    ]

@@ -9,6 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._torch import leaf_of, shows
 from backpack.graph.carry import pull_back
 from backpack.graph.nodes import children_of, kind_of, upwards
+from backpack.graph.taps import notes
 from backpack.samples.separability import generic
 
 # Operations that act on single entries, where nothing is broadcast.
@@ -17,6 +18,10 @@ _ENTRIES = frozenset(
     Sigmoid Tanh Sin Cos Abs Relu LeakyRelu Elu Silu Gelu Erf Clamp ClampMin ClampMax Clone Alias
     ToCopy Where MaskedFill NativeDropout""".split()
 )
+
+
+# On nodes of derived tensors: the leaves that :func:`mixed_leaves` has found.
+_MIXED = "backpack_mixed_leaves"
 
 
 def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
@@ -31,6 +36,8 @@ def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
     """
     if parameter.is_complex() or edge.node._input_metadata[edge.output_nr].dtype.is_complex:
         return None  # a derivative of complex numbers need not be one number
+    if id(parameter) in mixed_leaves(edge.node):
+        return None
     nodes = _way(edge.node, parameter)
     shape = parameter.shape
     if any(kind_of(node) not in _ENTRIES for node in nodes):
@@ -44,6 +51,31 @@ def entry_derivatives(edge: GradientEdge, parameter: Tensor) -> Tensor | None:
     eps = torch.finfo(parameter.dtype).eps ** 0.75
     alike = (weighted.detach() - expected).abs() <= eps * expected.abs()
     return found if shows(alike.all(), True) else None
+
+
+def mixed_leaves(node: Node) -> set[int]:
+    """Ids of leaves of whose entries several are mixed on some way up to a node."""
+    known: set[int] | None = notes(node).get(_MIXED)
+    if known is None:
+        known = notes(node)[_MIXED] = _mixed_leaves(node)
+    return known
+
+
+def _mixed_leaves(node: Node) -> set[int]:
+    found, stack, seen = set[int](), [(node, False)], set[tuple[Node, bool]]()
+    while stack:
+        visit = stack.pop()
+        if visit in seen:
+            continue
+        seen.add(visit)
+        here, mixed = visit
+        leaf = leaf_of(here)
+        if leaf is None:
+            mixed = mixed or kind_of(here) not in _ENTRIES
+            stack += [(child, mixed) for child in children_of(here)]
+        elif mixed:
+            found.add(id(leaf))
+    return found
 
 
 def _way(start: Node, parameter: Tensor) -> list[Node]:

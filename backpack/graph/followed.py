@@ -26,6 +26,8 @@ Place = tuple[int, int]
 # What was found is found again after so many passes.
 AGAIN_AFTER = 200
 _CAPACITY = 256
+# Products of matrices one by one.
+_BATCHED = frozenset({"Bmm", "Baddbmm"})
 
 
 @dataclass
@@ -71,14 +73,17 @@ def follow(region: Region, roots: Sequence[GradientEdge], anew: bool = False) ->
     found = _Follower(region).follow(roots)
     if len(_known) >= _CAPACITY:
         _known.clear()
-    picks = any(_may_change(region, node) for node in region.order)
+    picks = any(_may_change(region, node, found) for node in region.order)
     if found.certain and found.starts and not found.mixed and not picks:
         _known[key] = found
     return found
 
 
-def _may_change(region: Region, node: Node) -> bool:
+def _may_change(region: Region, node: Node, found: Followed) -> bool:
     """Whether an operation may treat other samples alike the next time: by an index, or a matrix."""
+    named = found.axes.get((region.index[node], 0))
+    if kind_of(node) in _BATCHED and named is not None and named[1].dim == 0:
+        return False  # each sample meets a matrix of its own
     kind, children = kind_of(node), [child for child, _ in node.next_functions]
     fixed = kind in PRODUCTS - {"Mul", "Div"} and None in children
     return bool(

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack.forms.base import Form
-from backpack.forms.several import Part
 from backpack.graph.origins import sources_of
-from backpack.graph.taps import TAPS, UNBATCHED, Recording, Tap, notes
+from backpack.graph.taps import TAPS, UNBATCHED, Recording, Tap, notes, of_sample
 from backpack.rules.analytic import ANALYTIC, conjugated
 from backpack.rules.base import RULES, ParameterForms, ToForm
 from backpack.rules.fallback import fallback
@@ -120,13 +119,6 @@ def _unbatched(
 
 def _in_front(form: ToForm) -> ToForm:
     return lambda g: form(g.unsqueeze(1))
-
-
-def of_sample(form: ToForm, batch: SampleAxis) -> ToForm:
-    """The form of all samples from that of the one that the axis is about."""
-    sample, size = batch.solo, batch.size
-    assert sample is not None
-    return lambda g: Part(form(g), sample, size)
 
 
 def _looking(form: ToForm, places: Tensor) -> ToForm:

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._ambient import within
 from backpack.forms.base import Form
 from backpack.forms.complex_pairs import real_part
-from backpack.forms.several import among, of_one
+from backpack.forms.several import Part, among, of_one
 from backpack.graph.retained import Made
 from backpack.rules.analytic import conjugated
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, ToForm
@@ -47,6 +47,13 @@ TAPS, LOSS, MODEL_OUTPUT = "backpack_taps", "backpack_loss", "backpack_border"
 MIXES, NONLINEAR = "backpack_mixes", "backpack_curved"
 # Below the node of a result without sample axis: the arguments that had one.
 ENDS = "backpack_ends"
+
+
+def of_sample(form: ToForm, batch: SampleAxis) -> ToForm:
+    """The form of all samples from that of the one that the axis is about."""
+    sample, size = batch.solo, batch.size
+    assert sample is not None
+    return lambda g: Part(form(g), sample, size)
 
 
 def notes(node: Node) -> dict[str, Any]:
@@ -176,17 +183,22 @@ class Tap:
             assert self.args is not None
             # Its rule wants to know where the samples of the input are; no layer moves them.
             at, *own = LAYERS[self.func]
-            with within(axes={id(self.args[at]): self.own}):
+            # What belongs to one sample is a batch of one.
+            batch = self.own.single()
+            with within(axes={id(self.args[at]): batch}):
                 rule, more = RULES[self.func], {}
                 if self.statistics is not None and rule is layer_norm:
                     more = {"statistics": self.statistics}
-                pairs = rule(self.own, *self.args, **more)
+                pairs = rule(batch, *self.args, **more)
                 if pairs is not None and self.args[own[0]].is_complex():
                     pairs = conjugated(pairs)
                 if pairs is None:
                     given = [self.args[j] for j in own if j < len(self.args)]
                     leaves = [t for t in given if t is not None and t.requires_grad]
-                    pairs = fallback(self.own, 0, self.func, self.args, {}, leaves)
+                    at_once = batch is not self.own
+                    pairs = fallback(batch, 0, self.func, self.args, {}, leaves, at_once)
+            if batch is not self.own:
+                pairs = [(tensor, of_sample(form, self.own)) for tensor, form in pairs]
             self._sources = [
                 Source(tensor, None, form, True)
                 for tensor, form in pairs
@@ -198,6 +210,12 @@ class Tap:
     def batch(self) -> SampleAxis:
         """The sample axis of the output, among the samples of all forward passes."""
         return self.own if self.above else self.recording.among_all(self.own)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples of all forward passes."""
+        place = None if self.above else self.recording.place
+        return self.own.size if place is None else place[1]
 
     def form(self, source: Source, g: Tensor) -> Form:
         """The form of all samples for columns ``g``, for one of its sources."""

@@ -103,6 +103,7 @@ _STEPS: dict[str, Callable[[SampleAxis, Node, torch.Size, torch.Size], SampleAxi
     **dict.fromkeys(
         "Clone Alias ToCopy Neg Tanh Sigmoid Exp NestedGetValues NestedViewFromJagged".split(), _same
     ),
+    "T": lambda axis, node, old, new: axis.moved(len(new) - 1 - axis.dim),
     "Transpose": _transpose,
     "Permute": _permute,
     "Slice": _slice,
@@ -110,22 +111,29 @@ _STEPS: dict[str, Callable[[SampleAxis, Node, torch.Size, torch.Size], SampleAxi
 }
 
 
+def past(axis: SampleAxis, node: Node, number: int = 0) -> SampleAxis | None:
+    """An axis of a node's only input in its output, if it tells where that is moved to."""
+    step, children = _STEPS.get(kind_of(node)), [c for c in node.next_functions if c[0] is not None]
+    if step is None or len(children) != 1:
+        return None
+    below, place = children[0]
+    old = torch.Size(below._input_metadata[place].shape)  # type: ignore[union-attr]
+    moved = step(axis, node, old, torch.Size(node._input_metadata[number].shape))
+    return None if moved is None or moved.lost else moved
+
+
 def _moved(edge: GradientEdge, outputs: dict[tuple[Node, int], SampleAxis]) -> SampleAxis | None:
     """The axis after a chain of operations that nodes tell about; ``None`` if there are others."""
     chain, node, number = [], edge.node, edge.output_nr
     while (node, number) not in outputs:
-        step = _STEPS.get(kind_of(node))
         children = [(child, nr) for child, nr in node.next_functions if child is not None]
-        if step is None or len(children) != 1:
+        if kind_of(node) not in _STEPS or len(children) != 1:
             return None
-        below, nr = children[0]
-        chain.append((step, node, below._input_metadata[nr].shape, node._input_metadata[number].shape))
-        node, number = below, nr
+        chain.append((node, number))
+        node, number = children[0]
     axis: SampleAxis | None = outputs[node, number]
-    for step, node, old, new in reversed(chain):
-        axis = step(axis, node, torch.Size(old), torch.Size(new))
-        if axis is None or axis.lost:
-            return None
+    for each in reversed(chain):
+        axis = None if axis is None else past(axis, *each)
     return axis
 
 

@@ -140,11 +140,25 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return made_of(func(rows_of(input), weight, bias), nested_parts(input))
 
 
-@_opens(*spellings("matmul", "__matmul__"))
+@_opens(*spellings("matmul", "__matmul__", "bmm"))
 def _matmul(func: Any, input: Tensor, other: Tensor) -> Any:
-    if not input.is_nested or other.is_nested or other.dim() != 2 or _own(input, -1) is None:
+    """With a matrix for all or for each component; or two nested tensors, over their rows."""
+    if not input.is_nested or other.dim() < 2:
         return NotImplemented
-    return made_of(func(rows_of(input), other), nested_parts(input))
+    rows, parts, places = rows_of(input), nested_parts(input), Places.of(input)
+    at_rows = _own(input, -1) is not None
+    if other.dim() == 2:
+        return made_of(func(rows, other), parts) if at_rows else NotImplemented
+    full = places.pad(rows, parts.axis).movedim(1, parts.axis + 1)
+    if not other.is_nested:
+        if other.dim() != input.dim() or parts.axis != rows.dim() - 2:
+            return NotImplemented
+        return made_of(places.unpad(func(full, other).movedim(parts.axis + 1, 1), parts.axis), parts)
+    theirs = nested_parts(other)
+    counted = parts.axis == rows.dim() - 1 and theirs.axis == other.dim() - 3
+    if not counted or input.dim() != other.dim() or not alike(parts, theirs._replace(axis=parts.axis)):
+        return NotImplemented
+    return func(full, places.pad(rows_of(other), theirs.axis).movedim(1, theirs.axis + 1))
 
 
 @_opens(F.layer_norm, F.rms_norm)
@@ -255,6 +269,11 @@ def _transpose(func: Any, x: Tensor, dim0: int, dim1: int) -> Any:
     parts = nested_parts(x)
     axis = {first: second, second: first}.get(parts.axis, parts.axis)
     return made_of(rows_of(x).transpose(first, second), parts, axis)
+
+
+@_opens(Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _swapped(func: Any, x: Tensor) -> Any:
+    return _transpose(func, x, -2, -1)
 
 
 @_opens(*spellings("flatten"))

@@ -27,8 +27,12 @@ MARK = "_backpack_batch"
 class Rows:
     """Which sample each row belongs to, where rows were picked by an index."""
 
-    def __init__(self, samples: Tensor, size: int) -> None:
+    def __init__(self, samples: Tensor, size: int, only: int | None = None) -> None:
         self.samples = samples
+        if only is not None:
+            self.slots, self.width = torch.arange(len(samples), device=samples.device), len(samples)
+            self.only: int | None = only if len(samples) else None
+            return
         order = samples.argsort(stable=True)
         counts = torch.bincount(samples, minlength=size)
         starts = counts.cumsum(0) - counts
@@ -169,6 +173,9 @@ class SampleAxis:
         """The same entries, where samples are counted from ``start``, of ``size`` altogether."""
         if self.lost:
             return SampleAxis(size, self.dim, self.outer, self.inner, self.tentative, self.lost)
+        if self.size == 1 or self.solo is not None:
+            length = None if self.bare else self.length
+            return _solo_axis(start + (self.solo or 0), size, length, device, self.tentative, self.dim)
         rows = Rows(self.sample_ids(device) + start, size)
         return SampleAxis(size, self.dim, tentative=self.tentative, picked=rows, bare=self.bare)
 
@@ -261,13 +268,20 @@ def solo_axis(
     """The axis of a tensor of that shape that belongs to one sample."""
     if size == 1 and shape:
         return regular_axis(1, dim, 1, shape[dim], tentative)
-    rows = _one_sample(sample, shape[dim] if shape else 1, size, device)
-    return SampleAxis(size, dim, tentative=tentative, picked=rows, bare=not shape)
+    return _solo_axis(sample, size, shape[dim] if shape else None, device, tentative, dim)
+
+
+@lru_cache(4096)
+def _solo_axis(
+    sample: int, size: int, length: int | None, device: torch.device, tentative: int, dim: int
+) -> SampleAxis:
+    rows = _one_sample(sample, 1 if length is None else length, size, device)
+    return SampleAxis(size, dim, tentative=tentative, picked=rows, bare=length is None)
 
 
 @lru_cache(4096)
 def _one_sample(sample: int, length: int, size: int, device: torch.device) -> Rows:
-    return Rows(torch.full((length,), sample, device=device), size)
+    return Rows(torch.full((length,), sample, device=device), size, sample)
 
 
 @lru_cache(4096)

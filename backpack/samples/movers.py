@@ -6,8 +6,9 @@ returns the axis of the result, lost where the operation mixes samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -231,6 +232,45 @@ def _cat(
     if old is not parts[0]:
         return _cat(axes[0], parts[0], new, args, kwargs)  # type: ignore[arg-type]
     return picked_axis(torch.cat(samples), batch.size, dim)
+
+
+# What puts tensors beside each other.
+JOINS = frozenset(spellings("stack", "cat", "concat", "concatenate"))
+_STACKS = frozenset(spellings("stack"))
+
+
+def joined(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    new: Tensor,
+    marked: Sequence[tuple[Tensor, SampleAxis]],
+) -> SampleAxis | None:
+    """The axis of tensors of one sample each beside each other, which asks each of them once."""
+    parts = argument(args, kwargs, 0, "tensors")
+    size, dim = marked[0][1].size, wrap(argument(args, kwargs, 1, "dim", "axis", default=0), new.dim())
+    if not isinstance(parts, (list, tuple)) or len(parts) != len(marked) or size == 1:
+        return None
+    samples: list[tuple[int, int]] = []
+    for part, (tensor, axis) in zip(parts, marked, strict=True):
+        sample = axis.solo
+        if part is not tensor or sample is None or axis.lost or axis.size != size:
+            return None
+        if func in _STACKS:
+            samples.append((sample, 1))
+        elif axis.bare or axis.dim != dim:
+            return None
+        else:
+            samples.append((sample, axis.length))
+    return _joined_axis(tuple(samples), size, dim, new.device)
+
+
+@lru_cache(256)
+def _joined_axis(
+    samples: tuple[tuple[int, int], ...], size: int, dim: int, device: torch.device
+) -> SampleAxis:
+    ids = [sample for sample, length in samples for _ in range(length)]
+    return picked_axis(torch.tensor(ids, device=device), size, dim)
 
 
 @mover("flip")

@@ -11,7 +11,7 @@ from torch import Tensor
 from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
 from backpack.samples.contractions import aligned
 from backpack.samples.entries import ENTRIES, entry_axis
-from backpack.samples.movers import LIKE, MOVERS, Mover, spellings
+from backpack.samples.movers import JOINS, LIKE, MOVERS, Mover, joined, spellings
 from backpack.samples.separability import is_sample_separable, remembers
 
 # Several arguments, broadcast, entry by entry.
@@ -134,6 +134,8 @@ def traced(
         same = func not in ELEMENTWISE or new.dim() == old.dim()
         if same and batch.lost is None and batch.fits(new.shape) and known(func, batch, old, args):
             return batch, []
+    if len(marked) > 1 and func in JOINS and (axis := joined(func, args, kwargs, new, marked)):
+        return axis, []
     batch, demoted = _propagate(func, args, kwargs, new, marked)
     single = None
     if marked[0][1].picked is not None and (batch.lost or func not in MOVERS):

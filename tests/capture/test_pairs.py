@@ -53,7 +53,34 @@ def _messages(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
     return ((q[:, None] - k[None]).tanh() * same[..., None]).sum(1) + v
 
 
+def _affinities(q: Tensor, k: Tensor, same: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.T) * same
+
+
+def _both_sides(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
+    """Messages of a graph whose edges are learned, as in a convolution of it."""
+    W = _affinities(q, k, same)
+    return (W / W.sum(1, keepdim=True).sqrt() / W.sum(0).sqrt()) @ v
+
+
+def _heads_over_rows(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
+    q, k, v = (each.view(len(each), 3, 1).transpose(0, 1) for each in (q, k, v))
+    W = torch.sigmoid(q @ k.mT) * same
+    found = W.transpose(1, 2) @ v + torch.einsum("hij,hid->hjd", W, v)
+    return found.transpose(0, 1).reshape(-1, 3)
+
+
 ATTENTION: dict[str, Attend] = {
+    "transposed": lambda q, k, v, same: _affinities(q, k, same).T @ v,
+    "over columns": lambda q, k, v, same: (
+        (q @ k.T).masked_fill(~same, -torch.inf).softmax(0).permute(1, 0) @ v
+    ),
+    "column sums": lambda q, k, v, same: v * _affinities(q, k, same).sum(0)[:, None],
+    "mean of a transpose": lambda q, k, v, same: v * _affinities(q, k, same).mT.mean(-1, True),
+    "largest": lambda q, k, v, same: v * _affinities(q, k, same).amax(0).unsqueeze(1),
+    "both sides": _both_sides,
+    "heads over rows": _heads_over_rows,
+    "einsum over rows": lambda q, k, v, same: torch.einsum("ij,id->jd", _affinities(q, k, same), v),
     "filled": _softmax(lambda s, same: s.masked_fill(~same, -torch.inf)),
     "filled in place": _softmax(lambda s, same: s.masked_fill_(~same, -torch.inf)),
     "assigned": _softmax(_assigned),
@@ -133,6 +160,9 @@ def _zero(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
 
 
 MIXING: dict[str, Attend] = {
+    "transposed, no mask": lambda q, k, v, same: (q @ k.T).T @ v,
+    "all columns": lambda q, k, v, same: v * (q @ k.T * same).sum(),
+    "columns, no mask": lambda q, k, v, same: v * (q @ k.T).sum(0)[:, None],
     "no mask": _softmax(lambda s, same: s),
     "mask before softmax": _softmax(lambda s, same: s * same),
     "one edge too many": _softmax(_one_edge_too_many),
@@ -146,6 +176,8 @@ MIXING: dict[str, Attend] = {
 def test_what_mixes_samples(name: str) -> None:
     model = extend(_network(MIXING[name]), samples=lambda x, graph: (x, graph))
     loss = F.cross_entropy(model(torch.randn(7, 3), GRAPH), torch.arange(7) % 3)
-    message = "'last.weight'.*holds the samples: matmul combines different sample axes"
+    message = (
+        "'last.weight'.*holds the samples: (matmul combines different|a reduction over the) sample ax"
+    )
     with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
         loss.backward()

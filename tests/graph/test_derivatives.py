@@ -941,7 +941,7 @@ def test_page() -> None:
         shapes += [(str(list(eval(found, names))), shape) for found, shape in here]
         if "kfac" in block:
             assert [factor.shape for factor in names["model"][2].weight.kfac] == [(16, 16), (16, 16)]
-    assert len(shapes) == 2 and all(found == shape for found, shape in shapes)
+    assert len(shapes) == 3 and all(found == shape for found, shape in shapes)
 
 
 def test_hessian_products() -> None:

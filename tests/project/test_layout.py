@@ -17,8 +17,8 @@ ROOT = Path(backpack.__file__).parent
 ROOMS = {
     "samples": """axis aliases separability movers blocks contractions indexing reductions entries
         packing writes propagate""",
-    "forms": """memory triton products overlaps base layout lookup strips tally sides outer sums several
-        complex_pairs at_output""",
+    "forms": """memory triton products overlaps base layout lookup strips tally sides outer sums ragged
+        several complex_pairs at_output""",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         packed fallback analytic decompositions components jagged""",
     "losses": "blocks base elementwise piecewise softmax twice",
@@ -31,8 +31,8 @@ ROOMS = {
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root
         kronecker matrix_products""",
-    "engine": """left_out state layer_io refusals costs debug certificate collect exchange shards loop
-        pass_state saving reducing listening run direct watch block plan""",
+    "engine": """left_out state layer_io refusals costs debug certificate collect alone exchange shards
+        loop pass_state saving reducing listening run direct watch block plan""",
     "dataset": "totals micro_batches spread reductions individual accumulating loop",
     "testing": "report copies oracle",
 }

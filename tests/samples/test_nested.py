@@ -67,6 +67,10 @@ def anew(m: Net, x: Tensor) -> Tensor:
     return m.head((x + y).sum(dim=1))
 
 
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (1, 3)).transpose(1, 2)
+
+
 def joined(m: Net, x: Tensor) -> Tensor:
     parts = m.first(x).tanh().unbind()
     h = (
@@ -101,6 +105,13 @@ CASES: dict[str, Callable[..., Tensor]] = {
         + m.first(x).mean((1, 2), keepdim=True).flatten(1) * torch.ones(3).to(CONDITION)
     ),
     "product": lambda m, x: m.head((x.tanh() @ m.first.weight.T + m.first.bias).mean(1)),
+    "two nested": lambda m, x: m.head((m.first(x).transpose(1, 2) @ m.norm(x).tanh()).sum(1)),
+    "two nested, heads": lambda m, x: m.head(
+        heads(m.first(x)).mT.matmul(heads(m.norm(x))).sum(1)[:, 0]
+    ),
+    "a matrix for each": lambda m, x: m.head(
+        (m.first(x) @ (m.norm(x).transpose(1, 2) @ m.first(x))).tanh().mean(1)
+    ),
     "normalized": lambda m, x: m.head(F.normalize(m.first(x), dim=-1).cumsum(-1).sum(1)),
     "in place": lambda m, x: m.head(F.relu(m.first(x).add_(1.0), inplace=True).mean(1)),
 }
