@@ -48,8 +48,9 @@ executes: Callable[[Node], bool] = torch._C._will_engine_execute_node
 # Within the block, operations are not reported to torch-function modes.
 without_torch_function: Callable[[], Any] = torch._C.DisableTorchFunction
 
-# How many torch-function modes see what is called now: within one's own handler, the others.
+# How many torch-function modes see what is called now (within one's own handler, the others), and each.
 modes_open: Callable[[], int] = torch._C._len_torch_function_stack
+mode_at: Callable[[int], Any] = torch._C._get_function_stack_at
 
 # What the functions of these names in ``torch.nn.utils.rnn`` call.
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence

@@ -43,8 +43,8 @@ class Outputs:
         if len(rows) != 1 or len({x.dtype for x in parts}) != 1:
             shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
             raise ValueError(
-                f"the model's output, {type(output).__name__}, has tensors of shapes {shapes or 'none'} "
-                "that require grad; check compares outputs that have rows for the samples, as many in each"
+                f"the output is a {type(output).__name__} with tensors of shapes {shapes or 'none'} "
+                "that require grad; check compares those with rows for the samples, as many in each"
             )
         self._joined = parts
         flat = [x.movedim(self.dim, 0).reshape(x.shape[self.dim], -1) for x in parts]
