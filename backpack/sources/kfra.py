@@ -20,6 +20,7 @@ from backpack.forms.products import spectrum
 from backpack.graph.carry import carry
 from backpack.graph.nodes import children_of, upwards
 from backpack.graph.taps import TAPS, Tap, notes
+from backpack.samples.axis import SampleAxis
 
 LARGEST_MATRIX = 2**13
 
@@ -52,6 +53,7 @@ def averaged(
     while place is not None and isinstance(matrix, Tensor):
         for tap in notes(place.node).get(TAPS, ()):
             if tap in wanted and tap.place == place.output_nr:
+                in_front(tap.batch, place)
                 arrived[id(tap)] = _spread(matrix, place, samples)
         below = [GradientEdge(n, nr) for n, nr in place.node.next_functions if n in active]
         if len(below) > 1:
@@ -60,6 +62,17 @@ def averaged(
             matrix = _through(matrix, place, below[0], samples)
         place = below[0] if below else None
     return arrived
+
+
+def in_front(axis: SampleAxis, place: GradientEdge) -> None:
+    """All that follows takes rows one after the other as those of the first sample, the second, ...
+
+    Raises:
+        NotImplementedError: if they lie otherwise.
+    """
+    regular = axis.picked is None and axis.dim == 0 and axis.outer == 1
+    if axis.size > 1 and not regular:
+        raise NotImplementedError(_refusal(f"the samples are not in front at {_name(place)}"))
 
 
 def _name(place: GradientEdge) -> str:

@@ -178,6 +178,8 @@ class AveragedRoot(ColumnSource):
             raise NotImplementedError("kfra needs one model output; use KFLR or KFAC")
         start = (piece.outputs or piece.places)[0]
         loss = piece.hessian.with_minimal_root()
+        axes = dict(given.model_outputs)
+        kfra.in_front(axes.get(start) or piece.hessian.axes[0], start)
         count = given.at_once(piece.places, loss.f.device.type)
         columns = (parts for parts, _ in signed_columns(loss, piece.gradient, count, False))
         # The average is one over the rows of the model's output.

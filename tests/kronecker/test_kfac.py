@@ -335,6 +335,19 @@ def test_kfra_is_for_chains(model: nn.Module, why: str) -> None:
     assert not any(hasattr(p, "kfra") for p in model.parameters())
 
 
+@pytest.mark.parametrize("last", ["view", "layer", "picked"])
+@pytest.mark.parametrize("steps", [N - 1, N, 2 * N])
+def test_kfra_where_other_rows_are_in_front(steps: int, last: str) -> None:
+    """As many time steps as samples look like samples."""
+    model = extend(seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), batch_dim=1)
+    output = model(torch.randn(steps, N, 3))
+    order = torch.arange(steps * N).flip(0)
+    f = {"view": output.reshape(-1, 2), "layer": output, "picked": output.reshape(-1, 2)[order]}[last]
+    with backpack(KFRA()), pytest.raises(NotImplementedError, match="not in front"):
+        nn.functional.mse_loss(f, torch.randn(f.shape)).backward()
+    assert not any(hasattr(p, "kfra") for p in model.parameters())
+
+
 def test_kfra_refuses_huge_matrices() -> None:
     model, lossfunc = extend(nn.Sequential(nn.Linear(1, 10**4), nn.ReLU())), extend(nn.MSELoss())
     loss = lossfunc(model(torch.randn(N, 1)), torch.randn(N, 10**4))
