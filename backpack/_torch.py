@@ -24,48 +24,8 @@ from torch.autograd.graph import Node
 from torch.nn._reduction import legacy_get_string as reduction_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = [
-    "SPACES",
-    "AccumulateGrad",
-    "NestedParts",
-    "ShardGroup",
-    "call_at_end",
-    "called_compiled",
-    "current_node",
-    "current_task",
-    "executes",
-    "fakes",
-    "foreign_shards",
-    "has_values",
-    "in_transform",
-    "keeps_graph",
-    "leaf_of",
-    "modes_open",
-    "nested_padded",
-    "nested_parts",
-    "nested_rows",
-    "nested_view",
-    "nested_view_of",
-    "pack_padded_sequence",
-    "packs_saved_tensors",
-    "pad_packed_sequence",
-    "ran_compiled",
-    "reduction_name",
-    "rows_in_transform",
-    "shard_groups",
-    "sharded_modules",
-    "shows",
-    "static_graphs",
-    "storage_users",
-    "tree_flatten",
-    "tree_unflatten",
-    "twins",
-    "uncompiled",
-    "uncompiled_calls",
-    "unwrapped",
-    "without_autocast",
-    "without_torch_function",
-]
+# What is passed on under a name of torch's; all that is defined here is open too.
+__all__ = ["reduction_name", "tree_flatten", "tree_unflatten"]
 
 # Where functions live that the torch-function protocol may report.
 SPACES = (torch, Tensor, torch.nn.functional, torch._C._nn, torch.special, torch.linalg, torch.sparse)
@@ -88,13 +48,18 @@ executes: Callable[[Node], bool] = torch._C._will_engine_execute_node
 # Within the block, operations are not reported to torch-function modes.
 without_torch_function: Callable[[], Any] = torch._C.DisableTorchFunction
 
-# How many torch-function modes see what is called now: within one's own handler, the others.
+# How many torch-function modes see what is called now (within one's own handler, the others), and each.
 modes_open: Callable[[], int] = torch._C._len_torch_function_stack
+mode_at: Callable[[int], Any] = torch._C._get_function_stack_at
 
 # What the functions of these names in ``torch.nn.utils.rnn`` call.
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence
 pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 
+# Sums, differences and norms of lists of tensors, each of the one beside it; the first in place.
+foreach_add_: Callable[..., None] = torch._foreach_add_
+foreach_sub: Callable[..., tuple[Tensor, ...]] = torch._foreach_sub
+foreach_norm: Callable[..., tuple[Tensor, ...]] = torch._foreach_norm
 
 # What makes a nested tensor of jagged layout from rows, what gives these back, and what pads them.
 nested_view: Any = torch._nested_view_from_jagged

@@ -21,11 +21,9 @@ from torch import nn
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.forms import base
 from backpack.forms import triton as kernels
 from backpack.forms.layout import Layout
 from backpack.forms.outer import Outer
-from backpack.graph import carry
 from benchmarks.problems import make, setting
 
 # Columns, samples, groups, positions, outputs, inputs.
@@ -86,7 +84,7 @@ def limits(device: str, problem: str) -> list[dict[str, Any]]:
     rows = []
     for quantity in (None, *QUANTITIES):
         for size in BYTES:
-            places = carry.COLUMN_BYTES, base.BLOCK_BYTES, base.PATCH_BYTES
+            places = limits.COLUMN_BYTES, limits.BLOCK_BYTES, limits.PATCH_BYTES
             row: dict[str, Any] = {"problem": problem, "quantity": quantity and quantity.__name__}
             for place, name in zip(places, ("columns", "blocks", "patches"), strict=True):
                 with patch.dict(place, {device: size}):

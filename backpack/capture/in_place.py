@@ -193,8 +193,19 @@ class InPlaceTracker(Tracker):
         assert node is not None
         sources = write.rest if write.lone else [write.args[0], *write.rest]
         make_tap(
-            *(self.recording, func, write.args, write.kwargs, node, output_nr, 0),
-            *(batch, sources, inputs, None, whole, view),
+            self.recording,
+            func,
+            write.args,
+            write.kwargs,
+            node,
+            output_nr,
+            0,
+            batch,
+            sources,
+            inputs,
+            None,
+            whole,
+            view,
         )
 
     def write_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,8 +20,10 @@ from torch.overrides import TorchFunctionMode
 from backpack._ambient import ambient
 from backpack._torch import (
     in_transform,
+    mode_at,
     modes_open,
     pack_padded_sequence,
+    packs_saved_tensors,
     pad_packed_sequence,
     uncompiled_calls,
     without_torch_function,
@@ -63,6 +65,9 @@ _places: dict[tuple[Any, ...], tuple[SampleAxis, SampleAxis]] = {}
 _MOST_PLACES = 2**14
 _NUMBERS = frozenset({int, tuple, torch.Size})
 _PLAIN = frozenset({torch.Size, int, float, bool, torch.dtype, torch.device, type(None)})
+# Functions not written in Python call nothing that a mode would see, but for what subclasses do.
+_BUILT_IN = frozenset(map(type, (torch.relu, Tensor.add, Tensor.__getitem__, Tensor.shape.__get__)))  # type: ignore[attr-defined]
+_KNOWN_TYPES: tuple[Any, ...] = ((), (Tensor,), (nn.Parameter,))
 
 
 class Recorder(SequenceTracker, TorchFunctionMode):
@@ -72,6 +77,8 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         super().__init__(recording)
         # Cleared when a forward pass ended without its hook: then everything is passed on.
         self.live = True
+        # Whether whatever else sees its calls has no interest in them (a block's watch).
+        self.alone = all(hasattr(mode_at(j), "only_backward") for j in range(modes_open()))
         # Operations of compiled parts are seen as well.
         self.compile_again = uncompiled_calls()
         module = recording.module()
@@ -96,7 +103,8 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         if in_transform():
             self.enter_transform()
             return func(*args, **kwargs) if kwargs else func(*args)
-        if types and any(each.__name__ == "NestedTensor" for each in types):
+        usual_types = types in _KNOWN_TYPES
+        if not usual_types and any(each.__name__ == "NestedTensor" for each in types):
             return self._nested(func, args, kwargs or {})
         route = _ROUTES.get(func)
         if route is not None:
@@ -106,19 +114,28 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             return out
         if kwargs and kwargs.get("out") is not None:
             return self.write_into(func, args, kwargs)
+        if self.alone and usual_types and type(func) in _BUILT_IN and modes_open():
+            with without_torch_function():
+                out = func(*args, **kwargs) if kwargs else func(*args)
+                self._note(func, args, kwargs, out)
+            return out
         out = func(*args, **kwargs) if kwargs else func(*args)
-        # The user's forward pass goes on, whatever happens here. Other modes are told of none of it.
+        # Other modes are told nothing of what happens here.
+        if modes_open():
+            with without_torch_function():
+                self._note(func, args, kwargs, out)
+        else:
+            self._note(func, args, kwargs, out)
+        return out
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Look at a call that is over; the user's forward pass goes on, whatever happens here."""
         try:
-            if modes_open():
-                with without_torch_function():
-                    self.recording.made.note(out)
-                    self._see(func, args, kwargs or {}, out)
-            else:
+            if type(out) is Tensor or type(out) not in _PLAIN:
                 self.recording.made.note(out)
-                self._see(func, args, kwargs or {}, out)
+            self._see(func, args, kwargs or {}, out)
         except Exception as error:
             self.give_up(func, out, error)
-        return out
 
     def enter_transform(self) -> None:
         """What a transform in forward uses of parameters is found on the graph."""
@@ -258,6 +275,7 @@ class Recorder(SequenceTracker, TorchFunctionMode):
             inputs = (input.grad_fn or get_gradient_edge(input).node,)
         recording = self.recording
         tap = Tap(func, 0, axis, inputs, recording, args=args)
+        tap.plain = func is _LAYER_NORM and not packs_saved_tensors()
         notes(node)[TAPS] = [tap]
         recording.taps.append(weakref.ref(tap))
         out._backpack_batch = axis  # type: ignore[attr-defined]

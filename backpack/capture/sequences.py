@@ -73,10 +73,17 @@ class SequenceTracker(InPlaceTracker):
                     found = [(s, lost_form) for s in sources]
                 else:
                     found = rules[func](axis.single(), place, hidden, *args)
-                pairs = [(t, f) for t, f in found if any(t is s for s in sources)]
+                pairs = [(t, f) for t, f in found if t is not None and any(t is s for s in sources)]
                 if own is not batch:
                     pairs = [(t, of_sample(f, batch)) for t, f in pairs]
                 store_tap(
-                    *(self.recording, func, each.grad_fn, each.output_nr, batch),
-                    *(pairs, inputs, False, [t for t, _ in marked]),  # type: ignore[arg-type]
+                    self.recording,
+                    func,
+                    each.grad_fn,
+                    each.output_nr,
+                    batch,
+                    pairs,
+                    inputs,
+                    False,
+                    [t for t, _ in marked],
                 )

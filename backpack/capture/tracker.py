@@ -237,8 +237,18 @@ class Tracker:
             if base is not None and node.next_functions[0][0] is not base.grad_fn:
                 base = None
             make_tap(
-                *(recording, func, args, kwargs, node, out.output_nr, place, batch, sources, inputs),
-                *(base, whole),
+                recording,
+                func,
+                args,
+                kwargs,
+                node,
+                out.output_nr,
+                place,
+                batch,
+                sources,
+                inputs,
+                base,
+                whole,
             )
         if is_custom(out):
             settle(out, batch)

@@ -191,7 +191,7 @@ class BackwardCTX:
             self._block = disable()
         else:
             self._block = backpack(
-                *(*self.exts, *asked), extension_hook=_all(hooks) if hooks else None, debug=self.debug
+                *self.exts, *asked, extension_hook=_all(hooks) if hooks else None, debug=self.debug
             )
         self._block.__enter__()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backpack._torch import foreach_sub
 from backpack.cockpit.alarms import Alarm, Finding
 from backpack.cockpit.alpha import alpha
 from backpack.cockpit.grouping import Per
@@ -60,7 +61,7 @@ class Concluding(Listening):
         for measure in self.measures:
             self._try(measure.name, lambda: self._measured(measure, step, values))  # noqa: B023
         for name in self.special:
-            self._try(name, lambda: getattr(self, f"_{name}")(step, values))  # noqa: B023
+            self._try(name, lambda: CONCLUSIONS[name](self, step, values))  # noqa: B023
         self._plan(step)
         self._add(self.step_count, values)
         for alarm in list(self.alarms):
@@ -91,11 +92,9 @@ class Concluding(Listening):
         """What the optimizer has done."""
         parameters = [p.detach() for p in self._parameters]
         if self._before is not None:
-            update = torch._foreach_sub(parameters, self._before)
+            update = foreach_sub(parameters, self._before)
             step.update = dict(zip(self._parameters, update, strict=True))
-            moved = (
-                () if self._before_all is None else torch._foreach_sub(self._before, self._before_all)
-            )
+            moved = () if self._before_all is None else foreach_sub(self._before, self._before_all)
             norms = norms_of([*update, *self._before, *moved]).cpu().split(len(parameters))
             step.update_norms, step.parameter_norms = norms[:2]
             if self._before_all is not None:
@@ -264,3 +263,15 @@ class Concluding(Listening):
         found = critical_sharpness(self.closure, step.update, step.rates)
         if found is not None:
             values["critical_sharpness"] = found
+
+
+# What computes those of `configurations.SPECIAL`.
+CONCLUSIONS: dict[str, Callable[[Concluding, Step, dict[str, Any]], None]] = {
+    "alpha": Concluding._alpha,
+    "alpha_ggn": Concluding._alpha_ggn,
+    "grad_hist": Concluding._grad_hist,
+    "grad_hist_2d": Concluding._grad_hist_2d,
+    "hess_max_ev": Concluding._hess_max_ev,
+    "attention_logit": Concluding._attention_logit,
+    "critical_sharpness": Concluding._critical_sharpness,
+}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack import disable
+from backpack._torch import foreach_add_
 from backpack.cockpit.passed import Group
 from backpack.cockpit.passes import Call
 
@@ -165,6 +166,6 @@ def _cycle(
             beside.append(norm)
     found = [torch.zeros_like(x) for x in start]
     for c, each in zip(weights.tolist(), basis, strict=False):
-        torch._foreach_add_(found, each, alpha=c)
+        foreach_add_(found, each, alpha=c)
     norm = _norm(found)
     return value, [x / norm for x in found], settled

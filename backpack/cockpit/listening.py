@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backpack._torch import leaf_of
+from backpack._torch import foreach_norm, leaf_of
 from backpack.cockpit import passes
 from backpack.cockpit.alpha import End
 from backpack.cockpit.attention import AttentionLogits
@@ -278,8 +278,8 @@ def norms_of(tensors: Sequence[Tensor | None]) -> Tensor:
     """A norm for each tensor, zero where there is none."""
     dense = [t for t in tensors if t is not None and not t.is_sparse]
     if len(dense) == len(tensors) and len({t.dtype for t in dense}) == 1:
-        return torch.stack(torch._foreach_norm(dense)).double()
-    norms = iter(torch._foreach_norm(dense)) if dense else iter(())
+        return torch.stack(foreach_norm(dense)).double()
+    norms = iter(foreach_norm(dense)) if dense else iter(())
     found = []
     like = next(t for t in tensors if t is not None) if any(t is not None for t in tensors) else None
     zero = torch.zeros(()) if like is None else torch.zeros((), device=like.device)

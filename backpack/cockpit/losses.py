@@ -26,7 +26,9 @@ _SUMS = frozenset({"Add", "Sub", "Rsub"})
 
 def _nll(n: Any) -> Tensor:
     return F.nll_loss(
-        *(n._saved_self, n._saved_target, n._saved_weight),
+        n._saved_self,
+        n._saved_target,
+        n._saved_weight,
         ignore_index=_signed(n._saved_ignore_index),
         reduction="none",
     )
@@ -38,7 +40,9 @@ def _signed(value: int) -> int:
 
 def _bce_logits(n: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(
-        *(n._saved_self, n._saved_target, n._saved_weight),
+        n._saved_self,
+        n._saved_target,
+        n._saved_weight,
         pos_weight=n._saved_pos_weight,
         reduction="none",
     )

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from backpack._torch import foreach_norm
 from backpack.cockpit.alpha import End
 from backpack.cockpit.collect import Piece, projected
 from backpack.cockpit.histograms import counted
@@ -152,7 +153,7 @@ class Step:
     def gradient_norms(self) -> Tensor:
         """The norm of ``g`` of each parameter, on the CPU."""
         found = self.gradients
-        norms = iter(torch._foreach_norm(list(found.values()), 2, dtype=torch.float64) if found else ())
+        norms = iter(foreach_norm(list(found.values()), 2, dtype=torch.float64) if found else ())
         of = {p: norm.to(self.parameters[0].device) for p, norm in zip(found, norms, strict=True)}
         zero = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
         return torch.stack([of.get(p, zero) for p in self.parameters]).cpu()

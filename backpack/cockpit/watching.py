@@ -74,7 +74,8 @@ def watch(
         NotImplementedError: for parameters that are kept in parts by several processes.
     """
     return Monitor(
-        *(model, optimizer),
+        model,
+        optimizer,
         quantities=quantities,
         every=every,
         per=per,

@@ -206,7 +206,8 @@ class backpack:  # noqa: N801
             return cls(*exts, parameters=parameters)
         owner = outer.owner
         both = cls(
-            *(*owner.extensions, *exts),
+            *owner.extensions,
+            *exts,
             extension_hook=owner.extension_hook,
             debug=owner.debug,
             retain_graph=owner.retain_graph,

@@ -94,11 +94,10 @@ class Block:
             has changed.
         """
         new = {id(p): p for p in parameters}
-        fields = {ext.savefield for ext in self.owner.extensions}
         with _expecting:
-            for other in list(ambient.blocks):
-                same = fields & {ext.savefield for ext in other.owner.extensions}
-                if other.thread != self.thread and same:
+            for other in [block for block in ambient.blocks if block.thread != self.thread]:
+                fields = {ext.savefield for ext in self.owner.extensions}
+                if fields & {ext.savefield for ext in other.owner.extensions}:
                     taken = next((p for key, p in new.items() if key in other.expected), None)
                     if taken is not None:
                         return taken

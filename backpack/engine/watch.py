@@ -64,6 +64,8 @@ class WatchedBlock(Block):
 class _Watch(TorchFunctionMode):
     """Sees calls of ``backward`` and ``torch.autograd.grad`` inside a block."""
 
+    only_backward = True  # while a forward pass is recorded
+
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from backpack.forms.base import PATCH_BYTES, Dense, Factor, Form, Sharing, turn
+from backpack.forms.base import Dense, Factor, Form, Sharing, turn
+from backpack.forms.limits import PATCH_BYTES
 from backpack.forms.outer import Outer
 
 
@@ -51,15 +52,15 @@ class AtOutput(Form):
     arrange: Callable[[Tensor], Form] = field(repr=False)
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.form.shape
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         return 1
 
     @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.form.samples
 
     @property

@@ -15,20 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from backpack.forms.limits import BLOCK_BYTES, PATCH_BYTES
 from backpack.forms.products import gram, gram_matrix, row_products
-
-# A block of G is squared and summed while it is in the processor's cache.
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
-
-
-# Patches written out for a product over all samples.
-PATCH_BYTES = {"cpu": 2**24, "cuda": 2**28}
-
 
 # What is written out is reduced in one piece up to this many numbers.
 SMALL = 2**18
@@ -59,12 +52,31 @@ class Factor(NamedTuple):
 class Form(ABC):
     """``G [v, n, *p]``, in some factored shape."""
 
-    shape: torch.Size
-    columns: int
-    samples: int
-    # Whether `project` does without writing the form out, and whether the form has parts of its own.
-    projects = False
+    # Whether the form has parts of its own.
     parted = False
+
+    if TYPE_CHECKING:
+        # Read only: a subclass has a field of that name or a property, and a field could not be set
+        # where the base has a property.
+        @property
+        @abstractmethod
+        def shape(self) -> torch.Size:
+            """The parameter's, ``p``."""
+
+        @property
+        @abstractmethod
+        def columns(self) -> int:
+            """How many there are, ``v``."""
+
+        @property
+        @abstractmethod
+        def samples(self) -> int:
+            """How many there are, ``n``."""
+
+    @property
+    def projects(self) -> bool:
+        """Whether :meth:`project` does without writing the form out."""
+        return False
 
     @property
     def adds_up(self) -> bool:
@@ -95,7 +107,7 @@ class Form(ABC):
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Pieces of ``G`` of one column and some samples each, small enough for the cache, or all."""
         like = self.like
-        limit = BLOCK_BYTES.get(like.device.type, 2**20)
+        limit = BLOCK_BYTES[like.device.type]
         step = max(1, limit // max(1, self.shape.numel() * like.element_size()))
         if self.columns * self.samples <= step:
             if self.columns * self.samples:
@@ -109,7 +121,7 @@ class Form(ABC):
     @property
     def room(self) -> int:
         """How many numbers may be written out at a time."""
-        return PATCH_BYTES.get(self.like.device.type, 2**24) // self.like.element_size()
+        return PATCH_BYTES[self.like.device.type] // self.like.element_size()
 
     def tiles(self, rows: int | None = None) -> list[Tile]:
         """Columns and samples of pieces of so many rows; by default small enough to be written out."""
@@ -353,15 +365,15 @@ class Dense(Form):
     projects = True
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.values.shape[2:]
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         return self.values.shape[0]
 
     @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.values.shape[1]
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
 from backpack.forms.outer import Outer
-from backpack.forms.several import Pullback, of_one
+from backpack.forms.several import Pullback, Wrapped, of_one
 
 
 def as_pairs(x: Tensor) -> Tensor:
@@ -29,25 +29,19 @@ def from_pairs(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Paired(Form):
+class Paired(Wrapped):
     """A form of complex numbers, as pairs of real ones.
 
     Attributes:
         form: ``G [v, n, *p]``, complex.
     """
 
-    form: Form
-
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return torch.Size((*self.form.shape, 2))
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
-        return self.form.columns
-
-    @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.form.samples
 
     @property

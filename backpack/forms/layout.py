@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backpack.forms.base import PATCH_BYTES
+from backpack.forms.limits import PATCH_BYTES, Limit
 from backpack.forms.overlaps import Overlap, overlap_of, overlapping_gram
 from backpack.forms.products import MIRRORED, gram_matrix
 
@@ -101,10 +101,10 @@ class Patches:
         split = place.unflatten(3, inside).unflatten(2, positions)
         split.movedim(tuple(range(2, 2 + self.ndim)), tuple(range(-self.ndim, 0))).copy_(self.windows)
 
-    def step(self, limits: dict[str, int]) -> int:
+    def step(self, limits: Limit) -> int:
         """Number of samples whose patches take about that much memory."""
         size = self.shape[1:].numel() * self.windows.element_size()
-        return max(1, limits.get(self.windows.device.type, 2**24) // max(1, size))
+        return max(1, limits[self.windows.device.type] // max(1, size))
 
     def overlap(self) -> Overlap | None:
         """What windows share, where :meth:`gram` makes use of it."""

@@ -46,11 +46,11 @@ class Lookup(Positioned):
     projects = True
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         return self.g.shape[0]
 
     @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.g.shape[1]
 
     @property

@@ -12,7 +12,6 @@ from torch import Tensor
 from backpack.forms import triton
 from backpack.forms.base import (
     LARGEST_FACTOR,
-    PATCH_BYTES,
     Factor,
     Form,
     Sharing,
@@ -27,6 +26,7 @@ from backpack.forms.base import (
     turn,
 )
 from backpack.forms.layout import Layout, Patches
+from backpack.forms.limits import PATCH_BYTES
 from backpack.forms.products import row_products
 from backpack.forms.sides import Sides
 

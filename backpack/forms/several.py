@@ -30,11 +30,11 @@ class Together(Form):
     samples: int = field()
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.values.shape[1:]
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         return self.values.shape[0]
 
     @property
@@ -63,7 +63,26 @@ class Together(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class Pullback(Form):
+class Wrapped(Form):
+    """A form made from another one of as many columns.
+
+    Attributes:
+        form: the other.
+    """
+
+    form: Form
+
+    @property
+    def columns(self) -> int:
+        return self.form.columns
+
+    @property
+    def like(self) -> Tensor:
+        return self.form.like
+
+
+@dataclass(frozen=True, eq=False)
+class Pullback(Wrapped):
     """A form of a tensor made from parameters only, carried on to one of those parameters.
 
     Attributes:
@@ -72,16 +91,11 @@ class Pullback(Form):
         shape: the parameter's shape ``p``.
     """
 
-    form: Form
     vjp: Callable[[Tensor], Tensor]
     shape: torch.Size = field()
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
-        return self.form.columns
-
-    @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.form.samples
 
     @property
@@ -104,7 +118,7 @@ class Pullback(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Form):
+class Scaled(Wrapped):
     """A form multiplied entry by entry: that of a parameter of which single entries are functions.
 
     Attributes:
@@ -112,27 +126,18 @@ class Scaled(Form):
         scale: the derivatives of its entries, ``[*p]``.
     """
 
-    form: Form
     scale: Tensor
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.form.shape
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
-        return self.form.columns
-
-    @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.form.samples
 
     @property
-    def like(self) -> Tensor:
-        return self.form.like
-
-    @property
-    def projects(self) -> bool:  # type: ignore[override]
+    def projects(self) -> bool:
         return self.form.projects
 
     def take(self, columns: slice, samples: slice | Tensor) -> Scaled:
@@ -174,7 +179,7 @@ class Scaled(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class Part(Form):
+class Part(Wrapped):
     """The form of an operation on one sample only, or some in a row; for all others it is zero.
 
     Attributes:
@@ -183,21 +188,12 @@ class Part(Form):
         samples: number of samples.
     """
 
-    form: Form
     sample: int
     samples: int = field()
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.form.shape
-
-    @property
-    def columns(self) -> int:  # type: ignore[override]
-        return self.form.columns
-
-    @property
-    def like(self) -> Tensor:
-        return self.form.like
 
     def written(self) -> Part:
         return Part(Dense(self.form.dense()), self.sample, self.samples)

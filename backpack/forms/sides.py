@@ -10,22 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from backpack.forms.base import (
-    BLOCK_BYTES,
-    PATCH_BYTES,
-    Positioned,
-    sum_first,
-)
+from backpack.forms.base import Positioned, sum_first
 from backpack.forms.layout import Layout, Patches
+from backpack.forms.limits import ADDED_FROM, BLOCK_BYTES, PATCH_BYTES, STRIP_BYTES, Limit
 from backpack.forms.memory import fresh
-from backpack.forms.strips import STRIP_BYTES, Strips
+from backpack.forms.strips import Strips
 from backpack.forms.tally import Tally
 
 # On a CPU, products of matrices that are squared at once are written into the same memory each time, up
 # to so many bytes of them; all at once if they take no more than the lesser number.
 PRODUCT_BYTES, SMALL_BYTES = 2**20, 2**17
-# From so many positions on, adding up individual gradients takes less time than the product.
-ADDED_FROM = {"cpu": 8, "cuda": 32}
 
 S = TypeVar("S", bound="Sides")
 
@@ -52,7 +46,7 @@ class Sides(Positioned):
 
     @property
     def adds_up(self) -> bool:
-        return self.positions >= ADDED_FROM.get(self.g.device.type, 32)
+        return self.positions >= ADDED_FROM[self.g.device.type]
 
     def tallied(self: S) -> S:
         # Of less precise numbers sums are taken by the product, in which they are added up exactly.
@@ -65,15 +59,15 @@ class Sides(Positioned):
         return a if a.dtype == self.g.dtype else a.to(self.g.dtype)
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.layout.shape
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         return self.g.shape[0]
 
     @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.g.shape[1]
 
     @property
@@ -134,7 +128,7 @@ class Sides(Positioned):
         size = self.columns * self.samples * self.shape.numel() * self.g.element_size()
         return size > SMALL_BYTES and self.g.device.type == "cpu" and not torch.is_grad_enabled()
 
-    def _pieces(self: S, limits: dict[str, int]) -> Iterator[S]:
+    def _pieces(self: S, limits: Limit) -> Iterator[S]:
         """The form; where patches are not kept, for as many samples at a time as fit the limit."""
         inputs = self.inputs
         lazy = isinstance(inputs, Patches) and not inputs.keep and not torch.is_grad_enabled()

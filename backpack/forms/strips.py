@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# So many bytes of a matrix are written out at a time, into memory that stays in the cache.
-STRIP_BYTES = {"cpu": 2**20, "cuda": 2**28}
+from backpack.forms.limits import STRIP_BYTES
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Strips:
     def _ranges(self) -> list[slice]:
         """The rows of each strip."""
         rows, columns = self.shape
-        limit = STRIP_BYTES.get(self.left.device.type, 2**20)
+        limit = STRIP_BYTES[self.left.device.type]
         step = max(1, limit // max(1, columns * self.left.element_size()))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 

@@ -22,15 +22,15 @@ class Sum(Form):
     parted = True
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.forms[0].shape
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def columns(self) -> int:
         return self.forms[0].columns
 
     @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return self.forms[0].samples
 
     @property

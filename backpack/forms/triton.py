@@ -134,8 +134,19 @@ def _contract(
     strides = (*g.stride(), *windows.stride()[:2], *steps)
     with torch.cuda.device_of(g):
         kernel[(chunks * tiles,)](
-            *(g, windows, positions, inside, signs, out, *sizes, *strides),
-            *(sign is not None, norms, *sides, POSITIONS, "tf32" if tf32 else "ieee"),
+            g,
+            windows,
+            positions,
+            inside,
+            signs,
+            out,
+            *sizes,
+            *strides,
+            sign is not None,
+            norms,
+            *sides,
+            POSITIONS,
+            "tf32" if tf32 else "ieee",
         )
     return out.sum(1) if norms else out.sum(0)
 

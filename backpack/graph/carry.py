@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import has_values
+from backpack.forms.limits import COLUMN_BYTES
 from backpack.graph.nodes import children_of, walk
 from backpack.samples.separability import generic
 
-# Columns are carried in chunks whose outputs at all taps stay below this many bytes. On a CPU fresh
-# memory costs more than it saves: columns go together only if they are small.
-COLUMN_BYTES = {"cpu": 2**24, "cuda": 2**31}
+# On a CPU fresh memory costs more than it saves: columns go together only if they are small.
 SEVERAL, SMALL_COLUMN = 5, 2**19
 
 
@@ -40,7 +39,7 @@ def columns_at_once(places: Sequence[GradientEdge], device: str, chunk_size: int
     """
     if chunk_size is not None:
         return chunk_size
-    return max(1, COLUMN_BYTES.get(device, 2**28) // max(bytes_at(places), 1))
+    return max(1, COLUMN_BYTES[device] // max(bytes_at(places), 1))
 
 
 def carry(

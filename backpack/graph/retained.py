@@ -61,11 +61,14 @@ def retaining(thread: int) -> list[Tensor]:
     for each in _made.valuerefs():  # a list, whatever other threads do
         made = each()
         if made is not None and made.thread == thread:
-            made.let_go()
+            alive = []
             for ref in made:
                 tensor = ref()
-                if tensor is not None and tensor.retains_grad:
-                    found[id(tensor)] = tensor
+                if tensor is not None:
+                    alive.append(ref)
+                    if tensor.retains_grad:
+                        found[id(tensor)] = tensor
+            made[:] = alive
     return list(found.values())
 
 

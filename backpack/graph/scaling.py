@@ -72,6 +72,6 @@ def pulled(starts: Starts, targets: Sequence[GradientEdge], scale: Scale | None)
         column = generic(about.shape, torch.empty(0, dtype=about.dtype, device=about.device))
         columns.append(column if scale is None else column * along(axis, column, scale))
     found = torch.autograd.grad(
-        *([edge for edge, _ in starts], list(targets), columns), retain_graph=True, allow_unused=True
+        [edge for edge, _ in starts], list(targets), columns, retain_graph=True, allow_unused=True
     )
     return list(found)

@@ -196,6 +196,8 @@ def survey(roots: Sequence[Node], curvature: bool = True, anew: bool = False) ->
         recordings.append(inside)
         if node not in tapped:
             tapped.add(node)
+            if taps[0].plain:
+                taps[0].take_statistics(node)
             graph.taps += [(node, tap) for tap in taps]
             if len(taps) > 1 or taps[0].args is None:  # else a plain layer's sources are all there is
                 graph.unseen += _inside_tap(node, taps)

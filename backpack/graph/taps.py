@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from backpack.graph.retained import Made
 from backpack.rules.analytic import conjugated
 from backpack.rules.base import RULES, SEVERAL_OUTPUTS, ToForm
 from backpack.rules.fallback import fallback
+from backpack.rules.normalization import layer_norm
 from backpack.samples.axis import SampleAxis
 
 # Plain layers, one node of one output each: places of the input, the weight and the bias (if there is
@@ -102,12 +104,14 @@ class Tap:
         above: whether it is above the model's outputs.
         within: whether it is part of a derivative of a model, inside of the loss.
         by_node: whether its forms are made by its node, which must not be freed before.
+        plain: whether what its node keeps is not packed (by a checkpoint, say), for a layer norm.
         read: other tensors that its forms are made from, with their versions at that time.
     """
 
     __slots__ = (
         *("func", "place", "own", "inputs", "recording", "released"),
-        *("args", "input", "read", "above", "within", "by_node", "_version", "_sources", "__weakref__"),
+        *("args", "input", "read", "above", "within", "by_node", "plain", "statistics"),
+        *("_version", "_sources", "__weakref__"),
     )
 
     def __init__(
@@ -132,7 +136,16 @@ class Tap:
         self._version: int = 0 if args is None else args[LAYERS[func][0]]._version
         self.input: weakref.ref[Tensor] | None = None
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
-        self.above = self.within = self.by_node = False
+        self.above = self.within = self.by_node = self.plain = False
+        self.statistics: tuple[Tensor, Tensor] | None = None
+
+    def take_statistics(self, node: Node) -> None:
+        """Take from the node of a layer norm the mean and the inverse deviation of each row."""
+        if self.plain and self.args is not None and self._sources is None:
+            with suppress(RuntimeError):  # freed
+                mean, inverse = (getattr(node, f"_saved_result{j}", None) for j in (1, 2))
+                if mean is not None and inverse is not None and mean.dim() == self.args[0].dim():
+                    self.statistics = mean, inverse
 
     @property
     def op(self) -> str:
@@ -173,7 +186,10 @@ class Tap:
             # What belongs to one sample is a batch of one.
             batch = self.own.single()
             with within(axes={id(self.args[at]): batch}):
-                pairs = RULES[self.func](batch, *self.args)
+                rule, more = RULES[self.func], {}
+                if self.statistics is not None and rule is layer_norm:
+                    more = {"statistics": self.statistics}
+                pairs = rule(batch, *self.args, **more)
                 if pairs is not None and self.args[own[0]].is_complex():
                     pairs = conjugated(pairs)
                 if pairs is None:
@@ -209,7 +225,7 @@ class Tap:
 
     def release(self) -> None:
         """Let go of the inputs, as autograd does once it has passed."""
-        self._sources, self.args, self.released = [], None, True
+        self._sources, self.args, self.statistics, self.released = [], None, None, True
 
 
 @dataclass(slots=True, eq=False)

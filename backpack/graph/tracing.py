@@ -150,7 +150,9 @@ def _owners(edge: GradientEdge, outputs: Placed, size: int) -> Tensor | None:
     weights.requires_grad_()
     try:
         pulled = torch.autograd.grad(
-            *([edge], [place for place, _ in outputs], [weights]),
+            [edge],
+            [place for place, _ in outputs],
+            [weights],
             create_graph=True,
             retain_graph=True,
             allow_unused=True,
@@ -169,7 +171,7 @@ def _owners(edge: GradientEdge, outputs: Placed, size: int) -> Tensor | None:
 
     def product(tangents: Sequence[Tensor]) -> Tensor:
         (found,) = torch.autograd.grad(
-            *([p for p, _ in reached], weights, tangents), retain_graph=True, allow_unused=True
+            [p for p, _ in reached], weights, tangents, retain_graph=True, allow_unused=True
         )
         return torch.zeros_like(weights) if found is None else found.detach()
 

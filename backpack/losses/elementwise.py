@@ -227,7 +227,9 @@ def soft_margin_loss(
         size = target.abs().to(input.dtype)
         scale = size**2 * reduction_scale(reduction, input.shape)
     return _Elementwise(
-        *(input, batch, ()),
+        input,
+        batch,
+        (),
         lambda f: _logistic(f * size),
         scale,
         lambda f, generator: _logistic_noise(f * size, generator),

@@ -152,7 +152,8 @@ def differentiate_twice(
         if entries.requires_grad:
             try:
                 rows = torch.autograd.grad(
-                    *(entries.sum(), edges),
+                    entries.sum(),
+                    edges,
                     retain_graph=True,
                     create_graph=create_graph,
                     allow_unused=True,

@@ -155,7 +155,7 @@ class BackpropExtension:
         )
 
     def get_subsampling(self) -> Sequence[int] | None:
-        """The samples that are kept; ``None``: all."""
+        """The samples that are kept, under the original's name; ``None``: all."""
         return self.subsampling
 
     subsampling: Sequence[int] | None = None
@@ -238,7 +238,7 @@ class Sampled(BackpropExtension):
         self.source: SampledRoot | RandomSigns = self._drawn(mc_samples, generator)
 
     def get_num_mc_samples(self) -> int:
-        """Number of Monte-Carlo samples per data point."""
+        """Number of draws for each sample, under the original's name."""
         return self.source.draws
 
     def __repr__(self) -> str:

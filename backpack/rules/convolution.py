@@ -12,12 +12,10 @@ from torch import Tensor
 from backpack._ambient import ambient, within
 from backpack.forms.base import Form
 from backpack.forms.layout import Layout, Patches
+from backpack.forms.limits import KEPT_BYTES
 from backpack.forms.outer import Outer
 from backpack.rules.base import OpRule, ParameterForms, channel_sum, op_rule, positions
 from backpack.samples.axis import SampleAxis, sample_axis_of
-
-# Patches are kept while the columns of a loss are carried, up to this many bytes.
-KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 def patches_kept() -> within:
@@ -35,7 +33,7 @@ def kept(key: Any, compute: Callable[[], Tensor | Patches]) -> Tensor | Patches:
     value = compute()
     like = value.windows if isinstance(value, Patches) else value
     size = value.shape.numel() * like.element_size()
-    if ambient.patch_bytes + size <= KEPT_BYTES.get(like.device.type, 2**28):
+    if ambient.patch_bytes + size <= KEPT_BYTES[like.device.type]:
         if isinstance(value, Patches):
             value.keep = True
         ambient.patches[key] = value

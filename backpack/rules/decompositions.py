@@ -61,10 +61,17 @@ def _layers(kind: Any) -> Callable[..., Any]:
                 x = input.flip(time) if direction else input
                 start = tuple(state[at : at + 1] for state in states)
                 output, *final = recursions.fused(
-                    *(kind, has_biases, x),
+                    kind,
+                    has_biases,
+                    x,
                     start if kind is torch.lstm else start[0],
                     list(params[at * each : (at + 1) * each]),
-                    *(has_biases, 1, 0.0, train, False, batch_first),
+                    has_biases,
+                    1,
+                    0.0,
+                    train,
+                    False,
+                    batch_first,
                 )
                 outputs.append(output.flip(time) if direction else output)
                 for found, state in zip(finals, final, strict=True):
@@ -121,7 +128,11 @@ def multi_head_attention_forward(
         return NotImplemented
     same = key is value
     q, k, v = _project(
-        *(query, key, value, in_proj_weight, in_proj_bias),
+        query,
+        key,
+        value,
+        in_proj_weight,
+        in_proj_bias,
         *((q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else ()),
         packed=same and query is key,
     )

@@ -83,4 +83,4 @@ def addmm(
     if product is None:
         return None
     shape = input.shape
-    return [(input, lambda g: reduce_to(batch, beta * g, shape)), *product]
+    return [(input, lambda g: reduce_to(batch, g if beta == 1 else beta * g, shape)), *product]

@@ -33,12 +33,22 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> ParameterForms | None:
+    """``statistics`` are mean and inverse deviation of each row, if they are known."""
     if sample_axis_of(input) is None:
         return None
     shape = torch.Size(normalized_shape)
+
+    def normalized() -> Tensor:
+        if statistics is not None and not torch.is_grad_enabled():
+            return (input - statistics[0]).mul_(statistics[1]).to(input.dtype)
+        # On CPUs torch takes twice as long without a weight.
+        return F.layer_norm(input, shape, input.new_ones(shape), None, eps)
+
     return [
-        (weight, lambda g: reduce_to(batch, g * F.layer_norm(input, shape, eps=eps), shape)),
+        (weight, lambda g: reduce_to(batch, g * normalized(), shape)),
         (bias, lambda g: reduce_to(batch, g, shape)),
     ]
 

@@ -93,9 +93,17 @@ def layer_by_layer(
             rows = data.index_select(0, turned) if direction else data  # type: ignore[arg-type]
             start = tuple(state[at : at + 1] for state in states)
             output, *final = recursions.fused(
-                *(kind, has_biases, rows, sizes, start if kind is torch.lstm else start[0]),
+                kind,
+                has_biases,
+                rows,
+                sizes,
+                start if kind is torch.lstm else start[0],
                 list(params[at * each : (at + 1) * each]),
-                *(has_biases, 1, 0.0, train, False),
+                has_biases,
+                1,
+                0.0,
+                train,
+                False,
             )
             outputs.append(output.index_select(0, turned) if direction else output)
             for found, state in zip(finals, final, strict=True):

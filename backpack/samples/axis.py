@@ -200,7 +200,10 @@ class SampleAxis:
             full = full.index_put((self.picked.samples, self.picked.slots), tensor)
             return full.movedim((0, 1), (lead, lead + 1))
         if self.plain:
-            return tensor.movedim(axis, lead).unsqueeze(lead + 1)
+            return (tensor.movedim(axis, lead) if self.dim else tensor).unsqueeze(lead + 1)
+        if self.dim == 0 and self.outer == 1:
+            shape = tensor.shape
+            return tensor.reshape(*shape[:lead], self.size, self.inner, *shape[lead + 1 :])
         tensor = tensor.unflatten(axis, (self.outer, self.size, self.inner))
         tensor = tensor.movedim((axis + 1, axis, axis + 2), (lead, lead + 1, lead + 2))
         return tensor.flatten(lead + 1, lead + 2)

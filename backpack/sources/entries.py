@@ -144,7 +144,9 @@ def drawn_entries(
         u = random_signs(gradient, generator)
         with differentiable_twice():
             (product,) = torch.autograd.grad(
-                *(gradient, [place], unit * u),
+                gradient,
+                [place],
+                unit * u,
                 retain_graph=True,
                 create_graph=create,
                 allow_unused=True,

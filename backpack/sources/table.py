@@ -187,7 +187,7 @@ class AveragedRoot(ColumnSource):
         found = kfra.averaged(
             start, given.leaves[0].samples, (c for c in below if c is not None), wanted
         )
-        places = [GradientEdge(*(taps[key][0], taps[key][1].place)) for key in found]
+        places = [GradientEdge(taps[key][0], taps[key][1].place) for key in found]
         return Columns(places, list(found.values()), carried=True)
 
 

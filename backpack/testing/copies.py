@@ -1,4 +1,4 @@
-"""Copies of models and data in another precision."""
+"""Copies of models and data in another precision, and of quantities with exact columns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from backpack.quantities.base import BackpropExtension
+from backpack.sources.table import ExactRoot, SampledRoot
 
 
 def copied(module: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
@@ -26,3 +29,12 @@ def cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = Non
         kind = dtype if value.is_floating_point() else value.dtype
         return value.detach().to(device, dtype.to_complex() if value.is_complex() else kind)
     return value
+
+
+def exactly(ext: BackpropExtension) -> BackpropExtension:
+    """The same quantity of exact columns in place of drawn ones."""
+    if not isinstance(ext.source, SampledRoot):
+        return ext
+    ext = copy.copy(ext)
+    ext.source = ExactRoot()
+    return ext

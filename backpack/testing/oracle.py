@@ -8,7 +8,6 @@ row by row. Complex numbers are pairs of real ones. Slow, and the judge of every
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,8 +22,8 @@ from backpack.quantities.base import BackpropExtension, listed
 from backpack.quantities.diagonal import BatchDiagGGNExact, BatchDiagHessian, DiagGGNExact, DiagHessian
 from backpack.quantities.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack.quantities.square_root import SqrtGGNExact
-from backpack.sources.table import ExactRoot, SampledRoot
-from backpack.testing.copies import cast, copied
+from backpack.testing.copies import cast, copied, exactly
+from backpack.testing.outputs import Outputs
 from backpack.testing.report import Report, error_of
 
 
@@ -61,6 +60,7 @@ class Oracle:
         self.inputs = X if isinstance(X, tuple) else (X,)
         self.seed, self.batch_dim, self.sample_of_row = seed, batch_dim, sample_of_row
         self.output_dim = batch_dim if output_dim is None else output_dim
+        self._outputs = Outputs(self.output_dim)
         self.samples: int = self.inputs[0].shape[batch_dim] if samples is None else samples
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -68,11 +68,13 @@ class Oracle:
         """One forward pass."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return self.model(*self.inputs)
+            output = self._outputs.join(self.model(*self.inputs))
+        self.output_dim = self.output_dim if self._outputs.alone else 0
+        return output
 
     def loss(self, output: Tensor) -> Tensor:
         """The loss, summed if it is not reduced."""
-        return self.lossfunc(output, self.y).sum()
+        return self.lossfunc(self._outputs.split(output), self.y).sum()
 
     @cached_property
     def owners(self) -> Tensor:
@@ -328,7 +330,8 @@ def check(
     Args:
         model: any module.
         lossfunc: a loss module or function of output and targets.
-        X: the input, or a tuple of inputs.
+        X: the input, or a tuple of inputs. The output may be a tensor, or hold several in containers or
+            attributes; those without rows (a penalty) are constants.
         y: the targets.
         extensions: the quantities to check, or one; by default all that are exact.
         batch_dim: sample axis of input and output.
@@ -385,7 +388,7 @@ def check(
         torch.manual_seed(seed)
         output = ours(*inputs) if isinstance(inputs, tuple) else ours(inputs)
         loss = our_loss(output, cast(y, dtype, device))
-    with backpack(*map(_exactly, extensions)):
+    with backpack(*map(exactly, extensions)):
         loss.backward(torch.ones_like(loss))
 
     report = Report(tolerance)
@@ -410,11 +413,3 @@ def check(
             error = error_of(value, reference, least) if found else float("inf")
             report.errors[name, ext.savefield] = error
     return report
-
-
-def _exactly(ext: BackpropExtension) -> BackpropExtension:
-    if not isinstance(ext.source, SampledRoot):
-        return ext
-    ext = copy.copy(ext)
-    ext.source = ExactRoot()
-    return ext

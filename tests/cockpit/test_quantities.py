@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,8 +18,11 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack.cockpit import Monitor, hess_trace, tic_diag, tic_trace, watch
 from backpack.cockpit.collect import Probe
+from backpack.cockpit.concluding import CONCLUSIONS
+from backpack.cockpit.configurations import SPECIAL
 from backpack.cockpit.grouping import layer_of
 from backpack.cockpit.histograms import Entries, counted, symlog_edges
+from backpack.cockpit.measures import MEASURES
 
 STEPS = 3
 FIRST = """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test
@@ -740,3 +745,12 @@ def test_losses_of_positions(last: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert probe.losses is not None
     expected = F.cross_entropy(model(X).permute(0, 2, 1), y, reduction="none").sum(1) / y.numel()
     torch.testing.assert_close(probe.losses, expected, check_dtype=False)
+
+
+def test_every_quantity_has_a_row() -> None:
+    """In the table that says what it means; and each that is no function of a step, a function."""
+    page = (Path(__file__).parents[2] / "docs" / "cockpit.md").read_text().split("## What it costs")[0]
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert told == {*MEASURES, *SPECIAL}
+    assert CONCLUSIONS.keys() == SPECIAL.keys()

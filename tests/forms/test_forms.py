@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from backpack.forms import base, sides, strips, sums
+from backpack.forms import limits, sides, sums
 from backpack.forms import outer as outer_forms
 from backpack.forms.base import Dense, Form
 from backpack.forms.layout import Layout, Patches
@@ -109,7 +109,7 @@ class Held:
 @pytest.mark.parametrize("block", [2**12, 2**26], ids=["single columns", "all together"])
 def test_a_graph_holds_patches_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not once for each block of columns, with `create_graph`."""
-    monkeypatch.setitem(base.BLOCK_BYTES, "cpu", block)
+    monkeypatch.setitem(limits.BLOCK_BYTES, "cpu", block)
     torch.manual_seed(0)
     x = torch.rand(2, 3, 200).double().requires_grad_()
     windows = unfold(x, (10,), (1,), ((0, 0),), (1,)).unflatten(1, (1, -1))
@@ -217,7 +217,7 @@ def run(case: Case, **options: Any) -> set[type[Form]]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each way of computing, whatever it costs here; in many pieces or in one."""
     if request.param == "tiles":
-        monkeypatch.setitem(base.PATCH_BYTES, "cpu", 8 * 50)
+        monkeypatch.setitem(limits.PATCH_BYTES, "cpu", 8 * 50)
         monkeypatch.setattr(outer_forms, "ROWS_BYTES", 8 * 50)
     if request.param in ("written", "factored"):
         written = request.param == "written"
@@ -358,8 +358,8 @@ def large_matrices(v: int) -> dict[str, Form]:
 @pytest.mark.parametrize("v", [1, 2])
 @pytest.mark.parametrize("strip", [1, 8 * 7 * 4, 2**20])
 def test_large_matrices_in_strips(v: int, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limits in (strips.STRIP_BYTES, base.PATCH_BYTES):
-        monkeypatch.setitem(limits, "cpu", strip)
+    for limit in (limits.STRIP_BYTES, limits.PATCH_BYTES):
+        monkeypatch.setitem(limit, "cpu", strip)
     monkeypatch.setattr(sums, "SMALL", 0)
     monkeypatch.setattr(sides, "SMALL_BYTES", 0)
     torch.manual_seed(0)
@@ -412,7 +412,7 @@ class Largest(TorchDispatchMode):
 def test_memory_is_bounded(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of columns times samples times parameter: results, inputs, and pieces of some size."""
     room, size = 20000, 4000
-    monkeypatch.setitem(base.PATCH_BYTES, "cpu", 8 * room)
+    monkeypatch.setitem(limits.PATCH_BYTES, "cpu", 8 * room)
     n, v, s = 12, 8, positions
     o, i = 40, 100
     form: Form = Outer(rand(n, 1, s, i), rand(v, n, 1, s, o), Layout(torch.Size((o, i))))
@@ -426,7 +426,7 @@ def test_memory_is_bounded(name: str, positions: int, monkeypatch: pytest.Monkey
     if name == "pullback":
         form = Pullback(form, lambda m: 2 * m, form.shape)
     if name in ("outer", "sum") and positions > 1:
-        monkeypatch.setitem(strips.STRIP_BYTES, "cpu", 8 * 500)
+        monkeypatch.setitem(limits.STRIP_BYTES, "cpu", 8 * 500)
         monkeypatch.setattr(sums, "SMALL", size)
         with torch.no_grad(), Largest() as squares:
             form.square_sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -131,6 +132,47 @@ def test_rows_that_must_be_said() -> None:
         _of_rows(picked)
     with pytest.raises(ValueError, match=r"sample_of_row has shape \(99,\)"):
         _of_rows(picked, sample_of_row=range(99))
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    state: dict[str, Tensor]
+    steps: int = 3
+
+
+class Returned:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "tuple": (lambda a, h: (a, h), lambda o: (o[0], o[1])),
+    "penalty": (lambda a, h: [a, h, a.new_tensor(2.0)], lambda o: (o[0], o[1] + 0 * o[2])),
+    "dictionary": (lambda a, h: {"a": a, "h": {"h": h}}, lambda o: (o["a"], o["h"]["h"])),
+    "dataclass": (lambda a, h: Result(a, {"h": h}), lambda o: (o.logits, o.state["h"] * o.steps)),
+    "object": (lambda a, h: Returned(a), lambda o: (o.logits, torch.zeros(1))),
+    "of one more axis": (lambda a, h: (h.unsqueeze(1), a), lambda o: (o[1], o[0].squeeze(1))),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_that_are_no_tensor(name: str) -> None:
+    made, parts = OUTPUTS[name]
+    model = Apply(lambda m, x: made(m.o(m.l(x).tanh()), m.l(x)), l=nn.Linear(4, 3), o=nn.Linear(3, 2))
+
+    def lossfunc(output: Any, y: Tensor) -> Tensor:
+        a, h = parts(output)
+        return nn.functional.cross_entropy(a, y) + (h**2).mean()
+
+    y = torch.tensor([0, 1, 1, 0, 1])
+    assert check(model, lossfunc, torch.rand(5, 4), y).ok
+
+
+def test_an_output_without_rows() -> None:
+    model = Apply(lambda m, x: [m.l(x).sum()], l=nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="is a list with tensors of shapes"):
+        check(model, lambda o, y: o[0], torch.rand(5, 4), torch.zeros(5), E.BatchGrad())
 
 
 class Pairs(nn.Module):

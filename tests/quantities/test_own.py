@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from backpack import extensions as E
+from backpack import own
 from backpack.losses.base import LOSSES
+from backpack.quantities.base import BackpropExtension
 from backpack.rules.base import RULES
 from backpack.testing.oracle import check
 
@@ -29,6 +32,29 @@ def page() -> Iterator[dict[str, Any]]:
     RULES.pop(space["clipped_scale"])
     RULES.pop(space["cube"])
     LOSSES.pop(space["log_cosh"])
+
+
+def test_tables() -> None:
+    """Whatever a quantity may say of itself, every source and every contraction is on the page."""
+    text = PAGE.read_text()
+    said = [n for n in vars(BackpropExtension) if n in BackpropExtension.__annotations__]
+    told = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert set(told) == set(said) - {"savefield", "of", "source", "subsampling"}
+    for name in told:
+        (default,) = re.findall(rf"^\| `{name}` \| `(.*?)` \|", text, re.MULTILINE)
+        assert default.replace('"', "'") == repr(getattr(BackpropExtension, name)), name
+    for name in own.__all__:
+        each = getattr(own, name)
+        if (
+            isinstance(each, type)
+            and issubclass(each, own.ColumnSource)
+            and each is not own.LossGradient
+        ):
+            assert f"`{name}" in text or f"({name})" in text or each is own.ColumnSource, name
+    kept = {"blocks", "written", "tiles", "rows", "take", "tallied", "centred_square_sum"}
+    for name, each in vars(own.Form).items():
+        if inspect.isfunction(each) and not name.startswith("_") and name not in kept:
+            assert f"`{name}" in text, name
 
 
 def test_batches(page: dict[str, Any]) -> None:

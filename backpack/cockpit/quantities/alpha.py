@@ -72,7 +72,11 @@ class Alpha(TwoStepQuantity):
             _end(start["found"], step, start["samples"], length, start["loss"], start["losses"]),
             _end(
                 forms.found(params),
-                *(step, forms.samples(global_step, params), length, batch_loss, losses),
+                step,
+                forms.samples(global_step, params),
+                length,
+                batch_loss,
+                losses,
             ),
         ]
         return parabola.alpha(ends[0], ends[1], length)
