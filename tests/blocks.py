@@ -20,7 +20,8 @@ from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.kronecker import KroneckerEigen
 from backpack.sources.table import ExactRoot, LossGradient, SampledRoot
-from backpack.testing.oracle import Oracle, _exactly
+from backpack.testing.copies import exactly
+from backpack.testing.oracle import Oracle
 from backpack.testing.report import Report
 
 
@@ -83,7 +84,7 @@ class Blocks:
 
     def compare(self, ext: E.BackpropExtension, tolerance: float = 1e-8) -> Report:
         """Compare one quantity."""
-        model, field = self.run(_exactly(ext)), ext.savefield
+        model, field = self.run(exactly(ext)), ext.savefield
         values = {n: getattr(p, field) for n, p in model.named_parameters() if hasattr(p, field)}
         report = Report(tolerance)
         for name, p in self.oracle.parameters.items():

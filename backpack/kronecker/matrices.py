@@ -80,7 +80,7 @@ def as_matrix(tensor: Tensor, transposed: bool, sizes: Sequence[int], lead: int 
 def as_parameter(matrix: Tensor, transposed: bool, shape: torch.Size, lead: int = 0) -> Tensor:
     """The inverse of :func:`as_matrix`."""
     if not transposed:
-        return matrix.reshape(*matrix.shape[:lead], *shape)
+        return matrix.reshape((*matrix.shape[:lead], *shape))
     outputs, *kernel = shape[1:]
     groups = matrix.shape[lead] // outputs
     stored = matrix.reshape(*matrix.shape[:lead], groups, outputs, -1, *kernel)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backpack import backpack
 from backpack import extensions as E
 from backpack.quantities.base import BackpropExtension
-from backpack.testing.oracle import _exactly
+from backpack.testing.copies import exactly
 from tests.idioms.reference import Truth
 
 TOLERANCE = 1e-8
@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[BackpropExtension, ...]] = {
     "first": (E.BatchGrad(), E.BatchL2Grad(), E.SumGradSquared(), E.Variance()),
     "ggn": (
         *(E.DiagGGNExact(), E.BatchDiagGGNExact(), E.SqrtGGNExact(), E.KFLR()),
-        *(_exactly(E.DiagGGNMC()), _exactly(E.BatchDiagGGNMC())),
+        *(exactly(E.DiagGGNMC()), exactly(E.BatchDiagGGNMC())),
     ),
     "ekflr": (E.EKFLR(),),
     "kfra": (E.KFRA(),),

@@ -19,7 +19,7 @@ from backpack import extensions as E
 from backpack.optim.curvature import CurvatureOptimizer
 from backpack.quantities.combining import Never
 from backpack.quantities.parts import rule_of
-from backpack.testing.oracle import _exactly
+from backpack.testing.copies import exactly
 from tests.cases import Apply, P
 from tests.optim.problems import STEPS, Problem
 from tests.optim.test_kronecker import head
@@ -32,7 +32,7 @@ def make(name: str, model: nn.Module, **options: Any) -> Any:
     if name.startswith("EK"):
         options["micro_batches"] = True
     optimizer = STEPS[name][0](model, 0.3, 3.0 if name == "CGNewton hessian" else 0.5, **options)
-    optimizer._extension = _exactly(optimizer._extension)
+    optimizer._extension = exactly(optimizer._extension)
     return optimizer
 
 

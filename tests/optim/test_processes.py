@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backpack import extend, optim
 from backpack.optim import kronecker
-from backpack.testing.oracle import _exactly
+from backpack.testing.copies import exactly
 from tests.processes import spawn
 
 PRIVATE = {"noise_multiplier": 0.0, "max_grad_norm": 0.3, "expected_batch_size": 8.0, "momentum": 0.5}
@@ -57,7 +57,7 @@ def optimizer_of(name: str, params: Any, options: dict[str, Any], **more: Any) -
     more.pop("micro", None)
     made = getattr(optim, name)(params, 0.1, **options, **more)
     if name in ("KFAC", "EKFAC", "DiagGGNMC"):  # without draws, which processes do not share
-        made._extension = _exactly(made._extension)
+        made._extension = exactly(made._extension)
     return made
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from backpack import backpack, extend, optim
 from backpack import extensions as E
 from backpack.optim.base import _finite
+from tests.cases import Apply
 from tests.optim.problems import STEPS, Problem, dense, kron
 
 # Those whose curvature is an average over steps and may be computed now and then.
@@ -63,6 +64,26 @@ def test_step(name: str, l2: float) -> None:
     directions = solved(matrices, rhs)
     close(problem.values(), [p - 0.3 * d for p, d in zip(before, directions, strict=True)])
     assert not fields(problem)
+
+
+def _scaled() -> nn.Module:
+    return Apply(
+        lambda m, x: m.o(x.flatten(1)) * m.t, o=nn.Linear(16, 3), t=nn.Parameter(torch.tensor(0.7))
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if "hessian" not in name])
+def test_a_parameter_that_is_a_number(name: str) -> None:
+    """Its block of the GGN is a number too, for all that approximate no more than the draws."""
+    problem = Problem(_scaled())
+    (t,) = [p for p in problem.parameters if not p.dim()]
+    before = t.detach().clone()
+    (block,) = problem.oracle().value("diag_ggn_exact")["t"].reshape(1)
+    (g,) = torch.autograd.grad(problem.loss(), [t])
+    problem.step(STEPS[name][0](problem.model, 0.3, 0.5, 0.0))
+    assert t.shape == () and bool(t.isfinite()) and not t.equal(before)
+    if name in ("DiagGGNExact", "KFLR", "EKFLR"):
+        close([t.detach()], [before - 0.3 * g / (block + 0.5)])
 
 
 @pytest.mark.parametrize("name", ["DiagGGNExact", "KFLR", "EKFLR", "CGNewton"])
