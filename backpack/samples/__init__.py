@@ -5,6 +5,6 @@ operation mixes samples.
 """
 
 # Importing the package fills its table.
-from backpack.samples import blocks, contractions, indexing, packing, reductions, writes
+from backpack.samples import contractions, indexing, packing, reductions, segments, writes
 
-__all__ = ["blocks", "contractions", "indexing", "packing", "reductions", "writes"]
+__all__ = ["contractions", "indexing", "packing", "reductions", "segments", "writes"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from backpack.samples.axis import NOBODY, SampleAxis, axis_of, sample_axis_of
-from backpack.samples.blocks import axis_by_matrix
 from backpack.samples.movers import argument, mover
+from backpack.samples.segments import axis_by_matrix
 
 
 @mover("scaled_dot_product_attention")

@@ -12,7 +12,7 @@ exact ways, from cheap to general:
 * *output Hessian*: for a parameter that enters linearly and once, ``sum_k (J^T e_k)(J^T H e_k)``,
   with ``H e_k`` by differentiating twice at the tap's output, for all samples at once.
 * *parameter Hessian*: entry by entry, by differentiating the gradient, in
-  :mod:`backpack.sources.entries`.
+  :mod:`backpack.sources.at_parameter`.
 
 And one by chance, :func:`sampled`.
 """
@@ -36,9 +36,7 @@ from backpack.graph.tracing import cut
 from backpack.losses.blocks import HessianBlocks
 from backpack.samples.axis import SampleAxis
 from backpack.sources.at_output import forms_at_output
-from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
-from backpack.sources.curvature_map import CurvatureMap
-from backpack.sources.entries import (
+from backpack.sources.at_parameter import (
     chunks_of,
     column_length,
     drawn_entries,
@@ -46,6 +44,8 @@ from backpack.sources.entries import (
     parameter_hessian,
     random_signs,
 )
+from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
+from backpack.sources.curvature_map import CurvatureMap
 
 
 def diagonal(given: Pass, per_sample: bool, summed: bool = False) -> Iterator[Columns]:

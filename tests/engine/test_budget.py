@@ -13,7 +13,7 @@ from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.engine import loop
 from backpack.graph import carry as carrying
-from backpack.sources import entries, hessian
+from backpack.sources import at_parameter, hessian
 from backpack.sources import kfra as chain
 from backpack.testing.oracle import Oracle
 from tests.cases import CASES, Case, seq, x
@@ -37,7 +37,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return carry(start, targets, columns, *rest)
 
     carry = carrying.carry
-    for module in (hessian, entries, chain, loop):
+    for module in (hessian, at_parameter, chain, loop):
         monkeypatch.setattr(module, "carry", watched)
     return counts
 

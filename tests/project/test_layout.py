@@ -15,7 +15,7 @@ from backpack import extensions, optim, vivit
 ROOT = Path(backpack.__file__).parent
 # Rooms in the order in which data flows, and the files of each: a file imports from no later one.
 ROOMS = {
-    "samples": """axis aliases separability movers blocks contractions indexing reductions entries
+    "samples": """axis aliases separability movers segments contractions indexing reductions entries
         packing writes propagate""",
     "forms": """memory limits triton products overlaps base layout lookup strips tally sides outer sums
         ragged several complex_pairs at_output""",
@@ -27,7 +27,7 @@ ROOMS = {
         forwards""",
     "capture": """switch functions contest inputs said loss_records row_pairs tracker in_place sequences
         recorder passages hooks marks extend""",
-    "sources": "columns at_output curvature_map entries hessian kfra table",
+    "sources": "columns at_output curvature_map at_parameter hessian kfra table",
     "kronecker": "matrices block eigen factored lists",
     "quantities": """products processes combining reading base parts first_order diagonal square_root
         kronecker matrix_products""",
