@@ -25,7 +25,8 @@ from backpack.forms.base import Form
 from backpack.kronecker.eigen import KroneckerEigen
 from backpack.kronecker.factored import KroneckerFactored
 from backpack.own import Added, ExactRoot, Joined, Moments
-from backpack.testing.oracle import Oracle, _exactly
+from backpack.testing.copies import exactly
+from backpack.testing.oracle import Oracle
 from tests.cases import Apply, P
 
 N = 7
@@ -47,11 +48,6 @@ def close(a: Any, b: Any) -> None:
     assert a.shape == b.shape
     scale = float(b.abs().max()) if b.numel() else 0.0
     assert not b.numel() or float((a - b).abs().max()) <= 1e-10 * scale
-
-
-def exactly(ext: E.BackpropExtension) -> E.BackpropExtension:
-    """With exact columns in place of draws, which batches do not share."""
-    return _exactly(ext)
 
 
 QUANTITIES: dict[str, Callable[[], E.BackpropExtension]] = {
