@@ -59,6 +59,17 @@ def test_idiom(cell: Cell) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("sizes", [Sizes(3, 3, 3), Sizes(1, 2, 2)], ids=str)
+@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda idiom: idiom.name)
+def test_idiom_at_other_sizes(idiom: Idiom, sizes: Sizes) -> None:
+    """Axes of one length, and one sample: some cells of each, the gradient left out in turns."""
+    mine = [cell for cell in cells(sizes) if cell.idiom is idiom and cell.loss.name in COMMON]
+    number = IDIOMS.index(idiom)
+    some = mine[number % 7 :: max(len(mine) // 3, 1)][:3]
+    found = [fault for j, cell in enumerate(some) for fault in faults(cell, (number + j) % 2 == 0)]
+    assert some and not found, "\n".join(found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("sizes", [SIZES, Sizes(3, 3, 3), Sizes(1, 2, 2)], ids=str)
