@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backpack.capture.tracker import tensors_of
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """What is computed and kept in containers and in attributes of objects, each tensor once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, (torch.nn.Parameter, torch.nn.Module, type)):
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    else:
+        parts = list(value) if isinstance(value, (list, tuple)) else []
+    parts += vars(value).values() if hasattr(value, "__dict__") else ()
+    return [tensor for part in parts for tensor in tensors_in(part, seen)]
 
 
 class Outputs:
@@ -37,7 +52,7 @@ class Outputs:
         self._kept, self._joined = output, []
         if isinstance(output, Tensor):
             return output
-        tensors = [tensor for tensor, _ in tensors_of(output) if tensor.requires_grad]
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         parts = list({id(x): x for x in tensors if x.dim() > self.dim}.values())
         rows = {x.shape[self.dim] for x in parts}
         if len(rows) != 1 or len({x.dtype for x in parts}) != 1:
@@ -56,7 +71,7 @@ class Outputs:
             return joined
         shapes = [x.movedim(self.dim, 0).shape for x in self._joined]
         columns = joined.split([shape[1:].numel() for shape in shapes], 1)
-        memo: dict[int, Any] = {id(x): x.detach() for x, _ in tensors_of(self._kept)}
+        memo: dict[int, Any] = {id(x): x.detach() for x in tensors_in(self._kept)}
         for x, shape, part in zip(self._joined, shapes, columns, strict=True):
             memo[id(x)] = part.reshape(shape).movedim(0, self.dim)
         return copy.deepcopy(self._kept, memo)
