@@ -85,9 +85,13 @@ test-triton: $(TRITON)/stamp
 # both where there is none. Here torch is for CPUs: GPU_PYTHON is one with pytest whose torch knows the device.
 DEVICE ?= cuda
 GPU_PYTHON ?= $(BIN)/python
+# Those that `make bench` installs may be left out.
+GPU_LIBRARIES ?= ours ours-no-gradient ours-forms backpack-for-pytorch opacus torch.func curvlinops
 gpu:
-	BACKPACK_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -n $(WORKERS) -m gpu tests/gpu
+	BACKPACK_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -p no:benchmark -n $(WORKERS) -m gpu tests/gpu
 	$(GPU_PYTHON) -m benchmarks.devices --device $(DEVICE)
+	$(GPU_PYTHON) -m benchmarks.suite --device $(DEVICE) --no-sweeps --rounds 5 --budget 1 \
+		$(if $(filter cpu,$(DEVICE)),--quick --libraries ours torch.func,--libraries $(GPU_LIBRARIES))
 
 # The monitor's report in a browser: the one in CHROMIUM, or one that playwright fetches.
 test-browser: $(STAMPS)/test

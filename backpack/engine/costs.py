@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from backpack.forms.base import LARGEST_FACTOR, Form
+from backpack.forms.base import LARGEST_FACTOR, Form, largest_block
 from backpack.forms.layout import Patches
 from backpack.forms.lookup import Lookup
 from backpack.forms.outer import Outer
@@ -121,7 +121,7 @@ def _factors(form: Form, columns: int) -> tuple[list[int], int]:
         rows, d = form.shape
         return [rows, d], 2 * columns * n * d * d
     size = form.shape.numel()
-    return [size], (2 * columns * n * size if size <= LARGEST_FACTOR else columns) * size
+    return [size], (2 * columns * n * size if size <= largest_block(form.shape) else columns) * size
 
 
 def cost_of(ext: BackpropExtension, form: Form, columns: int | None) -> Cost:
@@ -150,10 +150,11 @@ def cost_of(ext: BackpropExtension, form: Form, columns: int | None) -> Cost:
         return Cost(numbers and number * numbers, None if v is None else v * contraction(form))
     if isinstance(ext, (*_FACTORS, *_EIGEN)):
         rows, operations = _factors(form, 1 if v is None else v)
-        numbers = sum(r * r if r <= LARGEST_FACTOR else r for r in rows)
+        largest = LARGEST_FACTOR if len(rows) > 1 else largest_block(form.shape)
+        numbers = sum(r * r if r <= largest else r for r in rows)
         if isinstance(ext, _EIGEN):
             numbers += size
-            operations += sum(_EIGH * r**3 for r in rows if r <= LARGEST_FACTOR)
+            operations += sum(_EIGH * r**3 for r in rows if r <= largest)
             operations += 0 if v is None else _squares(form, v)
         return Cost(number * numbers, None if v is None else operations)
     return Cost(None, None)

@@ -29,6 +29,13 @@ SMALL = 2**18
 
 # A Kronecker factor of more rows is kept as its diagonal, a vector.
 LARGEST_FACTOR = 2**14
+# So is the one factor of a parameter of several axes (positions, prototypes): its whole block.
+LARGEST_BLOCK = 2**12
+
+
+def largest_block(shape: torch.Size) -> int:
+    """The largest size up to which the block of a parameter is written out, its one factor."""
+    return min(LARGEST_BLOCK, LARGEST_FACTOR) if len(shape) > 1 else LARGEST_FACTOR
 
 
 # How positions that share a weight enter its Kronecker factors; None: as in the original library.
@@ -241,10 +248,11 @@ class Form(ABC):
     def kronecker(self, sharing: Sharing = None) -> list[Factor]:
         """Factors whose Kronecker product is, or approximates, ``sum_{v,n} G G^T``.
 
-        One of more than :data:`LARGEST_FACTOR` rows is its diagonal, a vector.
+        One of more than :data:`LARGEST_FACTOR` rows is its diagonal, a vector, and so is the block of a
+        parameter of several axes of more than :data:`LARGEST_BLOCK`.
         """
         size = self.shape.numel()
-        if size > LARGEST_FACTOR:
+        if size > largest_block(self.shape):
             return [Factor(lambda: self.square_sum().flatten(), True)]
         rows = self.columns * self.samples
         return [Factor(lambda: gram(self.dense().reshape(rows, size)), True)]

@@ -79,7 +79,8 @@ class KFLR(_Kronecker):
     A factor that would have more than 16,384 rows is its diagonal, a vector, instead: for the row
     frequencies of a table that is all of it, for the outputs of a language model's head it leaves out
     what couples two words, and of a parameter of another kind (a table that is the head, too) it is the
-    diagonal of the block. All that can be done with the list takes vectors in place of matrices.
+    diagonal of the block (of a parameter of several axes from 4,097 numbers on). All that can be done
+    with the list takes vectors in place of matrices.
     A weight of more axes in an einsum is the matrix that its outputs and inputs make where they follow
     each other (``"ntd,dhk->nthk"`` has ``[A, B]``), and has one factor otherwise.
     For transposed convolutions the pair approximates the block of ``weight.transpose(0, 1)``.

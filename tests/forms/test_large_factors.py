@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack import backpack, extend, optim
+from backpack import backpack, extend, optim, plan
 from backpack import extensions as E
 from backpack.forms import base, lookup, outer
 from backpack.kronecker import KroneckerEigen, KroneckerFactored
+from tests.cases import Apply, P
 
 Y = torch.tensor([[1, 0, 6], [5, 5, 2], [3, 4, 0], [6, 1, 1]])
 IDS = torch.tensor([[1, 1, 2], [0, 6, 3], [5, 5, 5], [2, 4, 0]])
@@ -103,6 +104,25 @@ def _same_algebra(block: KroneckerFactored) -> None:
     g = torch.Generator()
     draws = block.sample_inverse(3, 0.1, generator=g.manual_seed(0))
     assert draws.shape == (3, *block.shape) and bool(draws.isfinite().all())
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_blocks_of_tables(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of positions has one factor, its block, whose numbers are the square of its own."""
+    monkeypatch.setattr(base, "LARGEST_BLOCK", 12)
+    model = Apply(
+        lambda m, x: m.o(x + m.table).sum(1), o=nn.Linear(width, 2), table=P(3, width)
+    ).double()
+    x, y = torch.randn(4, 3, width).double(), torch.tensor([0, 1, 1, 0])
+    found = plan(extend(model), x, E.KFLR(), nn.CrossEntropyLoss(), y)
+    with backpack(E.KFLR(), E.DiagGGNExact()):
+        extend(nn.CrossEntropyLoss())(model(x), y).backward()
+    (factor,) = model.table.kflr
+    assert factor.shape == ((12, 12) if width == 4 else (15,))
+    diagonal = factor.diagonal() if factor.dim() == 2 else factor
+    assert torch.allclose(diagonal, model.table.diag_ggn_exact.flatten())
+    assert [s.bytes for s in found.steps if s.parameter == "table"] == [8 * factor.numel()]
+    assert len(model.o.bias.kflr[0].shape) == 2 and [f.dim() for f in model.o.weight.kflr] == [2, 2]
 
 
 @pytest.mark.parametrize("kind", [optim.KFAC, optim.KFLR, optim.EKFAC, optim.EKFLR])
