@@ -348,6 +348,11 @@ def main() -> None:
     for handle in handles.values():
         handle.start()
     greetings = {name: handle.ask("hello") for name, handle in handles.items()}
+    for name, found in greetings.items():
+        if "version" not in found:
+            print(f"{name} is left out: {found}", file=sys.stderr)
+    greetings = {name: found for name, found in greetings.items() if "version" in found}
+    given.libraries = [name for name in given.libraries if name in greetings]
     options = {k: v for k, v in vars(given).items() if isinstance(v, (int, float, str, list))}
     rates = machine_rates(given.device)
     results: dict[str, Any] = {

@@ -77,7 +77,7 @@ def starts_of(graph: Graph) -> Starts:
 
 
 def due(graph: Graph, mode: Mode) -> bool:
-    """Whether the graph of a backward pass is to be certified, which counts as one pass."""
+    """Whether the graph of a backward pass is to be certified; if not, that counts as one pass."""
     axes = [tap.own for _, tap in graph.taps]
     if mode == "never" or not [axis for axis in axes if axis.size != 1]:
         return False
@@ -87,16 +87,27 @@ def due(graph: Graph, mode: Mode) -> bool:
     # Tensors of one sample each, in a loop over samples, are told apart by the graph's signature.
     if picked and any(kind_of(node) in PICKING for node in graph.nodes):
         return True
-    signature, again = graph.signature(), False
-    for recording in {id(r): r for r in graph.recordings if r.taps}.values():
-        module = recording.module()
-        if module is not None:
-            counts = _passes.setdefault(module, {})
-            if len(counts) >= _KINDS:
-                counts.clear()
-            again |= counts.get(signature, 0) % AGAIN_AFTER == 0
-            counts[signature] = counts.get(signature, 0) + 1
+    signature, counted = graph.signature(), _counts(graph)
+    again = any(counts.get(signature, 0) % AGAIN_AFTER == 0 for counts in counted)
+    if not again:
+        for counts in counted:
+            counts[signature] += 1
     return again
+
+
+def remember(graph: Graph) -> None:
+    """The samples were found to be apart; after a failure the next pass is tried out anew."""
+    signature = graph.signature()
+    for counts in _counts(graph):
+        if len(counts) >= _KINDS:
+            counts.clear()
+        counts[signature] = counts.get(signature, 0) + 1
+
+
+def _counts(graph: Graph) -> list[dict[int, int]]:
+    """The numbers of passes, by the graphs' signatures, of the models that take part."""
+    modules = {id(r): r.module() for r in graph.recordings if r.taps}.values()
+    return [_passes.setdefault(module, {}) for module in modules if module is not None]
 
 
 def forget() -> None:

@@ -44,6 +44,7 @@ class Listening(Reducing):
         names = Names(graph.recordings)
         with Nested(self.block), self.watch("certificate that samples are apart"):
             certificate.certify(graph, names.of)
+        certificate.remember(graph)
 
     def _survey(self, roots: list[Node]) -> Graph:
         self.block.wrappers = static_graphs(roots) or self.block.wrappers

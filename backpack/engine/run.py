@@ -105,6 +105,8 @@ class Run(Listening):
             with shards.passing(), Nested(self.block):
                 fine = certificate.apart(graph)
             certifies = not all(processes.objects(fine))
+            if not certifies:
+                certificate.remember(graph)
         if not (certifies or self.by_source):
             return self._begin_columns(graph, roots)
         with shards.gathered():

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from backpack._ambient import ambient
 from backpack._torch import storage_users
-from backpack.samples.axis import NOBODY, SampleAxis, axis_of, mark, memory_of, noted, owners_of
+from backpack.samples.axis import MADE, NOBODY, SampleAxis, axis_of, mark, memory_of, noted, owners_of
 
 # The owner of entries in which samples are mixed.
 _MIXED = NOBODY - 1
@@ -139,7 +139,7 @@ def _begun(tensor: Tensor, before: SampleAxis | None, size: int) -> Written:
         if (
             each is not None
             and axis is not None
-            and not axis.tentative
+            and axis.tentative < MADE
             and each.layout == torch.strided
         ):
             memory.write(each, axis)

@@ -86,6 +86,22 @@ def test_rows_that_moved(name: str) -> None:
     compare(_written(f), [torch.randn(4, 4)], owners)
 
 
+@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("sibling", [False, True])
+def test_rows_of_a_second_input_that_moved(name: str, sibling: bool) -> None:
+    """Whose samples are a guess: rows to which nothing was written keep their own."""
+    write, owners = MOVING[name]
+
+    def forward(m: Any, a: Tensor, x: Tensor) -> Tensor:
+        h = m.l(x).clone()
+        other = h.view(h.shape)
+        write(h)
+        return m.o((other if sibling else h).unsqueeze(1).tanh()).squeeze(1)
+
+    model = Apply(forward, l=nn.Linear(4, 4), o=nn.Linear(4, 3))
+    compare(model, [torch.randn(4, 2, 2, 2), torch.randn(4, 4)], owners)
+
+
 def _no_grad(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return torch.no_grad()(f)
 

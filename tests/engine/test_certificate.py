@@ -82,6 +82,18 @@ def test_mixed_samples(credulous: None, name: str, gradient: bool, ext: Any) -> 
     run(layers(lambda h: h), ext)
 
 
+@pytest.mark.parametrize("name", MIXING)
+def test_a_second_try_fails_as_the_first(credulous: None, name: str) -> None:
+    """What was refused is not remembered as right, whoever catches the error and goes on."""
+    model = layers(MIXING[name])
+    for ext in (BatchGrad(), BatchGrad(), DiagGGNExact()):
+        with pytest.raises(RuntimeError, match=f"mixed at {name}"):
+            run(model, ext, certify="once")
+        with pytest.raises(RuntimeError, match=f"mixed at {name}"):
+            run(model, ext)
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
 def test_permuted_rows(credulous: None) -> None:
     with pytest.raises(RuntimeError, match="rows of the output of linear belong to other samples"):
         run(layers(lambda h: h.flip(0)))
