@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks import pages
+from benchmarks.libraries import FIRST_ORDER
 from benchmarks.pages import ALONE, OURS, ROOT, entry, fastest, multiple, results
 from benchmarks.report import cell, number
 from experiments import store
 
 Claims = Iterator[tuple[str, str]]
+# Beside this library on a GPU.
+BESIDE = (OURS, "backpack-for-pytorch", "opacus", "torch.func", "curvlinops")
 
 
 def of(problem: str, quantity: str, library: str = OURS, field: str = "ratio") -> float:
@@ -140,6 +143,24 @@ def of_device() -> Claims:
             f"{times['DiagGGNExact']}, `KFLR` {times['KFLR']} and `DiagHessian` {times['DiagHessian']} with room"
         ),
     )
+
+
+def beside_on_device() -> Claims:
+    """Of the run on a GPU beside other libraries: the rows of a table."""
+    path = ROOT / "benchmarks/results/devices/2026-11-27-nvidia-h200-beside.json"
+    problems = json.loads(path.read_text())["problems"].values()
+    for quantity in (*FIRST_ORDER, "DiagGGNMC", "KFAC", "DiagGGNExact"):
+        row = []
+        for problem in problems:
+            cells = [problem["libraries"].get(name, {}).get(quantity, {}) for name in BESIDE]
+            row.append(", ".join(_ratio(each) for each in cells))
+        yield "docs/costs.md", f"| `{quantity}` | {' | '.join(row)} |"
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    """A multiple of the gradient; no number where there is none, or it is of wrong values."""
+    agrees = not isinstance(found.get("error"), float) or found["error"] < 0.01
+    return f"{found['ratio_median']:.1f}" if "ratio_median" in found and agrees else "-"
 
 
 class Training:
@@ -276,5 +297,13 @@ def of_characters() -> Claims:
 
 def claims() -> Claims:
     """All of them, as page and sentence."""
-    for part in (of_readme, of_costs, of_device, of_digits, of_logistic_regression, of_characters):
+    for part in (
+        of_readme,
+        of_costs,
+        of_device,
+        beside_on_device,
+        of_digits,
+        of_logistic_regression,
+        of_characters,
+    ):
         yield from part()
