@@ -294,7 +294,8 @@ class Tracker:
         """The axis of a result is not known; ``fresh``: that of its arguments was."""
         recording = self.recording
         where = f"{name_of(func)}: {lost.lost}" if fresh else str(lost.lost)
-        if recording.lost is None and out.requires_grad:
+        # A loss adds its samples up: that is no place where they were lost.
+        if recording.lost is None and out.requires_grad and func not in LOSSES:
             recording.lost = where
         # What counts as a constant may meet a parameter later, for whom the place is news.
         mark(out, replace(lost, lost=where) if lost.tentative else lost)
