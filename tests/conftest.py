@@ -28,10 +28,11 @@ def peak() -> int:
 def _trimmed() -> Iterator[None]:
     """Memory that a file of tests has freed goes back to the system."""
     yield
-    _trim()
+    trim()
 
 
-def _trim() -> None:
+def trim() -> None:
+    """Give what is free back to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -44,7 +45,7 @@ def _memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     after = peak()
     if after > before + 2**25:
-        _trim()  # a large test: what it has freed goes back at once
+        trim()  # a large test: what it has freed goes back at once
     largest = LARGEST_OF_ZOO if request.node.get_closest_marker("zoo") else LARGEST
     if before <= largest < after:
         pytest.fail(
