@@ -343,7 +343,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['processor']}; torch {results['torch']}; one thread. Processor time as a multiple "
         f"of one backward pass without quantities (the least of {results['rounds']} turns). `loop` and "
-        "`torch.func` compute individual gradients. Taken beside other work.",
+        "`torch.func` compute individual gradients.",
         "",
         f"| | samples | gradient | {' | '.join(COLUMNS)} |",
         f"|---{'|---' * (len(COLUMNS) + 2)}|",

@@ -385,7 +385,7 @@ def table(results: dict[str, Any]) -> str:
         "of one backward pass without quantities (the least of "
         f"{results['rounds']} turns), and peak memory of a pass in MB. `loop`: each sample's gradient "
         "by plain autograd, one after the other; `loop, twice`: two passes back for each, as many as a "
-        "gradient and a sampled column of curvature take. Taken beside other work.",
+        "gradient and a sampled column of curvature take.",
         "",
         f"| | samples | gradient | {' | '.join(COLUMNS)} |",
         f"|---{'|---' * (len(COLUMNS) + 2)}|",
