@@ -26,6 +26,8 @@ _PRODUCTS = frozenset(
 )
 _PICKS = frozenset(spellings(*"index_select gather take take_along_dim __getitem__ embedding".split()))
 
+_LOOKUPS, _BRACKETS = frozenset(spellings("embedding")), frozenset(spellings("__getitem__"))
+
 
 class Met:
     """Where inputs that speak of another number of samples meet parameters, or pick rows of data.
@@ -49,13 +51,36 @@ class Met:
         if not rivals:
             return
         if func in _PICKS and any(not a.is_floating_point() for a in rivals):
-            # One row is no sign of that: picked from one sample, all rows are.
-            self.picks |= any(axis.size > 1 for a in given if (axis := sample_axis_of(a)) is not None)
+            for a in given:
+                axis = sample_axis_of(a)
+                # From one sample all rows are its own.
+                if axis is not None and axis.size > 1:
+                    self.picks |= _indexed(func, args, kwargs, a, rivals) in (axis.dim, None)
         for each in found:
             if not each.requires_grad:
                 setattr(each, _RIVAL, True)
             elif not any((axis := sample_axis_of(a)) is not None and not axis.tentative for a in given):
                 self.places.append((get_gradient_edge(each), each.shape))
+
+
+def _indexed(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], data: Tensor, rivals: Sequence[Tensor]
+) -> int | None:
+    """The axis of data that one of these indices picks from; ``None`` if that is not plain to see."""
+    if func in _LOOKUPS:
+        return 0
+    if func not in _BRACKETS:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        return dim % data.dim() if isinstance(dim, int) else None
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    place = next((j for j, each in enumerate(index) if any(each is r for r in rivals)), None)
+    before = index[:place]
+    if place is None or any(isinstance(each, Tensor) and each.dtype == torch.bool for each in before):
+        return None
+    if any(each is ... for each in before):
+        after = index[place:]
+        return None if any(each is None for each in after) else data.dim() - len(after)
+    return sum(each is not None for each in before)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -241,6 +241,25 @@ def test_an_input_that_is_not_used(length: int) -> None:
         model(torch.randn(3, length), torch.randn(2, D)).square().sum().backward()
 
 
+FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda x, i: x[:, i],
+    "ellipsis": lambda x, i: x[..., i],
+    "new axis": lambda x, i: x[:, None, i].squeeze(1),
+    "index_select": lambda x, i: x.index_select(1, i),
+    "by name": lambda x, i: torch.index_select(x, dim=-1, index=i),
+    "gather": lambda x, i: x.gather(1, i.expand(len(x), -1)),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_that_another_input_picks(name: str) -> None:
+    """No rows: samples stay where they are."""
+    pick = FEATURES[name]
+    model = _features(lambda m, x, i: m.o(m.l(pick(x, i)).tanh()))
+    model.l = nn.Linear(3, D)
+    compare(model, [torch.randn(4, 6), torch.tensor([0, 2, 5])])
+
+
 PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index_select": lambda a, i: a.index_select(0, i),
     "index": lambda a, i: a[i],
