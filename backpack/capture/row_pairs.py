@@ -44,6 +44,8 @@ _MOVING = frozenset(
     "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Slice Select".split()
 )
 
+_MOST = 100
+
 
 class RowPairs(NamedTuple):
     """Where the two rows of each pair are numbered."""
@@ -266,16 +268,20 @@ def _within_samples(matrix: Tensor) -> RowPairs | None:
     return found if found is not None and found.fits(matrix) else None
 
 
-def _noted(node: Node) -> RowPairs | None:
-    """The pairs of a node's result."""
+def _noted(node: Node, seen: set[Node] | None = None) -> RowPairs | None:
+    """The pairs of a node's result; no node is asked twice, nor more than so many."""
+    seen = set() if seen is None else seen
+    if node in seen or len(seen) >= _MOST:
+        return None
+    seen.add(node)
     if PAIRS in notes(node):
         return notes(node)[PAIRS]
     children = children_of(node)
     for child in children[: _FACTORS.get(kind_of(node), 0)]:
-        found = _noted(child)
+        found = _noted(child, seen)
         if found is not None:
             return found
-    found = _noted(children[0]) if kind_of(node) in _MOVING else None
+    found = _noted(children[0], seen) if kind_of(node) in _MOVING else None
     sides = [] if found is None else [past(axis, node) for axis in found]
     rows, columns = sides or (None, None)
     return None if rows is None or columns is None else RowPairs(rows, columns)

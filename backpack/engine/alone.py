@@ -19,7 +19,7 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.memory import fresh
 from backpack.graph.taps import Source, Tap
 
-# Gradients of all samples may take so much memory, where no quantity asks for them as they are.
+# The most memory for one parameter's gradients of all samples, where no quantity asks for these.
 GRADIENT_BYTES = 2**25
 
 

@@ -128,12 +128,14 @@ def forms_together(
             continue
         mixed = mixed_leaves(edge.node)
         leaves = [leaf for leaf in leaves if id(leaf.parameter) in mixed]
+        if not leaves:
+            continue
         form = tap.form(source, columns)
         part = form.form if isinstance(form, Part) else form
         with Nested(block):
             dense = part.dense()
             parameters = [leaf.parameter for leaf in leaves]
-            results = pull_back_to_all(edge, parameters, dense.flatten(0, 1)) if leaves else []
+            results = pull_back_to_all(edge, parameters, dense.flatten(0, 1))
         for leaf, result in zip(leaves, results, strict=True):
             own = Dense(result.reshape(*dense.shape[:2], *leaf.parameter.shape))
             whole = Part(own, form.sample, form.samples) if isinstance(form, Part) else own
