@@ -17,7 +17,11 @@ multiprocessing.set_forkserver_preload(
 
 
 def spawn(function: Callable[[int, int], Any], size: int, folder: Path) -> list[Any]:
-    """What ``function(rank, size)`` gives in each of ``size`` processes."""
+    """What ``function(rank, size)`` gives in each of ``size`` processes.
+
+    Forked from a server they end without the interpreter's finalization, in which threads of
+    gloo that outlive ``destroy_process_group`` may abort the process.
+    """
     multiprocessing.start_processes(
         _process, (function, size, str(folder)), nprocs=size, start_method="forkserver"
     )

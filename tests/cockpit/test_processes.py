@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backpack.cockpit import watch
+from tests.processes import spawn
 
 NAMES = """loss grad_norm param_norm update_size norm_test inner_test ortho_test noise_scale alpha
 mean_gsnr early_stopping activation_rms output_grad_rms grad_hist hess_max_ev""".split()
@@ -49,24 +48,14 @@ def train(net: nn.Module, rank: int, world: int, path: str | None, passes: int) 
     return {"left out": monitor.left_out, "records": list(monitor.history()), "logged": logged}
 
 
-def process(rank: int, world: int, port: int, folder: str, passes: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+def passes_of(passes: int, folder: Path, rank: int, size: int) -> dict[str, Any]:
     net = nn.parallel.DistributedDataParallel(model())
-    found = train(net, rank, world, f"{folder}/run.jsonl", passes)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()  # the first, which is asked for addresses, goes last
-    torch.distributed.destroy_process_group()
+    return train(net, rank, size, f"{folder}/run.jsonl", passes)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_two_processes(tmp_path: Path, passes: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(process, (2, port, str(tmp_path), passes), nprocs=2)
-    together = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    together = spawn(functools.partial(passes_of, passes, tmp_path), 2, tmp_path)
     alone = train(model(), 0, 1, None, passes)
     assert [each["left out"] for each in together] == [{}, {}] and alone["left out"] == {}
     # Only the first logs.

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from backpack import extend, optim
 from backpack.optim import base
+from tests.processes import spawn
 
 NONLINEAR: dict[str, Callable[..., Any]] = {
     name: getattr(optim, name)
@@ -52,25 +53,17 @@ def attempt(name: str, rank: int = 0, **options: Any) -> tuple[str, torch.Tensor
     return message, before, nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    try:
-        found = {
-            (name, local): attempt(name, rank, process_local=local)
-            for name in (*NONLINEAR, "DPSGD")
-            for local in (False, True)
-        }
-        torch.save(found, f"{folder}/{rank}")
-    finally:
-        distributed.destroy_process_group()
+def attempts(rank: int, size: int) -> dict[tuple[str, bool], tuple[str, torch.Tensor, torch.Tensor]]:
+    """What each optimizer does, refused and asked to step on its own."""
+    return {
+        (name, local): attempt(name, rank, process_local=local)
+        for name in (*NONLINEAR, "DPSGD")
+        for local in (False, True)
+    }
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    first, second = spawn(attempts, 2, tmp_path)
     for (name, local), (message, before, after) in first.items():
         other, _, elsewhere = second[name, local]
         if local:
@@ -89,11 +82,8 @@ def test_two_processes(tmp_path: Path) -> None:
 
 def test_one_process(tmp_path: Path) -> None:
     """A group of one has nobody to drift away from."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
-    try:
-        assert attempt("KFAC")[0] == attempt("DPSGD")[0] == ""
-    finally:
-        distributed.destroy_process_group()
+    (found,) = spawn(attempts, 1, tmp_path)
+    assert found["KFAC", False][0] == found["DPSGD", False][0] == ""
 
 
 @pytest.fixture
