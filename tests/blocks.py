@@ -2,9 +2,9 @@
 
 Of Kronecker factors, sizes and symmetry are compared; of exact ones, and of the empirical Fisher's,
 also the factor of a bias with the bias's block, and ``B`` of a weight's ``[B, A]`` with the block
-of the bias beside it. Of corrected eigenvalues all: they are the diagonal of the block in a basis
-that is orthonormal and diagonalizes the factors of :class:`KFLR`. Quantities with draws have exact
-columns in their place.
+of the bias beside it; of :class:`KFRA` the same with the blocks of its recursion, and ``A``. Of
+corrected eigenvalues all: they are the diagonal of the block in a basis that is orthonormal and
+diagonalizes the factors of :class:`KFLR`. Quantities with draws have exact columns in their place.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from backpack import backpack, extend
 from backpack import extensions as E
 from backpack.kronecker import KroneckerEigen
-from backpack.sources.table import ExactRoot, LossGradient, SampledRoot
+from backpack.sources.table import AveragedRoot, ExactRoot, LossGradient, SampledRoot
 from backpack.testing.copies import exactly
 from backpack.testing.oracle import Oracle
 from backpack.testing.report import Report
+from tests.averaged import averaged_blocks
+from tests.positive import positive_block
 
 
 def hessian_block(loss: Tensor, p: Tensor) -> Tensor:
@@ -42,6 +44,8 @@ def hessian_block(loss: Tensor, p: Tensor) -> Tensor:
 class Blocks:
     """A model, a loss, and the curvature blocks of all parameters by brute force."""
 
+    FIELDS = ("ggnmp", "hmp", "pchmp", "kflr", "kfra", "kfac", "kfac_empirical", "ekflr", "ekfac")
+
     def __init__(self, model: nn.Module, lossfunc: nn.Module, X: Any, y: Any, **axes: int) -> None:
         self.model, self.lossfunc = copy.deepcopy(model).double(), copy.deepcopy(lossfunc).double()
         self.X, self.y = _double(X), _double(y)
@@ -51,13 +55,28 @@ class Blocks:
 
     def blocks(self, field: str) -> dict[str, Tensor]:
         """The matrix that a quantity stands for."""
-        kind = {"hmp": "hessian", "kfac_empirical": "fisher"}.get(field, "ggn")
+        kinds = {"hmp": "hessian", "kfac_empirical": "fisher", "pchmp": "positive", "kfra": "averaged"}
+        kind = kinds.get(field, "ggn")
         if kind not in self._blocks:
             if kind == "ggn":
                 found = self.oracle.ggn
             elif kind == "fisher":
                 rows = {name: g.reshape(len(g), -1) for name, g in self.oracle.grad_batch.items()}
                 found = {name: each.T @ each for name, each in rows.items()}
+            elif kind == "positive":
+                ggn, hessian = self.blocks("ggnmp"), self.blocks("hmp")
+                found = {
+                    n: positive_block(self.oracle, p, ggn[n], hessian[n], lambda c: c.clamp(min=0))
+                    for n, p in self.oracle.parameters.items()
+                }
+            elif kind == "averaged":
+                model, oracle = extend(copy.deepcopy(self.model), batch_dim=self.batch_dim), self.oracle
+                inputs = self.X if isinstance(self.X, tuple) else (self.X,)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(oracle.seed)
+                    output = model(*inputs)
+                loss = lambda f: self.lossfunc(f, self.y).sum()  # noqa: E731
+                found = averaged_blocks(model, loss, output, oracle.samples)
             else:
                 loss = self.oracle.loss(self.oracle.output())
                 found = {n: hessian_block(loss, p) for n, p in self.oracle.parameters.items()}
@@ -93,7 +112,7 @@ class Blocks:
             elif name in values and isinstance(values[name], KroneckerEigen):
                 pairs = self._eigen(name, p, values[name])
             elif name in values:
-                exact = isinstance(ext.source, (ExactRoot, SampledRoot, LossGradient))
+                exact = isinstance(ext.source, (ExactRoot, SampledRoot, LossGradient, AveragedRoot))
                 pairs = self._factors(name, p, values, field, exact)
             else:
                 pairs = [(torch.zeros(()), self.blocks(field)[name].abs().max())]
@@ -116,8 +135,11 @@ class Blocks:
         sizes = torch.tensor([float(len(factor)) for factor in factors])
         pairs.append((sizes.prod(), torch.tensor(float(p.numel()))))
         above = name.replace("weight", "bias") if len(factors) == 2 else name
-        if exact and above in values and "bias" in above:
+        if exact and above in values and ("bias" in above or len(factors) == 1):
             pairs.append((factors[0], self.blocks(field)[above]))
+        if field == "kfra" and len(factors) == 2:
+            both = zip(factors, self.factors[name], strict=True)  # A is that of KFLR, first or second
+            pairs.append(min(both, key=lambda pair: float((pair[0] - pair[1]).abs().max())))
         return pairs
 
     def _eigen(self, name: str, p: Tensor, value: KroneckerEigen) -> list[tuple[Tensor, Tensor]]:

@@ -135,7 +135,7 @@ class Run(Listening):
                         function = products.ggn_product(roots, outputs, p)
                     else:
                         function = products.positive_curvature_product(
-                            roots, outputs, p, ext.modify, graph.losses
+                            roots, outputs, leaf, ext.modify, graph.losses
                         )
                 except REFUSALS as error:
                     self._refuse_one(leaf, ext, error)

@@ -63,7 +63,9 @@ class HMP(Product):
 class PCHMP(Product):
     """Products with the block of the positive-curvature Hessian (Chen et al., arXiv:1802.06502).
 
-    The generalized Gauss-Newton plus the curvature of activations, made positive entry by entry.
+    The generalized Gauss-Newton plus the curvature of activations, made positive entry by entry. It is
+    defined where all else between a parameter and the loss is piecewise linear, the parameter's own
+    operation too.
 
     Args:
         savefield: another name of the field.
@@ -71,6 +73,7 @@ class PCHMP(Product):
 
     Raises:
         KeyError: for another ``modify``.
+        NotImplementedError: in the backward pass, for a parameter for which it is not defined.
     """
 
     savefield = "pchmp"

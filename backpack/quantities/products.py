@@ -16,7 +16,7 @@ from backpack.graph.carry import differentiable_twice, hooks_suspended
 from backpack.graph.outputs import LossRecord
 from backpack.graph.recognised import second_derivative
 from backpack.graph.tangents import jacobian_products
-from backpack.sources.columns import gradients
+from backpack.sources.columns import Leaf, gradients
 from backpack.sources.curvature_map import CurvatureMap
 
 Starts = Sequence[tuple[GradientEdge, Tensor]]
@@ -110,7 +110,7 @@ def _ggn_vector(
 def positive_curvature_product(
     starts: Starts,
     outputs: Sequence[GradientEdge],
-    parameter: Tensor,
+    leaf: Leaf,
     modify: str,
     losses: Mapping[Node, tuple[LossRecord, Any]] | None = None,
 ) -> Product:
@@ -119,7 +119,12 @@ def positive_curvature_product(
     An activation ``phi`` with incoming gradient ``g`` adds ``J^T diag(m(phi'' g)) J``, ``m`` the
     positive part (``"clip"``) or the absolute value (``"abs"``); (Chen et al., arXiv:1802.06502).
     """
-    path = CurvatureMap([edge.node for edge, _ in starts], known=losses)
+    path, parameter = CurvatureMap([edge.node for edge, _ in starts], known=losses), leaf.parameter
+    if not path.enters_linearly(leaf):
+        raise NotImplementedError(
+            "PCHMP is defined where a parameter meets data in operations that are linear in it, and "
+            "not again above (no recurrent layer, no reparametrised weight); use GGNMP or HMP"
+        )
     if get_gradient_edge(parameter).node in path.curved_above:
         raise NotImplementedError(
             "PCHMP is defined where all operations between a parameter and the loss are piecewise "

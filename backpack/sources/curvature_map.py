@@ -103,6 +103,13 @@ class CurvatureMap:
         linear = all(s.linear and s.edge is None for _, _, s in leaf.uses)
         return linear and not (len(leaf.uses) > 1 and self.nested({node for node, _, _ in leaf.uses}))
 
+    def enters_linearly(self, leaf: Leaf) -> bool:
+        """Whether what meets data is linear in a parameter, and not on top of another use."""
+        made = walk([s.edge.node for _, _, s in leaf.uses if s.edge is not None])
+        linear = all(s.linear for _, _, s in leaf.uses)
+        linear = linear and all(is_linear(node) for node in made if children_of(node))
+        return linear and not (len(leaf.uses) > 1 and self.nested({node for node, _, _ in leaf.uses}))
+
     def nested(self, nodes: set[Node]) -> bool:
         """Whether one of the nodes lies below another."""
         return any(not nodes.isdisjoint(walk(children_of(node))) for node in nodes)

@@ -102,7 +102,10 @@ def _with_taps(start: Node, wanted: Collection[Tap]) -> set[Node]:
 
 
 def _shape(place: GradientEdge, samples: int) -> torch.Size:
-    shape = place.node._input_metadata[place.output_nr].shape
+    at = place.node._input_metadata[place.output_nr]
+    shape = at.shape
+    if at.dtype.is_complex:
+        raise NotImplementedError(_refusal(f"{_name(place)} gives complex numbers"))
     if not shape or shape[0] % samples:
         raise NotImplementedError(_refusal(f"the samples are not in front below {_name(place)}"))
     size = prod(shape) // samples

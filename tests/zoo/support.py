@@ -48,8 +48,8 @@ computed in float64 and compared with plain autograd, one entry, sample or row a
   of the block in their basis;
 - **sampled**: a value for every parameter, random by definition (its mean is compared in
   `tests/quantities/test_hutchinson.py`);
-- **runs**: a value for every parameter, and no brute-force counterpart to compare it with (`PCHMP`); of
-  `KFRA` sizes and symmetry are right;
+- **runs**: a value for every parameter, and no brute-force counterpart to compare it with: `PCHMP` of
+  parameters that are used several times, or that more is made of than a linear map;
 - **an error's name**: what is raised instead (`KFRA` and `PCHMP` are defined for some architectures
   only); **differs**: the numbers do not agree;
 - **-**: not tried, for brute force would take too long, or there is nothing to compare.
@@ -116,12 +116,9 @@ def compare(
     ext: E.BackpropExtension, blocks: Blocks, model: nn.Module, loss: Any, X: Any, y: Any, **axes: int
 ) -> float | None:
     """The largest relative error, ``None`` if there is nothing to compare with."""
-    if ext.savefield in ("ggnmp", "hmp", "kflr", "kfac", "kfac_empirical", "ekflr", "ekfac"):
-        return blocks.compare(ext).worst
-    if ext.savefield == "kfra":
-        error = blocks.compare(ext).worst
-        return None if error <= TOLERANCE else error
     try:
+        if ext.savefield in blocks.FIELDS:
+            return blocks.compare(ext).worst
         return check(model, loss, X, y, [ext], **axes).worst
     except KeyError as error:
         if "twin" not in str(error):
