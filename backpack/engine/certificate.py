@@ -82,7 +82,9 @@ def due(graph: Graph, mode: Mode) -> bool:
     if mode == "never" or not [axis for axis in axes if axis.size != 1]:
         return False
     picked = [axis for axis in axes if axis.picked is not None]
-    if mode == "always" or any(axis.solo is None for axis in picked):
+    # Of a model that is gone nothing is remembered, and of what derivatives hide nothing is told.
+    unknown = any(r.hides or (r.taps and r.module() is None) for r in graph.recordings)
+    if mode == "always" or unknown or any(axis.solo is None for axis in picked):
         return True
     # Tensors of one sample each, in a loop over samples, are told apart by the graph's signature.
     if picked and any(kind_of(node) in PICKING for node in graph.nodes):

@@ -17,7 +17,7 @@ from backpack._torch import executes
 from backpack.engine.collect import Leaf
 from backpack.engine.debug import Stopwatch
 from backpack.engine.exchange import Exchange
-from backpack.engine.refusals import Names
+from backpack.engine.refusals import Names, parameters_of
 from backpack.engine.shards import Shards
 from backpack.engine.state import Block
 from backpack.graph.forwards import Group, number_alike
@@ -107,7 +107,7 @@ class PassState:
         given, everything = parameters, self.block.wanted is None and self.block.complete
         if given is not None and not everything:
             given = [p for p in given if p in self.leaves or self._executes(p)]
-        if given == []:
+        if given == [] or not (given or everything or self._computes()):
             return
         if owner.unsupported == "raise" and not foreign:
             raise error
@@ -148,6 +148,11 @@ class PassState:
         if self.block.wanted is not None:
             return parameter in self.block.wanted
         return executes(get_gradient_edge(parameter).node)
+
+    def _computes(self) -> bool:
+        """Whether this backward pass computes the gradient of any parameter that meets data."""
+        used = (source for _, tap in self.graph.taps for source in tap.sources)
+        return any(self._executes(p) for source in used for p in parameters_of(source))
 
     def _clear(self) -> None:
         for handle in self.handles:
