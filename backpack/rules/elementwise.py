@@ -64,7 +64,10 @@ def setitem(batch: SampleAxis, target: Tensor, index: Any, values: Any) -> Param
             return Dense(reduce_to(axis, g, inner).values.reshape(len(g), batch.size, *shape))
         mine = torch.arange(batch.size, device=g.device).reshape(-1, *[1] * samples.dim()) == samples
         each = g.unsqueeze(1) * mine
-        return Dense(each.sum_to_size(*each.shape[:2], *inner).reshape(*each.shape[:2], *shape))
+        for _ in range(places.dim() - len(inner)):
+            each = each.sum(2)
+        each = each.sum_to_size(*each.shape[:2], *inner)
+        return Dense(each.reshape(*each.shape[:2], *shape))
 
     return [(target, kept), (values, form)]
 

@@ -11,6 +11,7 @@ where it is; those that move, merge, drop or mix it are listed in ``movers.py``,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -223,9 +224,8 @@ class SampleAxis:
         """All axes but the last become shared positions: ``[*lead, N, S, features]``."""
         regular = self.dim == 0 and self.outer == 1 and self.picked is None
         if regular and tensor.dim() > 1 + lead:
-            return tensor.reshape(
-                *tensor.shape[:lead], self.size, -1 if tensor.numel() else 0, tensor.shape[-1]
-            )
+            positions = math.prod(tensor.shape[lead:-1]) // max(self.size, 1)
+            return tensor.reshape(*tensor.shape[:lead], self.size, positions, tensor.shape[-1])
         split = self.split(tensor, lead)
         return split.flatten(lead + 1, -2) if split.dim() > lead + 2 else split.unsqueeze(-1)
 

@@ -155,7 +155,8 @@ class LowRank(Systems):
         parameters = self._group(group)
 
         def make(_: Any) -> Tensor:
-            return torch.linalg.eigvalsh(self._gram(parameters)).flip(0)
+            gram = self._gram(parameters).to(self._dtype(parameters))
+            return torch.linalg.eigvalsh(gram).flip(0).double()
 
         if any(key[:2] == ("spectrum", frozenset(parameters)) for key in self._known):
             return self._out(self._spectrum(parameters)[0], parameters)
@@ -170,9 +171,6 @@ class LowRank(Systems):
         largest = float(values[0].clamp(min=0)) if len(values) else 0.0
         count = total_count(self._columns(parameters))
         return count * torch.finfo(self._dtype(parameters)).eps * largest
-
-    def _dtype(self, parameters: list[Tensor]) -> torch.dtype:
-        return self._precision or torch.promote_types(parameters[0].dtype, torch.float32)
 
     def eigh(
         self,

@@ -73,6 +73,10 @@ class Matrices(Passes):
     def _samples(self, parameters: list[Tensor]) -> int:
         return sum(self._sides("columns", parameters)[1])
 
+    def _dtype(self, parameters: list[Tensor]) -> torch.dtype:
+        """Precision of the products between rows, and of eigenvalues, which are no better."""
+        return self._precision or torch.promote_types(parameters[0].dtype, torch.float32)
+
     def _once(
         self, what: str, parameters: list[Tensor], exact: bool, make: Callable[[Any], Any]
     ) -> Any:
@@ -124,8 +128,9 @@ class Matrices(Passes):
         """Eigenvalues of the Gram matrix, largest first, and its eigenvectors."""
 
         def make(_: Any) -> tuple[Tensor, Tensor]:
-            values, vectors = torch.linalg.eigh(self._gram(parameters))
-            return values.flip(0), vectors.flip(1)
+            gram = self._gram(parameters).to(self._dtype(parameters))
+            values, vectors = torch.linalg.eigh(gram)
+            return values.flip(0).double(), vectors.flip(1).double()
 
         found: tuple[Tensor, Tensor] = self._once("spectrum", parameters, False, make)
         return found

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv-versions"
-TESTS = ["tests/project/test_smoke.py", "tests/quantities/test_cases.py"]
+TESTS = """tests/project/test_smoke.py tests/quantities/test_cases.py tests/engine/test_processes.py
+    tests/engine/test_sharded.py""".split()
 # What torch and the tests import.
 PACKAGES = """filelock fsspec hypothesis jinja2 networkx numpy pytest pytest-xdist scikit-learn
     setuptools sympy typing_extensions""".split()
