@@ -65,6 +65,7 @@ def hessian_product(starts: Starts, parameter: Tensor) -> Product:
 
 def _finite(result: Tensor, vector: Tensor, name: str) -> Tensor:
     """Refuse what is not finite though its vector is, and the other way round."""
+    result = result.to_dense()  # of a table with sparse gradients
     if not bool(torch.isfinite(vector).all()):
         return torch.full_like(result, torch.nan)
     if not bool(torch.isfinite(result).all()):
