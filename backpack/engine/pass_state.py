@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import executes
+from backpack.engine.alone import Budget
 from backpack.engine.collect import Leaf
 from backpack.engine.debug import Stopwatch
 from backpack.engine.exchange import Exchange
@@ -84,10 +85,10 @@ class PassState:
         self.takes_gradient = bool(self.first_order) or self.fills
         self.writes_out |= self.fills and any(ext.writes_out for ext in self.written)
         # Whether nothing else is asked for than gradients of single samples' uses, which autograd
-        # computes anyway, and whether some quantity is as large as these.
+        # computes anyway, and how many of these are held: all, if some quantity is as large.
         self.own_uses_do = self.takes_gradient and not self.factored and self.task is not None
         self.own_uses_do &= block.owner.extension_hook is None
-        self.own_large = any(ext.large for ext in self.first_order)
+        self.own_budget = Budget(not any(ext.writes_out for ext in self.first_order))
         self.shares_patches = len(self.first_order) + self.fills > 1
         self.frees_previous = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.

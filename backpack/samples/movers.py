@@ -237,6 +237,8 @@ def _cat(
 # What puts tensors beside each other.
 JOINS = frozenset(spellings("stack", "cat", "concat", "concatenate"))
 _STACKS = frozenset(spellings("stack"))
+# Axes of so many rows are remembered.
+_REMEMBERED = 2**12
 
 
 def joined(
@@ -263,7 +265,9 @@ def joined(
             return None
         else:
             samples.append((sample, axis.length))
-    return _joined_axis(tuple(samples), size, dim, new.device, tentative)
+    length = sum(many for _, many in samples)
+    found = _joined_axis if length <= _REMEMBERED else _joined_axis.__wrapped__
+    return found(tuple(samples), size, dim, new.device, tentative)
 
 
 @lru_cache(256)

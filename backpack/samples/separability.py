@@ -23,6 +23,8 @@ _verdicts: dict[Any, Any] = {}
 # In place of an answer that depends on the values of constants.
 _BY_VALUE = "by value"
 _CAPACITY = 4096
+# What picked rows take by which they are looked up, and the most that they may.
+_held, _BYTES = 0, 2**25
 # Samples that an operation is tried out with where it takes fewer than there are.
 FEW = 5
 
@@ -149,8 +151,13 @@ def spare(x: Tensor) -> Tensor:
 
 
 def _remember(key: Any, verdict: Any) -> None:
-    if len(_verdicts) >= _CAPACITY:
+    global _held
+    parts = [x for part in key for x in (part if isinstance(part, tuple) else (part,))]
+    size = sum(x.picked.nbytes for x in parts if isinstance(x, SampleAxis) and x.picked is not None)
+    if len(_verdicts) >= _CAPACITY or _held + size > _BYTES:
         _verdicts.clear()
+        _held = 0
+    _held += size
     _verdicts[key] = verdict
 
 
