@@ -43,8 +43,8 @@ class Listening(Reducing):
     def _certify(self, graph: Graph) -> None:
         names = Names(graph.recordings)
         with Nested(self.block), self.watch("certificate that samples are apart"):
-            certificate.certify(graph, names.of)
-        certificate.remember(graph)
+            untold = certificate.certify(graph, names.of)
+        certificate.remember(graph, bool(untold))
 
     def _survey(self, roots: list[Node]) -> Graph:
         self.block.wrappers = static_graphs(roots) or self.block.wrappers

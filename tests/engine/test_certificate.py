@@ -139,6 +139,25 @@ def test_once(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+def test_a_gate_that_is_closed_at_first(calls: list[int]) -> None:
+    """Zeros tell nothing: it is tried out again, soon, and less often if nothing but zeros comes."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        h.register_hook(lambda g: g - g.mean(0))
+        return m.last(x + m.gate * h)
+
+    parts = {"first": nn.Linear(2, 2), "last": nn.Linear(2, 3), "gate": nn.Parameter(torch.zeros(()))}
+    model = extend(Apply(forward, **parts)).double()
+    for expected in (1, 2, 3, 3, 4, 4, 4, 4, 5):
+        run(model, certify="once")
+        assert len(calls) == expected
+    nn.init.ones_(model.gate)
+    with pytest.raises(RuntimeError, match="the samples of a batch are mixed"):
+        for _ in range(8):
+            run(model, certify="once")
+
+
 def test_a_model_that_is_gone(calls: list[int]) -> None:
     """Of which nothing can be remembered: its loss is certified each time."""
 
