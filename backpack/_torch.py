@@ -35,6 +35,7 @@ AccumulateGrad: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-d
 
 # The number of the backward pass that calls the hook which asks; -1 outside of any.
 current_task: Callable[[], int] = torch._C._current_graph_task_id
+NO_TASK = -1
 
 # Whether that pass keeps the graph (``retain_graph``).
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph

@@ -21,12 +21,12 @@ from backpack._torch import leaf_of, packs_saved_tensors
 from backpack.graph.node_rules import source_of
 from backpack.graph.nodes import walk
 from backpack.graph.taps import TAPS, Recording, Tap, notes
-from backpack.samples.axis import SampleAxis, regular_axis, solo_axis
+from backpack.samples.axis import SampleAxis, regular_axis, sample_axis_of, solo_axis
 from backpack.samples.separability import axis_by_backward
 
 _FUNCTION = "backpack_function"
-# By what else is known of a Function: whether it saves such for its backward.
-_saves_whole_numbers: dict[Any, bool] = {}
+# By what else is known of a Function: whether it saves what may say where rows go, or are mixed.
+_saves_more: dict[Any, bool] = {}
 _MOST = 2**12
 
 
@@ -135,20 +135,28 @@ class Functions:
 def _key(node: Any) -> Any:
     """What the way in which a Function moves samples may depend on; ``None`` if that cannot be told.
 
-    That is what it keeps for its backward besides numbers, and settings of its class: whole numbers may
-    say where rows go, and then it is tried out each time.
+    That is what it keeps for its backward besides data, and settings of its class. Whole numbers may
+    say where rows go, and numbers that are no data how they are mixed: then it is tried out each time.
     """
-    kept = vars(node)
-    if not all(map(_plain, kept.values())):
+    kept, settings = vars(node), _settings(node._forward_cls)
+    if settings is None or not all(map(_plain, kept.values())):
         return None
-    key = type(node), str(kept), str(_settings(node._forward_cls))
-    # What is packed, inside of a checkpoint, is computed once more to be read.
-    if key not in _saves_whole_numbers and not packs_saved_tensors():
-        if len(_saves_whole_numbers) >= _MOST:
-            _saves_whole_numbers.clear()
-        saved = (x for x in node.saved_tensors if x is not None)
-        _saves_whole_numbers[key] = any(not (x.is_floating_point() or x.is_complex()) for x in saved)
-    return None if _saves_whole_numbers.get(key) else key
+    key = type(node), str(kept), str(settings)
+    if key not in _saves_more or not packs_saved_tensors():
+        try:  # what is packed, inside of a checkpoint, is computed once more to be read
+            saves = any(x is not None and not _is_data(x) for x in node.saved_tensors)
+        except RuntimeError:
+            saves = True
+        if len(_saves_more) >= _MOST:
+            _saves_more.clear()
+        _saves_more[key] = saves
+    return None if _saves_more[key] else key
+
+
+def _is_data(saved: Tensor) -> bool:
+    """Whether a tensor that a Function has saved is known to hold samples, or parameters."""
+    numbers = saved.is_floating_point() or saved.is_complex()
+    return numbers and (saved.requires_grad or sample_axis_of(saved) is not None)
 
 
 def _plain(value: Any) -> bool:
@@ -157,14 +165,16 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (int, float, bool, str, type(None)))
 
 
-def _settings(function: type) -> list[Any]:
-    """Attributes of a class and what its methods have closed over, as far as they are plain."""
+def _settings(function: type) -> list[Any] | None:
+    """Attributes of a class and what its methods have closed over; ``None`` if there are tensors."""
     found: list[Any] = []
     for each in function.__mro__[: function.__mro__.index(torch.autograd.Function)]:
         for name, value in vars(each).items():
             method = value.__func__ if isinstance(value, staticmethod) else value
             cells = getattr(method, "__closure__", None) or ()
             contents = [cell.cell_contents for cell in cells if _filled(cell)]
+            if any(isinstance(x, Tensor) for x in (value, *contents)):
+                return None
             found += [(name, x) for x in (value, *contents) if _plain(x)]
     return found
 

@@ -236,6 +236,12 @@ def _calls_running(module: nn.Module | None) -> int:
     return count
 
 
+def forward_runs() -> bool:
+    """Whether the forward pass of an extended module is under way in this thread."""
+    recorder = ambient.recorder
+    return recorder is not None and recorder.live and _calls_running(recorder.recording.module()) > 0
+
+
 def after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of extended modules (called also if forward raised): close the recording."""
     if torch.compiler.is_compiling():

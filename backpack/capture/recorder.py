@@ -327,10 +327,14 @@ class Recorder(SequenceTracker, TorchFunctionMode):
         self.recording.differentiated = True
         inputs = args[1] if len(args) > 1 else kwargs.get("inputs", ())
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        outputs = {t: sample_axis_of(t) for t in flatten(args[0] if args else kwargs["outputs"])}
+        samples = [axis.solo for axis in outputs.values() if axis is not None and axis.size > 1]
         for given, gradient in zip(inputs, out, strict=False):
             axis = sample_axis_of(given) if isinstance(given, Tensor) else None
             if axis is not None and isinstance(gradient, Tensor) and not axis.bare:
                 mark(gradient, axis.moved(axis.dim + gradient.dim() - given.dim()))
+            elif isinstance(gradient, Tensor) and None not in samples:
+                note_own(gradient, [t for t in outputs if outputs[t] is None], samples=samples)
         return out
 
     def _alone(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

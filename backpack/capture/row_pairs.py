@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack._torch import has_values, tree_flatten, tree_unflatten, without_torch_function
-from backpack.graph.nodes import children_of, kind_of
+from backpack._torch import has_values, leaf_of, tree_flatten, tree_unflatten, without_torch_function
+from backpack.graph.nodes import kind_of
 from backpack.graph.taps import notes
 from backpack.graph.tracing import past
 from backpack.samples.axis import Rows, SampleAxis, sample_axis_of
@@ -128,12 +128,17 @@ def _kept(func: Any, out: Tensor, data: list[tuple[Tensor, SampleAxis]]) -> RowP
     """Pairs by an operation on single entries, or along the rows."""
     if func not in _KEEPING:
         return None
+    pairs = [getattr(tensor, PAIRS, None) or _within_samples(tensor) for tensor, _ in data]
     found = [
-        getattr(tensor, PAIRS).moved(out.dim() - tensor.dim())
-        for tensor, _ in data
-        if hasattr(tensor, PAIRS)
+        each.moved(out.dim() - tensor.dim())
+        for each, (tensor, _) in zip(pairs, data, strict=True)
+        if each is not None
     ]
-    others = [aligned(axis, tensor, out) for tensor, axis in data if not hasattr(tensor, PAIRS)]
+    others = [
+        aligned(axis, tensor, out)
+        for each, (tensor, axis) in zip(pairs, data, strict=True)
+        if each is None
+    ]
     if not found or not found[0].fits(out) or not all(each.agrees(found[0]) for each in found):
         return None
     if not all(any(other.agrees(axis) for axis in found[0]) for other in others):
@@ -196,22 +201,27 @@ def _silent(
         if bool(((out != 0) & apart).any()):
             return False
     leaves, spec = tree_flatten((args, kwargs))
-    ours, copies = {id(tensor) for tensor, _ in data}, []
+    ours = {id(tensor): _within_samples(tensor) for tensor, _ in data}
+    copies: list[tuple[Tensor, RowPairs | None]] = []
     for j, x in enumerate(leaves):
         if isinstance(x, Tensor):
             leaves[j] = x.detach()
             if id(x) in ours:
-                leaves[j].requires_grad_()
-                copies.append(leaves[j])
+                copies.append((leaves[j].requires_grad_(), ours[id(x)]))
     with without_torch_function(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         new_args, new_kwargs = tree_unflatten(leaves, spec)
         again = func(*new_args, **new_kwargs)
         if not again.requires_grad:
             return True
         found = torch.autograd.grad(
-            again, copies, generic(again.shape, again) * apart, allow_unused=True
+            again, [x for x, _ in copies], generic(again.shape, again) * apart, allow_unused=True
         )
-    return not any(bool((g != 0).any()) for g in found if g is not None)
+    # Entries that are silent already depend on nothing, whatever is made from them.
+    return not any(
+        bool(((g != 0) & (True if inside is None else ~inside.apart(g))).any())
+        for g, (_, inside) in zip(found, copies, strict=True)
+        if g is not None
+    )
 
 
 def _product(func: Any, args: tuple[Any, ...], out: Tensor) -> SampleAxis | None:
@@ -264,7 +274,10 @@ def _summed(
 
 def _within_samples(matrix: Tensor) -> RowPairs | None:
     """The pairs of a matrix in which a mask has left those within samples."""
-    found = None if matrix.grad_fn is None else _noted(matrix.grad_fn)
+    axis = sample_axis_of(matrix)
+    if axis is None or axis.lost or matrix.grad_fn is None:
+        return None  # mixed with other rows since
+    found = _noted(matrix.grad_fn)
     return found if found is not None and found.fits(matrix) else None
 
 
@@ -276,12 +289,17 @@ def _noted(node: Node, seen: set[Node] | None = None) -> RowPairs | None:
     seen.add(node)
     if PAIRS in notes(node):
         return notes(node)[PAIRS]
-    children = children_of(node)
-    for child in children[: _FACTORS.get(kind_of(node), 0)]:
+    places = [(child, number) for child, number in node.next_functions if child is not None]
+    for child, number in places[: _FACTORS.get(kind_of(node), 0)]:
         found = _noted(child, seen)
-        if found is not None:
-            return found
-    found = _noted(children[0], seen) if kind_of(node) in _MOVING else None
+        if found is not None:  # and may have been broadcast to further axes in front
+            return found.moved(len(_shape(node, 0)) - len(_shape(child, number)))
+    found = _noted(places[0][0], seen) if kind_of(node) in _MOVING else None
     sides = [] if found is None else [past(axis, node) for axis in found]
     rows, columns = sides or (None, None)
     return None if rows is None or columns is None else RowPairs(rows, columns)
+
+
+def _shape(node: Node, number: int) -> torch.Size:
+    leaf = leaf_of(node)
+    return torch.Size(node._input_metadata[number].shape) if leaf is None else leaf.shape

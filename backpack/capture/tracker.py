@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,16 @@ from backpack.graph.taps import ENDS, MIXES, NONLINEAR, Recording, notes
 from backpack.losses.base import LOSSES
 from backpack.rules.base import ToForm
 from backpack.samples.aliases import through_base
-from backpack.samples.axis import MADE, MARK, SampleAxis, mark, regular_axis, sample_axis_of, solo_axis
+from backpack.samples.axis import (
+    MADE,
+    MARK,
+    NOBODY,
+    SampleAxis,
+    mark,
+    regular_axis,
+    sample_axis_of,
+    solo_axis,
+)
 from backpack.samples.movers import LIKE, spellings
 from backpack.samples.propagate import ELEMENTWISE, FACTORIES, name_of, settled, traced
 
@@ -47,21 +56,34 @@ _IN_FRONT = frozenset((Tensor.__getitem__, *spellings("unsqueeze")))
 _DISTRIBUTIONS = (Distribution, Transform)
 
 
-# On tensors that are computed from parameters alone.
+# On tensors that are computed from parameters alone, or from a sample's data too: whose.
 _OWN = "_backpack_own"
 
 
 def is_own(tensor: Tensor) -> bool:
     """Whether it was computed from a model's parameters, and no data, while it was looked at."""
-    return hasattr(tensor, _OWN)
+    return getattr(tensor, _OWN, None) == NOBODY
 
 
-def note_own(tensor: Tensor, sources: Sequence[Tensor], own: bool = True) -> None:
-    """Note of a result without data whether all that it was computed from is known, too."""
-    if own and all(t.is_leaf or is_own(t) for t in sources):
-        setattr(tensor, _OWN, True)
-    elif is_own(tensor):
-        delattr(tensor, _OWN)
+def note_own(
+    out: Tensor, sources: Sequence[Tensor], own: bool = True, samples: Collection[int | None] = ()
+) -> None:
+    """Note of a result without an axis whether all that it was computed from is known, too.
+
+    ``samples``: whose data has come in by derivatives with respect to parameters.
+    """
+    owners = {getattr(t, _OWN, None) for t in sources if not t.is_leaf} | set(samples)
+    known = owners - {NOBODY}
+    if own and None not in owners and len(known) < 2:
+        setattr(out, _OWN, next(iter(known), NOBODY))
+    elif hasattr(out, _OWN):
+        delattr(out, _OWN)
+
+
+def _hides(source: Tensor, marked: Sequence[tuple[Tensor, SampleAxis]]) -> bool:
+    """Whether a tensor without an axis may hold data of other samples than those that it meets."""
+    owner = NOBODY if source.grad_fn is None else getattr(source, _OWN, None)
+    return owner is None or owner != NOBODY and any(axis.solo != owner for _, axis in marked)
 
 
 def tensors_in(args: tuple[Any, ...] | list[Any]) -> Iterator[Tensor]:
@@ -226,12 +248,13 @@ class Tracker:
         ):
             # Of complex numbers the two parts are bent together.
             notes(node)[NONLINEAR] = recording, batch
+        # What derivatives and transforms have made may hold data, which is looked for at backward.
+        hidden = [s for s in sources if recording.differentiated and _hides(s, marked)]
+        recording.hides |= bool(hidden)
+        sources = [s for s in sources if not any(s is h for h in hidden)]
         if sources:
-            inputs = tuple(
-                t.grad_fn or get_gradient_edge(t).node
-                for t, _ in marked
-                if t.requires_grad and not any(t is s for s in sources)
-            )
+            data = [t for t, _ in marked if t.requires_grad and not any(t is s for s in sources)]
+            inputs = tuple(t.grad_fn or get_gradient_edge(t).node for t in (*data, *hidden))
             # F.linear may return a view of its result: in-place operations replace the view's node.
             base = out._base
             if base is not None and node.next_functions[0][0] is not base.grad_fn:

@@ -19,8 +19,30 @@ from backpack.forms.base import Dense, Form
 from backpack.forms.memory import fresh
 from backpack.graph.taps import Source, Tap
 
-# The most memory for one parameter's gradients of all samples, where no quantity asks for these.
-GRADIENT_BYTES = 2**25
+# The most memory for gradients of all samples in one pass, where no quantity asks for these.
+GRADIENT_BYTES = 2**27
+
+
+class Budget:
+    """Which parameters' gradients of all samples may be held until the last of them is there.
+
+    Args:
+        limited: whether only so many that they take little memory together.
+    """
+
+    def __init__(self, limited: bool) -> None:
+        self.limited = limited
+        self._left = GRADIENT_BYTES
+        self._found: dict[Leaf, bool] = {}
+
+    def has_room_for(self, leaf: Leaf) -> bool:
+        """Whether those of a parameter may; always the same answer for one."""
+        if leaf not in self._found:
+            p = leaf.parameter
+            size = leaf.samples * p.numel() * p.element_size()
+            self._found[leaf] = not self.limited or size <= self._left
+            self._left -= size if self._found[leaf] else 0
+        return self._found[leaf]
 
 
 class OwnUse(NamedTuple):
@@ -71,12 +93,9 @@ def sample_of(tap: Tap) -> int | None:
 
 
 def own_uses(
-    node: Node, tap: Tap, uses: Sequence[tuple[Leaf, Source]], limited: bool
+    node: Node, tap: Tap, uses: Sequence[tuple[Leaf, Source]], budget: Budget
 ) -> list[OwnUse] | None:
-    """Where a node gives the gradients of all uses of parameters in it; ``None``: it does not.
-
-    ``limited``: only if all samples' gradients take little memory.
-    """
+    """Where a node gives the gradients of all uses of parameters in it; ``None``: it does not."""
     sample = sample_of(tap)
     if sample is None or not uses:
         return None
@@ -92,7 +111,7 @@ def own_uses(
         p = leaf.parameter
         if p.is_complex() or p.dtype != node._input_metadata[0].dtype:
             return None
-        if limited and leaf.samples * p.numel() * p.element_size() > GRADIENT_BYTES:
+        if not budget.has_room_for(leaf):
             return None
         found.append(OwnUse(leaf, place, turned, sample))
     return found if len(found) == len(uses) else None

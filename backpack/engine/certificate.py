@@ -50,6 +50,8 @@ SKETCHED_FROM = 2**24
 Named = Callable[[Tap], str]
 
 _passes: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
+# Kinds of graphs of which nothing but zeros has arrived at some taps.
+_silent: set[int] = set()
 
 
 class Place(NamedTuple):
@@ -79,25 +81,40 @@ def starts_of(graph: Graph) -> Starts:
 def due(graph: Graph, mode: Mode) -> bool:
     """Whether the graph of a backward pass is to be certified; if not, that counts as one pass."""
     axes = [tap.own for _, tap in graph.taps]
-    if mode == "never" or not [axis for axis in axes if axis.size != 1]:
+    if not [axis for axis in axes if axis.size != 1]:
+        return False
+    if any(recording.hides for recording in graph.recordings):
+        return True  # for otherwise nothing is known of what derivatives hide
+    if mode == "never":
         return False
     picked = [axis for axis in axes if axis.picked is not None]
-    if mode == "always" or any(axis.solo is None for axis in picked):
+    gone = any(recording.taps and recording.module() is None for recording in graph.recordings)
+    if mode == "always" or gone or any(axis.solo is None for axis in picked):
         return True
     # Tensors of one sample each, in a loop over samples, are told apart by the graph's signature.
     if picked and any(kind_of(node) in PICKING for node in graph.nodes):
         return True
     signature, counted = graph.signature(), _counts(graph)
-    again = any(counts.get(signature, 0) % AGAIN_AFTER == 0 for counts in counted)
+    passes = [counts.get(signature, 0) for counts in counted]
+    again = any(count % AGAIN_AFTER == 0 for count in passes)
+    if signature in _silent:  # gates that begin at zero open soon
+        again = again or any(count & (count - 1) == 0 for count in passes)
     if not again:
         for counts in counted:
             counts[signature] += 1
     return again
 
 
-def remember(graph: Graph) -> None:
-    """The samples were found to be apart; after a failure the next pass is tried out anew."""
+def remember(graph: Graph, silent: bool = False) -> None:
+    """The samples were found to be apart; after a failure the next pass is tried out anew.
+
+    ``silent``: at some taps there was nothing to be seen.
+    """
     signature = graph.signature()
+    if silent and len(_silent) < _KINDS:
+        _silent.add(signature)
+    else:
+        _silent.discard(signature)
     for counts in _counts(graph):
         if len(counts) >= _KINDS:
             counts.clear()
@@ -113,6 +130,7 @@ def _counts(graph: Graph) -> list[dict[int, int]]:
 def forget() -> None:
     """Certify every graph anew."""
     _passes.clear()
+    _silent.clear()
     followed.forget()
 
 
@@ -149,7 +167,7 @@ def certify(graph: Graph, name: Named) -> list[Tap]:
         name: how to call the parameters of a tap.
 
     Returns:
-        Taps that no output of a known sample axis leads to, of which nothing can be said.
+        Taps at which nothing but zeros arrives, of which nothing can be said as yet.
 
     Raises:
         RuntimeError: if they are not.
@@ -157,12 +175,12 @@ def certify(graph: Graph, name: Named) -> list[Tap]:
     places = [Place(node, tap) for node, tap in graph.taps if not (tap.batch.lost or tap.above)]
     starts = starts_of(graph)
     if not starts or not places:
-        return [place.tap for place in places]
+        return []
     bare = any(place.tap.batch.bare for place in places)
     if not bare and bytes_at([place.edge for place in places]) > SKETCHED_FROM:
         one, two = _sketched(starts, places, None), _sketched(starts, places, powers)
         if one.keys() == two.keys() and all(torch.equal(one[place], two[place]) for place in one):
-            return [place.tap for place in places if place not in one]
+            return [place.tap for place, sums in one.items() if not bool(sums.any())]
     plain = pulled(starts, [place.edge for place in places], None)
     wrong = _disagreeing(starts, places, plain, powers)
     if wrong:
@@ -172,7 +190,8 @@ def certify(graph: Graph, name: Named) -> list[Tap]:
         wrong = next((w for mask in masks if (w := _disagreeing(starts, places, plain, mask))), [])
     if wrong:
         raise RuntimeError(_explain(graph, starts, wrong[0], name))
-    return [place.tap for place, g in zip(places, plain, strict=True) if g is None]
+    zeros = (g is not None and not bool(g.any()) for g in plain)
+    return [place.tap for place, zero in zip(places, zeros, strict=True) if zero]
 
 
 # --------------------------------------------------------------------------------------

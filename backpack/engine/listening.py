@@ -43,8 +43,8 @@ class Listening(Reducing):
     def _certify(self, graph: Graph) -> None:
         names = Names(graph.recordings)
         with Nested(self.block), self.watch("certificate that samples are apart"):
-            certificate.certify(graph, names.of)
-        certificate.remember(graph)
+            untold = certificate.certify(graph, names.of)
+        certificate.remember(graph, bool(untold))
 
     def _survey(self, roots: list[Node]) -> Graph:
         self.block.wrappers = static_graphs(roots) or self.block.wrappers
@@ -169,7 +169,7 @@ class Listening(Reducing):
             return None
         if self.shards is not None:
             return None
-        return own_uses(node, taps[0], self.uses.get(taps[0], ()), not self.own_large)
+        return own_uses(node, taps[0], self.uses.get(taps[0], ()), self.own_budget)
 
     def taps_at_current_node(self, grads: Gradients) -> None:
         """Backward began, or was first seen, at a node with taps."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backpack._torch import executes
+from backpack.engine.alone import Budget
 from backpack.engine.collect import Leaf
 from backpack.engine.debug import Stopwatch
 from backpack.engine.exchange import Exchange
-from backpack.engine.refusals import Names
+from backpack.engine.refusals import Names, parameters_of
 from backpack.engine.shards import Shards
 from backpack.engine.state import Block
 from backpack.graph.forwards import Group, number_alike
@@ -84,10 +85,10 @@ class PassState:
         self.takes_gradient = bool(self.first_order) or self.fills
         self.writes_out |= self.fills and any(ext.writes_out for ext in self.written)
         # Whether nothing else is asked for than gradients of single samples' uses, which autograd
-        # computes anyway, and whether some quantity is as large as these.
+        # computes anyway, and how many of these are held: all, if some quantity is as large.
         self.own_uses_do = self.takes_gradient and not self.factored and self.task is not None
         self.own_uses_do &= block.owner.extension_hook is None
-        self.own_large = any(ext.large for ext in self.first_order)
+        self.own_budget = Budget(not any(ext.writes_out for ext in self.first_order))
         self.shares_patches = len(self.first_order) + self.fills > 1
         self.frees_previous = [ext.savefield for ext in exts if ext.large]
         # What is known once a parameter's last tap is reached need not wait for its gradient.
@@ -107,7 +108,7 @@ class PassState:
         given, everything = parameters, self.block.wanted is None and self.block.complete
         if given is not None and not everything:
             given = [p for p in given if p in self.leaves or self._executes(p)]
-        if given == []:
+        if given == [] or not (given or everything or self._computes()):
             return
         if owner.unsupported == "raise" and not foreign:
             raise error
@@ -148,6 +149,11 @@ class PassState:
         if self.block.wanted is not None:
             return parameter in self.block.wanted
         return executes(get_gradient_edge(parameter).node)
+
+    def _computes(self) -> bool:
+        """Whether this backward pass computes the gradient of any parameter that meets data."""
+        used = (source for _, tap in self.graph.taps for source in tap.sources)
+        return any(self._executes(p) for source in used for p in parameters_of(source))
 
     def _clear(self) -> None:
         for handle in self.handles:

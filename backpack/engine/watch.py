@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from backpack._ambient import ambient
 from backpack._torch import (
+    NO_TASK,
     call_at_end,
     current_node,
     current_task,
@@ -25,6 +26,7 @@ from backpack._torch import (
     uncompiled_calls,
 )
 from backpack.capture import loss_records
+from backpack.capture.hooks import forward_runs
 from backpack.engine.direct import fill, fills, pass_down
 from backpack.engine.run import Run
 from backpack.engine.state import Block, Nested, Options, current_block, mark_used
@@ -85,6 +87,10 @@ class _Watch(TorchFunctionMode):
                     self.block.made.note_written(args)
             return result
         kwargs = kwargs or {}
+        if forward_runs() or (current_task() != NO_TASK and not self.block.nested):
+            # Not the loss's: a step for a task, a score, a fixed point of what is differentiated.
+            with Nested(self.block):
+                return func(*args, **kwargs)
         products = any(isinstance(ext, Product) for ext in self.block.owner.extensions)
         if products and not self.block.nested:
             kwargs = {**kwargs, "retain_graph": True}
@@ -108,12 +114,10 @@ class _Watch(TorchFunctionMode):
                 # A Jacobian or Hessian product, not the gradient of a loss.
                 with Nested(self.block):
                     return func(*args, **kwargs)
-            if kwargs.get("create_graph", args[4] if len(args) > 4 else False) and (
-                ambient.recorder is not None
-                or all(isinstance(t, Tensor) and not isinstance(t, Parameter) for t in inputs)
+            if kwargs.get("create_graph", args[4] if len(args) > 4 else False) and all(
+                isinstance(t, Tensor) and not isinstance(t, Parameter) for t in inputs
             ):
-                # A derivative in the model's inputs, or in its forward pass (a step for a task), which
-                # the loss is going to contain.
+                # A derivative in the model's inputs, which the loss is going to contain.
                 with Nested(self.block):
                     return func(*args, **kwargs)
             wanted = {t for t in inputs if isinstance(t, Tensor)}
@@ -243,7 +247,7 @@ def _reached(recording: Recording, loss: LossRecord | None, grads: Any) -> None:
         if not keeps_graph():
             recording.release()
         return
-    if block.nested:
+    if block.nested or forward_runs():
         return
     run, node = _run_of(block), current_node()
     run.reach(node)

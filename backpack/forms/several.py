@@ -169,6 +169,9 @@ class Scaled(Wrapped):
             return super().squared_norms()
         (q, o), squares = (form.g.shape[2], form.g.shape[-1]), sum_first(form.g.square())[:, :, 0]
         weights = form.layout.load(self.scale.square(), q, o)
+        # A weight in another precision than the parameter that it is made from.
+        squares = squares.to(torch.promote_types(squares.dtype, weights.dtype))
+        weights = weights.to(squares.dtype)
         return ((squares.unsqueeze(2) @ weights).squeeze(2) * form.a[:, :, 0].square()).sum((1, 2))
 
     def project(self, vectors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack._torch import leaf_of
-from backpack.graph.nodes import PICKING, PRODUCTS, TERMWISE, kind_of
+from backpack.graph.nodes import ENTRYWISE, PICKING, TERMWISE, is_linear, kind_of
 from backpack.graph.region import ALL, Candidate, Region, shape_at
 from backpack.graph.scaling import agree, along, powers, pulled
 from backpack.graph.taps import TAPS, Tap, notes
@@ -85,10 +85,11 @@ def _may_change(region: Region, node: Node, found: Followed) -> bool:
     if kind_of(node) in _BATCHED and named is not None and named[1].dim == 0:
         return False  # each sample meets a matrix of its own
     kind, children = kind_of(node), [child for child, _ in node.next_functions]
-    fixed = kind in PRODUCTS - {"Mul", "Div"} and None in children
-    return bool(
-        kind in PICKING or fixed and any(c is not None and region.taps.get(c) for c in children)
-    )
+    if kind in PICKING:
+        return True
+    # What another argument may be, that is no data: it has no node.
+    fixed = None in children and not (is_linear(node) or kind in ENTRYWISE)
+    return fixed and any(c is not None and bool(region.taps.get(c)) for c in children)
 
 
 def _signature(region: Region) -> int:

@@ -41,6 +41,11 @@ TERMWISE = frozenset(
     """MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy
     BinaryCrossEntropyWithLogits""".split()
 )
+# Functions of entries at the same place, some of which may be constants, and norms of the last axes.
+ENTRYWISE = TERMWISE | frozenset(
+    """Mul Div Pow Atan2 Hypot Maximum Minimum Fmax Fmin Fmod Remainder Addcmul Addcdiv Lerp Xlogy
+    Xlog1Py Logaddexp Logaddexp2 L1Loss NativeLayerNorm NativeGroupNorm""".split()
+)
 # Linear in evaluation mode.
 BATCH_NORMS = frozenset({"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"})
 

@@ -79,6 +79,9 @@ class Region:
         leaf = leaf_of(node)
         if TAPS in notes(node):
             self.own[node], self.taps[node] = frozenset(), frozenset([node])
+            direct = dict(node.next_functions)
+            for below in _below(node):
+                self.numbers.setdefault(below, set()).add(direct.get(below, 0))
         elif leaf is not None:
             self.own[node] = frozenset() if leaf in self.inputs else frozenset([leaf])
             self.taps[node] = frozenset()

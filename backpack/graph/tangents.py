@@ -11,6 +11,7 @@ graph (masks, picked entries), each node has a ``w`` of its own without any.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -61,7 +62,8 @@ def jacobian_products(
                 allow_unused=True,
             )
 
-        pulled, found = _attempt(pull, weights, vectors, create_graph)
+        coarsest = partial(_coarsest, places)
+        pulled, found = _attempt(pull, weights, vectors, create_graph, coarsest=coarsest)
         if found is not None:
             return found
         tangents, gains = _tangents(places, inputs, vectors, create_graph)
@@ -71,7 +73,7 @@ def jacobian_products(
         ]
         scale = _largest(places, weights, gains)
     # What is not finite here comes from values that are not, and is told by itself.
-    if isfinite(_norm(found)) and not _adjoint(weights, found, pulled, vectors, scale):
+    if isfinite(_norm(found)) and not _adjoint(weights, found, pulled, vectors, scale, coarsest()):
         raise NotImplementedError(
             "the gradient is changed on its way through the graph, such as by a hook of a tensor, in a "
             "way that products with the Jacobian cannot follow; remove the hook"
@@ -93,6 +95,7 @@ def _attempt(
     vectors: Sequence[Tensor],
     create_graph: bool,
     scale: float = 0.0,
+    coarsest: Callable[[], float] = float,
 ) -> tuple[Sequence[Tensor | None], list[Tensor] | None]:
     """``J^T w``, and ``J v`` by differentiating it in ``w``; ``None`` where that does not work."""
     try:
@@ -120,7 +123,10 @@ def _attempt(
     result = [torch.zeros_like(w) if f is None else f for f, w in zip(found, weights, strict=True)]
     if not create_graph:
         result = [each.detach() for each in result]
-    return pulled, result if _adjoint(weights, result, pulled, vectors, scale) else None
+    fits = _adjoint(weights, result, pulled, vectors, scale)
+    # Some operations in between may be in a precision that is less (autocast).
+    fits = fits or _adjoint(weights, result, pulled, vectors, scale, coarsest())
+    return pulled, result if fits else None
 
 
 def _adjoint(
@@ -129,8 +135,11 @@ def _adjoint(
     pulled: Sequence[Tensor | None],
     vectors: Sequence[Tensor],
     scale: float,
+    coarsest: float = 0.0,
 ) -> bool:
     """Whether ``w . (J v) = (J^T w) . v``, up to rounding of numbers of a scale.
+
+    ``coarsest`` is the rounding of operations in between, if that is more than at both ends.
 
     True also where the right-hand side is not finite, and there is nothing to compare with.
     """
@@ -141,8 +150,16 @@ def _adjoint(
     left, left_size = _product(list(zip(weights, found, strict=True)))
     dtypes = [t.dtype for t in (*weights, *(g for g, _ in pairs))]
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    eps = max(eps, coarsest)
     # A comparison with nan is false.
     return abs(left - right) <= eps**0.5 * (left_size + right_size) + 100 * eps * scale
+
+
+def _coarsest(places: Sequence[Place]) -> float:
+    """The largest rounding error of an operation's result in the graph."""
+    about = (meta for node in upwards(_edge(p).node for p in places) for meta in node._input_metadata)
+    dtypes = {meta.dtype for meta in about if meta.dtype.is_floating_point or meta.dtype.is_complex}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _product(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:

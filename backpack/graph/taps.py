@@ -252,6 +252,7 @@ class Recording:
         place: its first sample among those of all forward passes, and their number, if these count as
             further samples.
         differentiated: whether forward takes derivatives, whose graphs use parameters again.
+        hides: whether what these have made meets data, and may hold data itself.
         stated: whether the user has said which rows belong to which sample.
         rivals: ids of inputs that speak of another number of samples, while the pass runs.
         contest: how two inputs may both carry the batch, if they do.
@@ -273,6 +274,7 @@ class Recording:
     doubted: bool = False
     doubt: torch.Size | None = None
     differentiated: bool = False
+    hides: bool = False
     stated: bool = False
     rivals: set[int] = field(default_factory=set)
     contest: str | None = None

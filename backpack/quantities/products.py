@@ -16,6 +16,7 @@ from backpack.graph.carry import differentiable_twice, hooks_suspended
 from backpack.graph.outputs import LossRecord
 from backpack.graph.recognised import second_derivative
 from backpack.graph.tangents import jacobian_products
+from backpack.graph.tracing import cut
 from backpack.sources.columns import Leaf, gradients
 from backpack.sources.curvature_map import CurvatureMap
 
@@ -65,6 +66,7 @@ def hessian_product(starts: Starts, parameter: Tensor) -> Product:
 
 def _finite(result: Tensor, vector: Tensor, name: str) -> Tensor:
     """Refuse what is not finite though its vector is, and the other way round."""
+    result = result.to_dense()  # of a table with sparse gradients
     if not bool(torch.isfinite(vector).all()):
         return torch.full_like(result, torch.nan)
     if not bool(torch.isfinite(result).all()):
@@ -87,14 +89,17 @@ def ggn_product(starts: Starts, outputs: Sequence[GradientEdge], parameter: Tens
 def _ggn_vector(
     starts: Starts, outputs: Sequence[GradientEdge], parameter: Tensor, vector: Tensor
 ) -> Tensor:
-    at = gradients(starts, outputs, create_graph=True)
+    # One output may be computed from another: each is a variable of its own.
+    nodes = {edge.node for edge in outputs}
+    with cut(nodes):
+        at = gradients(starts, outputs, create_graph=True)
     used = [(edge, g) for edge, g in zip(outputs, at, strict=True) if g is not None]
     curved = [g for _, g in used if g.requires_grad]
     if not curved:
         return torch.zeros_like(parameter)
     edges = [edge for edge, _ in used]
     forward = jacobian_products(edges, [g for _, g in used], [get_gradient_edge(parameter)], [vector])
-    with differentiable_twice():
+    with differentiable_twice(), cut(nodes):
         back = torch.autograd.grad(
             curved,
             edges,

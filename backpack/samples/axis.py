@@ -30,8 +30,9 @@ class Rows:
 
     def __init__(self, samples: Tensor, size: int, only: int | None = None) -> None:
         self.samples = samples
+        self._slots: Tensor | None = None
         if only is not None:
-            self.slots, self.width = torch.arange(len(samples), device=samples.device), len(samples)
+            self.width = len(samples)
             self.only: int | None = only if len(samples) else None
             return
         order = samples.argsort(stable=True)
@@ -39,10 +40,22 @@ class Rows:
         starts = counts.cumsum(0) - counts
         slots = torch.empty_like(samples)
         slots[order] = torch.arange(len(samples), device=samples.device) - starts[samples[order]]
-        self.slots = slots
+        self._slots = slots
         self.width = int(counts.max()) if len(samples) else 0
         # The sample that all rows belong to, if they belong to one.
         self.only = int(samples[0]) if 0 < self.width == len(samples) else None
+
+    @property
+    def slots(self) -> Tensor:
+        """The number of each row among those of its sample."""
+        if self._slots is None:  # all belong to one: nothing is kept, for there may be many of these
+            return torch.arange(len(self.samples), device=self.samples.device)
+        return self._slots
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps."""
+        return 0 if self._slots is None else self.samples.nbytes + self._slots.nbytes
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rows) and torch.equal(self.samples, other.samples)
@@ -281,7 +294,7 @@ def _solo_axis(
 
 @lru_cache(4096)
 def _one_sample(sample: int, length: int, size: int, device: torch.device) -> Rows:
-    return Rows(torch.full((length,), sample, device=device), size, sample)
+    return Rows(torch.full((1,), sample, device=device).expand(length), size, sample)
 
 
 @lru_cache(4096)

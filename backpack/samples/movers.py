@@ -237,6 +237,8 @@ def _cat(
 # What puts tensors beside each other.
 JOINS = frozenset(spellings("stack", "cat", "concat", "concatenate"))
 _STACKS = frozenset(spellings("stack"))
+# Axes of so many rows are remembered.
+_REMEMBERED = 2**12
 
 
 def joined(
@@ -252,6 +254,7 @@ def joined(
     if not isinstance(parts, (list, tuple)) or len(parts) != len(marked) or size == 1:
         return None
     samples: list[tuple[int, int]] = []
+    tentative = min(axis.tentative for _, axis in marked)
     for part, (tensor, axis) in zip(parts, marked, strict=True):
         sample = axis.solo
         if part is not tensor or sample is None or axis.lost or axis.size != size:
@@ -262,15 +265,17 @@ def joined(
             return None
         else:
             samples.append((sample, axis.length))
-    return _joined_axis(tuple(samples), size, dim, new.device)
+    length = sum(many for _, many in samples)
+    found = _joined_axis if length <= _REMEMBERED else _joined_axis.__wrapped__
+    return found(tuple(samples), size, dim, new.device, tentative)
 
 
 @lru_cache(256)
 def _joined_axis(
-    samples: tuple[tuple[int, int], ...], size: int, dim: int, device: torch.device
+    samples: tuple[tuple[int, int], ...], size: int, dim: int, device: torch.device, tentative: int
 ) -> SampleAxis:
     ids = [sample for sample, length in samples for _ in range(length)]
-    return picked_axis(torch.tensor(ids, device=device), size, dim)
+    return picked_axis(torch.tensor(ids, device=device), size, dim, tentative)
 
 
 @mover("flip")

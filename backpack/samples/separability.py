@@ -20,7 +20,11 @@ from backpack._torch import has_values, tree_flatten, tree_unflatten, without_to
 from backpack.samples.axis import SampleAxis, owners_of
 
 _verdicts: dict[Any, Any] = {}
+# In place of an answer that depends on the values of constants.
+_BY_VALUE = "by value"
 _CAPACITY = 4096
+# What picked rows take by which they are looked up, and the most that they may.
+_held, _BYTES = 0, 2**25
 # Samples that an operation is tried out with where it takes fewer than there are.
 FEW = 5
 
@@ -36,7 +40,9 @@ def is_sample_separable(
     """Whether the samples of a result depend on no other samples of the arguments.
 
     The answer is remembered for arguments of the same kind, unless some are integers or masks: these
-    may say where entries go.
+    may say where entries go. So may numbers that are no data: a matrix that is multiplied with the
+    sample axis is diagonal today, and full tomorrow. With these the answer is remembered only if it is
+    the same for numbers without zeros.
 
     Args:
         func: the operation.
@@ -60,7 +66,8 @@ def is_sample_separable(
         return _separable_by_values(func, leaves, spec, place, axes, axis)
     key = _key(func, leaves, str(spec), axes, place, axis)
     # Other threads may empty the dictionary at any time.
-    if key is not None and (known := _verdicts.get(key)) is not None:
+    known = None if key is None else _verdicts.get(key)
+    if isinstance(known, bool):
         return known
 
     def results(leaves: list[Any]) -> Any:
@@ -71,10 +78,19 @@ def is_sample_separable(
     few = None if key is None else _few(leaves, axes, axis)
     verdict = None if few is None else _tried(results, *few)
     if verdict is None:
-        verdict = _tried(results, leaves, axes, axis) is not False
-    if key is not None:
-        _remember(key, verdict)
+        few, verdict = None, _tried(results, leaves, axes, axis) is not False
+    if key is not None and known is None:
+        tried, those, there = few or (leaves, axes, axis)
+        full = [generic(x.shape, x) if _constant(x, those) else x for x in tried]
+        fixed = not any(_constant(x, those) for x in tried)
+        same = fixed or (verdict and _tried(results, full, those, there))
+        _remember(key, verdict if same else _BY_VALUE)
     return verdict
+
+
+def _constant(x: Any, axes: dict[int, SampleAxis]) -> bool:
+    """Whether an argument has numbers that are no data."""
+    return _differentiable(x) and id(x) not in axes and x.numel() > 0
 
 
 def _separable_by_values(
@@ -135,8 +151,13 @@ def spare(x: Tensor) -> Tensor:
 
 
 def _remember(key: Any, verdict: Any) -> None:
-    if len(_verdicts) >= _CAPACITY:
+    global _held
+    parts = [x for part in key for x in (part if isinstance(part, tuple) else (part,))]
+    size = sum(x.picked.nbytes for x in parts if isinstance(x, SampleAxis) and x.picked is not None)
+    if len(_verdicts) >= _CAPACITY or _held + size > _BYTES:
         _verdicts.clear()
+        _held = 0
+    _held += size
     _verdicts[key] = verdict
 
 

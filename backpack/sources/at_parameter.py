@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from backpack._torch import has_values
 from backpack.forms.complex_pairs import as_pairs, from_pairs
 from backpack.graph.carry import carry, columns_at_once, differentiable_twice, hooks_suspended
+from backpack.graph.tracing import cut
 from backpack.sources.columns import Columns, Leaf, Pass, Starts, gradients
 from backpack.sources.curvature_map import CurvatureMap
 
@@ -84,7 +85,8 @@ def _sample_gradients(
             "know the model output; call loss.backward(), or use DiagHessian"
         )
     edges, batches = zip(*path.outputs, strict=True)
-    outputs = gradients(starts, edges, create_graph=True)
+    with cut(edge.node for edge in edges):  # for one may be computed from another
+        outputs = gradients(starts, edges, create_graph=True)
     for n in range(leaf.samples):
         masked = []
         for edge, gradient, batch in zip(edges, outputs, batches, strict=True):

@@ -316,8 +316,9 @@ def _numbers(shape: Sequence[int], axis: SampleAxis | None) -> int:
 def cotangent_places(graph: Graph) -> list[tuple[GradientEdge, SampleAxis]]:
     """Places whose cotangents make up all of the gradient, with their sample axes.
 
-    Those are model outputs, for one loss may take an output as it is and another a part of it: none of
-    the places lies above another. A loss that depends on no output is one of the model's own.
+    Those are model outputs, for one loss may take an output as it is and another a part of it. A loss
+    that depends on no output is one of the model's own. Where one output is computed from another, its
+    gradient must not be counted in that of the other too: take them within :func:`cut`.
     """
     joint, absorbed = graph.joint()
     found = _placed(joint | graph.flat)

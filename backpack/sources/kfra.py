@@ -70,8 +70,9 @@ def in_front(axis: SampleAxis, place: GradientEdge) -> None:
     Raises:
         NotImplementedError: if they lie otherwise.
     """
-    regular = axis.picked is None and axis.dim == 0 and axis.outer == 1
-    if axis.size > 1 and not regular:
+    if axis.size > 1 and axis.picked is not None:
+        raise NotImplementedError(_refusal(f"rows are not in the order of samples at {_name(place)}"))
+    if axis.size > 1 and not (axis.dim == 0 and axis.outer == 1):
         raise NotImplementedError(_refusal(f"the samples are not in front at {_name(place)}"))
 
 

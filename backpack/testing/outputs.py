@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,16 @@ class Outputs:
 
     Args:
         dim: the axis of rows.
+
+    Attributes:
+        held: what requires grad and has no rows, of what was joined last.
     """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self._kept: Any = None
         self._joined: list[Tensor] = []
+        self.held: list[Tensor] = []
 
     @property
     def alone(self) -> bool:
@@ -49,7 +53,7 @@ class Outputs:
         Raises:
             ValueError: if there is no tensor with rows that requires grad, or numbers of rows differ.
         """
-        self._kept, self._joined = output, []
+        self._kept, self._joined, self.held = output, [], []
         if isinstance(output, Tensor):
             return output
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
@@ -62,16 +66,21 @@ class Outputs:
                 "that require grad; check compares those with rows for the samples, as many in each"
             )
         self._joined = parts
+        self.held = [x for x in tensors if not any(x is part for part in parts)]
         flat = [x.movedim(self.dim, 0).reshape(x.shape[self.dim], -1) for x in parts]
         return torch.cat(flat, 1)
 
-    def split(self, joined: Tensor) -> Any:
-        """What :meth:`join` was given last, with these numbers; what has no rows is held constant."""
+    def split(self, joined: Tensor, held: Sequence[Tensor] = ()) -> Any:
+        """What :meth:`join` was given last, with these numbers; what has no rows is held constant.
+
+        ``held`` stands for what has no rows.
+        """
         if self.alone:
             return joined
         shapes = [x.movedim(self.dim, 0).shape for x in self._joined]
         columns = joined.split([shape[1:].numel() for shape in shapes], 1)
         memo: dict[int, Any] = {id(x): x.detach() for x in tensors_in(self._kept)}
+        memo |= {id(x): value for x, value in zip(self.held, held, strict=False)}
         for x, shape, part in zip(self._joined, shapes, columns, strict=True):
             memo[id(x)] = part.reshape(shape).movedim(0, self.dim)
         return copy.deepcopy(self._kept, memo)

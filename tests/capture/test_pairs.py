@@ -167,7 +167,22 @@ def _zero(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
     return (scores - scores.detach()) @ v
 
 
+def _of_all(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
+    """Pairs within samples, times what is computed from all rows."""
+    return (q @ k.T * same * v.mean()) @ v
+
+
+def _one_for_each(q: Tensor, k: Tensor, v: Tensor, same: Tensor) -> Tensor:
+    """The pairs within samples, once for each row of any sample."""
+    return q @ k.T * same * v[:, :1, None]
+
+
 MIXING: dict[str, Attend] = {
+    "times a mean": _of_all,
+    "for each row": lambda q, k, v, same: torch.einsum("kij,jc->ic", _one_for_each(q, k, v, same), v),
+    "for each row, over both": lambda q, k, v, same: torch.einsum(
+        "kij,ic->kc", _one_for_each(q, k, v, same), v
+    ),
     "many factors": lambda q, k, v, same: _squared_often(q) @ _squared_often(k).T @ v,
     "transposed, no mask": lambda q, k, v, same: (q @ k.T).T @ v,
     "all columns": lambda q, k, v, same: v * (q @ k.T * same).sum(),
@@ -185,8 +200,11 @@ MIXING: dict[str, Attend] = {
 def test_what_mixes_samples(name: str) -> None:
     model = extend(_network(MIXING[name]), samples=lambda x, graph: (x, graph))
     loss = F.cross_entropy(model(torch.randn(7, 3), GRAPH), torch.arange(7) % 3)
-    message = (
-        "'last.weight'.*holds the samples: (matmul combines different|a reduction over the) sample ax"
+    where = (
+        r"(matmul|mul|einsum)? ?(combines different|a reduction over the|a product over the) sample ax"
     )
-    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+    with (
+        pytest.raises(RuntimeError, match=f"'last.weight'.*holds the samples: {where}"),
+        backpack(BatchGrad(), certify="never"),
+    ):
         loss.backward()

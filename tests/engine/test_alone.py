@@ -232,6 +232,42 @@ def test_some_parameters_and_kept_graphs(calls: list[int]) -> None:
         torch.testing.assert_close(p.grad_batch, g)
 
 
+def test_a_pass_holds_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many small layers together no more than the limit; the others are not written out."""
+    torch.manual_seed(0)
+    layers, parts = 6, 4
+    stack = [each for _ in range(layers) for each in (nn.Linear(4, 4, bias=False), nn.Tanh())]
+    model = nn.Sequential(*stack, nn.Linear(4, 3)).double()
+    expected = by_loop(Each(model), BAGS)
+    extend(whole := Each(model), samples=0)
+    size = parts * 4 * 4 * 8
+    monkeypatch.setattr(alone, "GRADIENT_BYTES", 3 * size)
+    held: list[int] = []
+    take = alone.OwnUse.take
+
+    def taken(use: alone.OwnUse, gradient: Tensor) -> None:
+        held.append(use.leaf.samples * gradient.numel() * gradient.element_size())
+        take(use, gradient)
+
+    monkeypatch.setattr(alone.OwnUse, "take", taken)
+    with backpack(extensions.Variance()):
+        F.cross_entropy(whole(BAGS), TARGETS).backward()
+    assert 0 < sum(held) // parts <= 3 * size
+    for p, g in zip(whole.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.variance, g.var(0, unbiased=False))
+
+
+class Each(nn.Module):
+    """A network for each sample, whose positions are averaged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, bags: list[Tensor]) -> Tensor:
+        return torch.stack([self.model(bag).mean(0) for bag in bags])
+
+
 @pytest.mark.parametrize("name", ["DiagGGNExact", "DiagHessian"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_second_order_beside_brute_force(kind: str, name: str) -> None:

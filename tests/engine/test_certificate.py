@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,6 +137,52 @@ def test_once(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     with backpack(BatchGrad(), certify="once"):  # another number of samples
         model(torch.randn(3, 2).double()).sum().backward()
     assert len(calls) == 4
+
+
+def test_a_gate_that_is_closed_at_first(calls: list[int]) -> None:
+    """Zeros tell nothing: it is tried out again, soon, and less often if nothing but zeros comes."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        h.register_hook(lambda g: g - g.mean(0))
+        return m.last(x + m.gate * h)
+
+    parts = {"first": nn.Linear(2, 2), "last": nn.Linear(2, 3), "gate": nn.Parameter(torch.zeros(()))}
+    model = extend(Apply(forward, **parts)).double()
+    for expected in (1, 2, 3, 3, 4, 4, 4, 4, 5):
+        run(model, certify="once")
+        assert len(calls) == expected
+    nn.init.ones_(model.gate)
+    with pytest.raises(RuntimeError, match="the samples of a batch are mixed"):
+        for _ in range(8):
+            run(model, certify="once")
+
+
+def test_a_model_that_is_gone(calls: list[int]) -> None:
+    """Of which nothing can be remembered: its loss is certified each time."""
+
+    def step() -> Tensor:
+        return extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))(torch.randn(N, 3)).sum()
+
+    for _ in range(2):
+        loss = step()
+        gc.collect()
+        with backpack(BatchGrad(), certify="once"):
+            loss.backward()
+    assert len(calls) == 2
+
+
+def test_a_hook_in_a_model_that_is_gone() -> None:
+    def step() -> Tensor:
+        model = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)))
+        model[1].register_full_backward_hook(lambda m, below, above: (below[0] - below[0].mean(0),))
+        return model(torch.randn(N, 3)).square().sum()
+
+    loss = step()
+    gc.collect()
+    message = "the samples of a batch are mixed at"
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad(), certify="once"):
+        loss.backward()
 
 
 def test_always_and_never(calls: list[int]) -> None:

@@ -315,6 +315,9 @@ def with_bias(layer: nn.Module, a: Tensor, bias: Tensor) -> Tensor:
     return torch.func.functional_call(layer, {"bias": bias}, (a,))
 
 
+ORDER = [0, 2, 1, *range(3, N)]
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
@@ -324,8 +327,14 @@ def with_bias(layer: nn.Module, a: Tensor, bias: Tensor) -> Tensor:
             "not in front",
         ),
         (Apply(lambda m, a: m.g(m.f(a).T.sin().T), f=nn.Linear(3, 8), g=nn.Linear(8, 2)), "moves the"),
+        (
+            Apply(
+                lambda m, a: m.g(m.f(a)[[0, 2, 1, *range(3, N)]]), f=nn.Linear(3, 4), g=nn.Linear(4, 2)
+            ),
+            "not in the order of samples",
+        ),
     ],
-    ids=["branches", "transposed", "transposed-square"],
+    ids=["branches", "transposed", "transposed-square", "another-order"],
 )
 def test_kfra_is_for_chains(model: nn.Module, why: str) -> None:
     model, lossfunc = extend(model), extend(nn.CrossEntropyLoss())

@@ -34,7 +34,7 @@ ROOMS = {
     "engine": """left_out state layer_io refusals costs debug certificate collect alone exchange shards
         loop pass_state saving reducing listening run direct watch block plan""",
     "dataset": "totals micro_batches spread reductions individual accumulating loop",
-    "testing": "report copies outputs oracle",
+    "testing": "report copies outputs rows oracle",
 }
 RIVER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files.split()]
 # Optimizers stand on all of it; each file of theirs on those of the first five before it.

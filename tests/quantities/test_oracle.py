@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import extensions as E
@@ -246,3 +247,33 @@ def test_other_rows_than_were_said() -> None:
     found = check(model, nn.MSELoss(), X, torch.rand(shape), **{**said, "sample_of_row": OWNER.flip(0)})
     wrong = {field for (_, field), error in found.errors.items() if error > found.tolerance}
     assert {"grad_batch", "batch_l2", "variance"} <= wrong and "diag_ggn_exact" not in wrong
+
+
+class Penalised(nn.Module):
+    """Beside its rows a number: of the weights, or of all samples."""
+
+    def __init__(self, of_data: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.of_data = nn.Linear(3, 4), nn.Linear(4, 2), of_data
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.first(x).tanh()
+        return self.last(h), h.square().mean() if self.of_data else self.first.weight.square().sum()
+
+
+def test_numbers_beside_rows() -> None:
+    """Of a number that all samples make, nobody can tell their shares: no verdict on it is given."""
+    torch.manual_seed(0)
+    X, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+
+    def of_both(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], y) + 0.3 * output[1]
+
+    def of_rows(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], y)
+
+    with pytest.raises(ValueError, match="a number that the model has computed from all samples"):
+        check(Penalised(True), of_both, X, y, E.BatchGrad())
+    for model, lossfunc in ((Penalised(True), of_rows), (Penalised(False), of_both)):
+        found = check(model, lossfunc, X, y, E.BatchGrad())
+        assert found.ok, f"\n{found}"

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backpack import backpack, extend
 from backpack import extensions as E
-from tests.cases import flat, mean, seq
+from tests.cases import Apply, flat, mean, seq
 
 MODELS = {
     "mlp": (lambda: seq(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (8, 6)),
@@ -161,3 +161,49 @@ def test_gradient_scaler() -> None:
     torch.testing.assert_close(model.weight.grad_batch.sum(0) / 64, model.weight.grad)
     scaler.step(optimizer)
     scaler.update()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("seed", range(4))
+def test_products_under_autocast(seed: int, dtype: torch.dtype) -> None:
+    """Also where the model's output is in single precision, as losses want it."""
+    torch.manual_seed(seed)
+    layers = seq(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh(), flat(), nn.Linear(40, 3))
+    model = extend(Apply(lambda m, x: m.layers(x).float(), layers=layers))
+    X, y = torch.randn(6, 5, 8), torch.randint(3, (6,))
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            output = model(X)
+        with backpack(E.GGNMP()):
+            nn.functional.cross_entropy(output, y).backward()
+        found.append([p.ggnmp(torch.eye(p.numel()).view(-1, *p.shape)) for p in model.parameters()])
+    for half, full in zip(*found, strict=True):
+        assert (half - full).abs().max() < 0.1 * full.abs().max()
+
+
+class Masked(nn.Module):
+    """Weights in another precision than the parameters, and entry by entry functions of these."""
+
+    def __init__(self, to: torch.dtype) -> None:
+        super().__init__()
+        self.w, self.b, self.to = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3)), to
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(self.to), self.w.to(self.to) * 2, self.b.to(self.to)).double()
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ext", [E.BatchL2Grad, E.Variance, E.DiagGGNExact, E.DiagHessian, E.KFLR])
+def test_weights_in_another_precision(ext: type[E.BackpropExtension], to: torch.dtype) -> None:
+    found, X = [], torch.randn(5, 4)
+    for precision in (to, torch.float32):
+        torch.manual_seed(0)
+        model = extend(Masked(precision))
+        with backpack(ext()):
+            nn.functional.cross_entropy(model(X), torch.tensor([0, 1, 2, 1, 0])).backward()
+        values = [getattr(p, ext.savefield) for p in model.parameters()]
+        found.append([v[0] if isinstance(v, list) else v for v in values])
+    for value, expected in zip(*found, strict=True):
+        error = (value.double() - expected.double()).abs().max()
+        assert error < (0.1 if to == torch.bfloat16 else 1e-5) * expected.abs().max()

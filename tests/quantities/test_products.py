@@ -153,6 +153,19 @@ def test_hooks_of_parameters_change_the_gradient_alone(gradient: bool) -> None:
             torch.testing.assert_close(p.grad, old.clamp(-0.01, 0.01) / 2)
 
 
+def test_tables_with_sparse_gradients() -> None:
+    """As those of the same table without."""
+    found, X = [], torch.tensor([[0, 1, 1], [3, 2, 1], [4, 4, 0]])
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 2, sparse=sparse), nn.Flatten(), nn.Linear(6, 3)).double()
+        with backpack(GGNMP(), HMP()):
+            nn.functional.cross_entropy(extend(model)(X), torch.tensor([0, 2, 1])).backward()
+        table = model[0].weight
+        found.append([f(torch.ones(1, 5, 2).double()) for f in (table.ggnmp, table.hmp)])
+    torch.testing.assert_close(*found)
+
+
 def test_errors() -> None:
     model = extend(nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)))
     lossfunc, X, y = extend(nn.CrossEntropyLoss()), torch.randn(5, 3), torch.randint(2, (5,))
