@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backpack.cockpit.histograms import Entries, entries_of
 from backpack.cockpit.losses import individual_losses
+from backpack.cockpit.norms import squared_norm
 from backpack.own import (
     BackpropExtension,
     Columns,
@@ -30,6 +31,9 @@ from backpack.own import (
     Wanted,
 )
 
+# Vectors of so many entries may be copied.
+HELD = 2**14
+
 
 @dataclass
 class Wish:
@@ -40,6 +44,8 @@ class Wish:
         squares: the elementwise sum of their squares.
         projections: products with the step's gradient.
         activity: sums over a layer's inputs and output gradients.
+        holds: keep the gradient until the step is over; a large one is else let go at once, since a
+            tensor that is held is copied to become ``p.grad``.
         keep: keep forms and gradient until the step is over, or else use them at once.
         limit: number of bytes of forms that are kept at most.
         ends: updates to project on, by parameter.
@@ -52,6 +58,7 @@ class Wish:
     squares: bool = False
     projections: bool = False
     activity: bool = False
+    holds: bool = True
     keep: bool = True
     limit: int = 2**30
     ends: dict[Tensor, Tensor] | None = None
@@ -74,7 +81,9 @@ class Piece:
         activity: sums over inputs and output gradients, and a count of each (:func:`_activity`).
         entries: some entries of the ``G_n``.
         form: the form, if it is kept.
-        gradient: the gradient of this pass.
+        gradient: the gradient of this pass, if it is held.
+        squared: its squared norm, if it is not.
+        place: where it was in memory then.
         versions: of the tensors in the form, when it was kept.
         reached: whether a gradient has reached the parameter.
     """
@@ -89,6 +98,8 @@ class Piece:
     entries: Entries | None = None
     form: Form | None = None
     gradient: Tensor | None = None
+    squared: Tensor | None = None
+    place: int = 0
     versions: tuple[int, ...] = ()
     reached: bool = True
 
@@ -151,14 +162,17 @@ class FirstOrder(BackpropExtension):
             form, wish, p = state.form, self.wish, context.parameter
             assert form is not None
             gradient = context.gradient()
-            # Held as it is: a tensor that nobody holds becomes p.grad, which is changed later.
             gradient = gradient.detach() if gradient.requires_grad else gradient
             direction = None if wish.ends is None else wish.ends.get(p)
             if wish.entries:
                 state.entries = self._try(
                     "counts", lambda: entries_of(form, p, wish.entries, wish.joint)
                 )
-            state.gradient = gradient
+            # A tensor that nobody holds becomes p.grad, which is changed later; not if there is one.
+            if wish.holds or gradient.numel() <= HELD or p.grad is not None:
+                state.gradient = gradient
+            else:
+                state.squared, state.place = squared_norm(gradient), gradient.data_ptr()
             kept = wish.keep and self._keep(state)
             if not kept:
                 state.form = None
@@ -186,8 +200,9 @@ class FirstOrder(BackpropExtension):
     def zero(self, context: Context) -> Piece:
         """No gradient reaches the parameter."""
         p, zeros = context.parameter, context.parameter.new_zeros(context.samples).double()
-        piece = Piece(context.samples, self.wish.share, zeros, torch.zeros_like(p.detach()), zeros)
-        piece.ends, piece.gradient, piece.reached = zeros, torch.zeros_like(p.detach()), False
+        nothing = p.detach().new_zeros(()).expand(p.shape)
+        piece = Piece(context.samples, self.wish.share, zeros, nothing, zeros, zeros)
+        piece.gradient, piece.reached = nothing, False
         return piece
 
 
@@ -195,7 +210,12 @@ def projected(form: Form, vectors: Sequence[Tensor]) -> Tensor:
     """``G_n^T u`` of several vectors, summed over columns, ``[k, N]``, in double precision."""
     if not vectors:
         return form.like.new_zeros(0, form.samples)
-    stacked = torch.stack([vector.to(form.like.dtype) for vector in vectors])
+    # Where inputs are no patches, nothing is won by one look at them that a copy would not cost.
+    alone = isinstance(form, Outer) and form.positions == 1 and form.shape.numel() > HELD
+    if alone and len(vectors) > 1:
+        return torch.cat([projected(form, [vector]) for vector in vectors])
+    given = [vector.to(form.like.dtype) for vector in vectors]
+    stacked = torch.stack(given) if len(given) > 1 else given[0].unsqueeze(0)
     products = form.project(stacked)
     return (products[:, 0] if form.columns == 1 else products.sum(1)).double()
 

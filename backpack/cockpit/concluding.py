@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack._torch import foreach_sub
 from backpack.cockpit.alarms import Alarm, Finding
 from backpack.cockpit.alpha import alpha
 from backpack.cockpit.grouping import Per
 from backpack.cockpit.histograms import symlog_edges
-from backpack.cockpit.listening import Listening, Start, norms_of
+from backpack.cockpit.listening import Listening, Start
 from backpack.cockpit.measures import Measure
+from backpack.cockpit.norms import norms_of
 from backpack.cockpit.passed import MissingError
 from backpack.cockpit.sharpness import critical_sharpness
 from backpack.cockpit.sinks import Sink
@@ -34,7 +34,6 @@ class Concluding(Listening):
     left_out: dict[str, str]
     per: Per
     _memory: dict[str, Tensor]
-    _before_all: list[Tensor] | None
     _deeper: tuple[int, Any] | None
     _began: bool
     _along: bool
@@ -90,15 +89,14 @@ class Concluding(Listening):
 
     def _add_update(self, step: Step) -> None:
         """What the optimizer has done."""
-        parameters = [p.detach() for p in self._parameters]
-        if self._before is not None:
-            update = foreach_sub(parameters, self._before)
-            step.update = dict(zip(self._parameters, update, strict=True))
-            moved = () if self._before_all is None else foreach_sub(self._before, self._before_all)
-            norms = norms_of([*update, *self._before, *moved]).cpu().split(len(parameters))
-            step.update_norms, step.parameter_norms = norms[:2]
-            if self._before_all is not None:
-                step.distances = norms[2]
+        moves = self._moves
+        moves.end()
+        if moves.update is not None and moves.norms is not None:
+            step.update = dict(zip(self._parameters, moves.update, strict=True))
+            norms = [norms_of(moves.update), moves.norms]
+            found = [*norms, *([moves.distances] if moves.distances is not None else ())]
+            step.update_norms, step.parameter_norms, *rest = torch.stack(found).cpu()
+            step.distances = rest[0] if rest else None
         if self.optimizer is not None:
             step.rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
 
@@ -106,9 +104,11 @@ class Concluding(Listening):
         """Say whether forms are kept in the next tracked step, or used at once."""
         if self._passes:
             self._expected = len(self._passes)
-        several = self._expected > 1 or self.processes.size > 1
         wants = "alpha" in self.special and not self._steps_along()
-        self._keep = (several or wants) and not self._full
+        self._keep = (self._several() or wants) and not self._full
+
+    def _several(self) -> bool:
+        return self._expected > 1 or self.processes.size > 1
 
     def _try(self, name: str, function: Callable[[], None]) -> None:
         """A quantity that cannot be computed is left out; the others go on."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from backpack._torch import foreach_norm
 from backpack.cockpit.alpha import End
 from backpack.cockpit.collect import Piece, projected
 from backpack.cockpit.histograms import counted
+from backpack.cockpit.norms import squared_norms
 from backpack.cockpit.passed import Group, MissingError, Passed
 
 
@@ -133,9 +133,14 @@ class Step:
     def gradients(self) -> dict[Tensor, Tensor]:
         """The gradient of the data term of the loss, for each parameter that has one."""
         self._need("statistics")
+        return self._gradients(())
+
+    def _gradients(self, without: Container[Tensor]) -> dict[Tensor, Tensor]:
         found: dict[Tensor, Tensor] = {}
         for passed in self.passes:
             for p, piece in passed.pieces.items():
+                if p in without:
+                    continue
                 if piece.gradient is None:
                     raise MissingError("the gradient was not kept")
                 part = piece.gradient if passed.share == 1 else piece.gradient * passed.share
@@ -152,11 +157,18 @@ class Step:
     @cached_property
     def gradient_norms(self) -> Tensor:
         """The norm of ``g`` of each parameter, on the CPU."""
-        found = self.gradients
-        norms = iter(foreach_norm(list(found.values()), 2, dtype=torch.float64) if found else ())
-        of = {p: norm.to(self.parameters[0].device) for p, norm in zip(found, norms, strict=True)}
-        zero = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
-        return torch.stack([of.get(p, zero) for p in self.parameters]).cpu()
+        self._need("statistics")
+        alone = self.passes[0] if len(self.passes) == 1 and self.group.size == 1 else None
+        squared: dict[Tensor, Tensor] = {}
+        if alone is not None:
+            known = {p: piece.squared for p, piece in alone.pieces.items()}
+            squared = {p: s * alone.share**2 for p, s in known.items() if s is not None}
+        others = self._gradients(squared)
+        squared |= dict(zip(others, squared_norms(list(others.values())), strict=True))
+        device = self.parameters[0].device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        rows = [squared[p].to(device) if p in squared else zero for p in self.parameters]
+        return torch.stack(rows).sqrt().cpu()
 
     @cached_property
     def along_gradient(self) -> Tensor:
@@ -195,8 +207,8 @@ class Step:
                 return p.new_zeros(len(known), piece.samples).double()
             if piece.form is None:
                 raise MissingError(
-                    "inputs and output gradients of layers were not kept (they take more memory than "
-                    "`hold` allows)"
+                    "inputs and output gradients of layers were not kept: they take more memory than "
+                    "`hold` allows, or the step has more backward passes than the last that was tracked"
                 )
             if not piece.intact:
                 raise MissingError("an input of a layer was written to after the backward pass")

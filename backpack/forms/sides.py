@@ -79,6 +79,11 @@ class Sides(Positioned):
         """Number of shared positions."""
         return self.g.shape[3]
 
+    @property
+    def row_size(self) -> float:
+        patches = self.inputs.shape[1:].numel() if isinstance(self.inputs, Patches) else 0
+        return self.shape.numel() + patches / max(1, self.columns)
+
     def take(self: S, columns: slice, samples: slice | Tensor) -> S:
         counts = None if self.counts is None else self.counts[samples]
         return type(self)(self.inputs[samples], self.g[columns][:, samples], self.layout, counts)

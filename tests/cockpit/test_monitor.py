@@ -200,7 +200,7 @@ def test_memory_is_let_go() -> None:
     train(model, optimizer, 3)
     assert monitor._passes == []
     monitor.close()
-    assert monitor._start is None and monitor._before_all is None
+    assert monitor._start is None and monitor._moves.reference is None
 
 
 # --------------------------------------------------------------------------------------
