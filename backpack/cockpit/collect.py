@@ -19,6 +19,7 @@ from torch import Tensor
 from backpack.cockpit.histograms import Entries, entries_of
 from backpack.cockpit.losses import individual_losses
 from backpack.cockpit.norms import squared_norm
+from backpack.cockpit.small import is_small
 from backpack.own import (
     BackpropExtension,
     Columns,
@@ -84,6 +85,8 @@ class Piece:
         gradient: the gradient of this pass, if it is held.
         squared: its squared norm, if it is not.
         place: where it was in memory then.
+        rows: all ``G_n``, ``[N, entries]``, of a parameter of few entries until the pass is over; what
+            is wanted of them is computed for all such parameters at once.
         versions: of the tensors in the form, when it was kept.
         reached: whether a gradient has reached the parameter.
     """
@@ -100,6 +103,7 @@ class Piece:
     gradient: Tensor | None = None
     squared: Tensor | None = None
     place: int = 0
+    rows: Tensor | None = None
     versions: tuple[int, ...] = ()
     reached: bool = True
 
@@ -134,12 +138,15 @@ class FirstOrder(BackpropExtension):
     def reduce(self, form: Form, sign: Tensor | None = None) -> Piece:
         piece, wish = Piece(form.samples, self.wish.share), self.wish
         with torch.no_grad():
+            if wish.activity and isinstance(form, Outer):
+                piece.activity = self._try("activity", lambda: _activity(form))
+            if is_small(form):
+                piece.rows = form.dense()[0].reshape(form.samples, -1)
+                return piece
             if wish.norms:
                 piece.norms = self._try("norms", lambda: form.squared_norms().double())
             if wish.squares:
                 piece.squares = self._try("squares", form.square_sum)
-            if wish.activity and isinstance(form, Outer):
-                piece.activity = self._try("activity", lambda: _activity(form))
             # What goes through a graph does so while it is there.
             later = wish.projections or wish.ends
             through = later and any(hasattr(each, "vjp") for each in nested(form))
@@ -160,9 +167,11 @@ class FirstOrder(BackpropExtension):
     def finish(self, state: Piece, context: Context) -> Piece:
         with torch.no_grad():
             form, wish, p = state.form, self.wish, context.parameter
-            assert form is not None
             gradient = context.gradient()
             gradient = gradient.detach() if gradient.requires_grad else gradient
+            if form is None:
+                state.gradient = gradient
+                return state
             direction = None if wish.ends is None else wish.ends.get(p)
             if wish.entries:
                 state.entries = self._try(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from backpack.cockpit.measures import MEASURES, Measure
 from backpack.cockpit.moves import Moves
 from backpack.cockpit.norms import norms_of
 from backpack.cockpit.passed import Group, MissingError, Passed
+from backpack.cockpit.small import put_together
 from backpack.own import BackpropExtension, walk
 
 # Entries that are looked at for a histogram, and how many of a parameter at least.
@@ -269,13 +270,36 @@ class Listening:
             passed.columns = found[self._columns.savefield]
         passed.losses, passed.unread = self._losses(call)
         passed.raw = self._probe.raw
+        with torch.no_grad():
+            self._put_together(passed)
         if pieces and self._first.held > self.hold:
-            _settle(pieces, (self._start and self._start.update) or {})
+            self._settle(passed)
             self._full = True
         self._passes.append(passed)
         self._passed_inside = self._inside
         with torch.no_grad():
             self._note_gradients(call.scale)
+
+    def _put_together(self, passed: Passed) -> None:
+        """Parameters of few entries, all at once."""
+        wish = self._first.wish
+        passed.small = put_together(passed.pieces)
+        for small in passed.small:
+            small.look(passed.pieces, wish)
+            if wish.entries:
+                passed.entries += small.entries(wish.entries, wish.joint)
+
+    def _settle(self, passed: Passed) -> None:
+        """Use kept forms at once, and let go of them."""
+        last = (self._start and self._start.update) or {}
+        with torch.no_grad():
+            for p, piece in passed.pieces.items():
+                if piece.form is not None and piece.gradient is not None:
+                    vectors = [piece.gradient, last.get(p, piece.gradient)]
+                    piece.projections, piece.ends = projected(piece.form, vectors)
+                    piece.form = None
+            for small in passed.small:
+                small.look(passed.pieces, replace(self._first.wish, keep=False))
 
     def _losses(self, call: passes.Call) -> tuple[Tensor | None, Exception | None]:
         losses, probe = self._probe.losses, self._probe
@@ -308,13 +332,3 @@ class Listening:
 
     def _part_failed(self, part: str, error: Exception) -> None:
         self._lost[part] = str(error) or type(error).__name__
-
-
-def _settle(pieces: dict[Tensor, Piece], last: dict[Tensor, Tensor]) -> None:
-    """Use kept forms at once, and let go of them."""
-    for p, piece in pieces.items():
-        if piece.form is not None and piece.gradient is not None:
-            vectors = [piece.gradient, last.get(p, piece.gradient)]
-            with torch.no_grad():
-                piece.projections, piece.ends = projected(piece.form, vectors)
-            piece.form = None

@@ -186,8 +186,7 @@ class Monitor(Concluding):
 
     def _note_parameters(self) -> None:
         if self._start is not None and not self._all_held:
-            pieces = [piece for passed in self._passes for piece in passed.pieces.values()]
-            if pieces and all(piece.ends is not None for piece in pieces):
+            if self._passes and all(passed.has("ends") for passed in self._passes):
                 self._start.update = None  # it has been projected on
         if "update" in self.needs:
             self._moves.begin("reference" in self.needs)

@@ -13,6 +13,7 @@ from backpack.cockpit.collect import Piece, projected
 from backpack.cockpit.histograms import counted
 from backpack.cockpit.norms import squared_norms
 from backpack.cockpit.passed import Group, MissingError, Passed
+from backpack.cockpit.small import Small
 
 
 class Step:
@@ -88,21 +89,29 @@ class Step:
             raise MissingError("a variance over samples needs two of them")
         return self.samples
 
-    def _rows(self, part: str, value: Callable[[Piece], Tensor | None], power: int) -> Tensor:
-        """A number (or several) for each parameter and sample, ``[parameters, ..., samples]``."""
+    def _rows(
+        self,
+        part: str,
+        value: Callable[[Piece], Tensor | None],
+        power: int,
+        together: Callable[[Small], Tensor | None] | None = None,
+    ) -> Tensor:
+        """A number (or several) for each parameter and sample, ``[parameters, ..., samples]``.
+
+        Args:
+            part: what it is.
+            value: a piece -> ``[..., N]``.
+            power: of the factor of the pass.
+            together: the same for several parameters at once, ``[parameters, ..., N]``.
+        """
         self._need("statistics", part)
+        together = together or (lambda small: small.sums.get(part))
         columns = []
         for passed in self.passes:
-            found, _ = {}, passed.samples
-            for p, piece in passed.pieces.items():
-                row = value(piece)
-                if row is None:
-                    raise MissingError(self.lost.get(part, f"{part} were not computed"))
-                found[p] = row
-            like = next(iter(found.values()))
-            zeros = torch.zeros_like(like) if len(found) < len(self.parameters) else like
-            rows = [found.get(p, zeros).to(zeros) for p in self.parameters]
-            columns.append(torch.stack(rows).double() * passed.share**power)
+            rows = passed.rows(self.parameters, value, together)
+            if rows is None:
+                raise MissingError(self.lost.get(part, f"{part} were not computed"))
+            columns.append(rows if passed.share == 1 else rows * passed.share**power)
         return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
 
     def _numbers(self, values: Sequence[Tensor | None]) -> Tensor:
@@ -191,8 +200,7 @@ class Step:
     @property
     def keeps(self) -> bool:
         """Whether there are forms to project with."""
-        pieces = [piece for passed in self.passes for piece in passed.pieces.values() if piece.reached]
-        return any(piece.form is not None for piece in pieces)
+        return any(passed.keeps for passed in self.passes)
 
     @cached_property
     def _from_forms(self) -> dict[str, Tensor]:
@@ -217,7 +225,11 @@ class Step:
                 piece.form, [torch.zeros_like(p).detach() if v is None else v for v in vectors]
             )
 
-        rows = self._rows("projections", value, 1)
+        def together(small: Small) -> Tensor:
+            vectors = [[known[name].get(p) for p in small.parameters] for name in known]
+            return small.project(vectors).transpose(0, 1)
+
+        rows = self._rows("projections", value, 1, together)
         return dict(zip(known, rows.unbind(1), strict=True))
 
     @cached_property
@@ -319,10 +331,10 @@ class Step:
         self._need("statistics", "counts")
         entries, scales = [], []
         for passed in self.passes:
-            for piece in passed.pieces.values():
-                if piece.entries is not None:
-                    entries.append(piece.entries)
-                    scales.append(passed.share * self.samples)
+            alone = [piece.entries for piece in passed.pieces.values() if piece.entries is not None]
+            found = passed.entries + alone
+            entries += found
+            scales += [passed.share * self.samples] * len(found)
         if not entries:
             raise MissingError("entries were not counted")
         return self.group.sum(counted(entries, scales, joint)).cpu()

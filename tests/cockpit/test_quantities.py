@@ -22,6 +22,7 @@ from backpack.cockpit import (
     Monitor,
     Step,
     hess_trace,
+    small,
     tic_diag,
     tic_trace,
     watch,
@@ -32,6 +33,8 @@ from backpack.cockpit.configurations import SPECIAL
 from backpack.cockpit.grouping import layer_of
 from backpack.cockpit.histograms import Entries, counted, symlog_edges
 from backpack.cockpit.measures import MEASURES
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 STEPS = 3
 FIRST = """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test
@@ -336,6 +339,7 @@ BY_NORMS = [name for name in FIRST if name not in ("mean_gsnr", "early_stopping"
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
 def test_large_gradients_are_let_go(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backpack.cockpit.collect.HELD", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
     check(problem, *run(problem, "sgd", quantities=BY_NORMS))
 
 
@@ -375,6 +379,7 @@ def check(problem: Problem, monitor: Monitor, seen: list[Seen]) -> None:
 def test_a_further_pass(to_none: bool, changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step has more passes than those before it had: gradients that were let go are needed."""
     monkeypatch.setattr("backpack.cockpit.collect.HELD", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
     problem = PROBLEMS["mlp"]
     model = problem.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -406,6 +411,7 @@ def test_a_further_pass(to_none: bool, changed: bool, monkeypatch: pytest.Monkey
 def test_measures_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may ask a step for gradients, and for the update before."""
     monkeypatch.setattr("backpack.cockpit.collect.HELD", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
 
     def turned(step: Step) -> Tensor:
         if step.update is None or step.last is None:
