@@ -19,7 +19,7 @@ from torch import Tensor
 from backpack.cockpit.histograms import Entries, entries_of
 from backpack.cockpit.losses import individual_losses
 from backpack.cockpit.norms import squared_norm
-from backpack.cockpit.small import is_small
+from backpack.cockpit.small import SMALL, is_small
 from backpack.own import (
     BackpropExtension,
     Columns,
@@ -79,7 +79,7 @@ class Piece:
         squares: ``sum_n G_n^2 [p]``.
         projections: ``G_n^T g [N]`` on the gradient of this pass alone, if no form is kept.
         ends: ``G_n^T d [N]``.
-        activity: sums over inputs and output gradients, and a count of each (:func:`_activity`).
+        activity: sums over inputs and output gradients, and counts (:func:`_activity`).
         entries: some entries of the ``G_n``.
         form: the form, if it is kept.
         gradient: the gradient of this pass, if it is held.
@@ -97,7 +97,7 @@ class Piece:
     squares: Tensor | None = None
     projections: Tensor | None = None
     ends: Tensor | None = None
-    activity: tuple[Tensor, tuple[int, int, int]] | None = None
+    activity: tuple[list[Tensor], tuple[int, int, int]] | None = None
     entries: Entries | None = None
     form: Form | None = None
     gradient: Tensor | None = None
@@ -136,21 +136,23 @@ class FirstOrder(BackpropExtension):
         self.wish, self.held, self._storages = wish, 0, set()
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Piece:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.reduce(form, sign)
         piece, wish = Piece(form.samples, self.wish.share), self.wish
-        with torch.no_grad():
-            if wish.activity and isinstance(form, Outer):
-                piece.activity = self._try("activity", lambda: _activity(form))
-            if is_small(form):
-                piece.rows = form.dense()[0].reshape(form.samples, -1)
-                return piece
-            if wish.norms:
-                piece.norms = self._try("norms", lambda: form.squared_norms().double())
-            if wish.squares:
-                piece.squares = self._try("squares", form.square_sum)
-            # What goes through a graph does so while it is there.
-            later = wish.projections or wish.ends
-            through = later and any(hasattr(each, "vjp") for each in nested(form))
-            piece.form = Dense(form.dense()) if through else form
+        if wish.activity and isinstance(form, Outer):
+            piece.activity = self._try("activity", lambda: _activity(form))
+        if is_small(form):
+            piece.rows = form.dense()[0].reshape(form.samples, -1)
+            return piece
+        if wish.norms:
+            piece.norms = self._try("norms", lambda: form.squared_norms().double())
+        if wish.squares:
+            piece.squares = self._try("squares", form.square_sum)
+        # What goes through a graph does so while it is there.
+        later = wish.projections or wish.ends
+        through = later and any(hasattr(each, "vjp") for each in nested(form))
+        piece.form = Dense(form.dense()) if through else form
         return piece
 
     def add(self, state: Piece, other: Piece) -> Piece:
@@ -165,36 +167,37 @@ class FirstOrder(BackpropExtension):
             return None
 
     def finish(self, state: Piece, context: Context) -> Piece:
+        gradient = context.gradient()
+        gradient = gradient.detach() if gradient.requires_grad else gradient
+        if state.form is None:
+            state.gradient = gradient
+            return state
         with torch.no_grad():
-            form, wish, p = state.form, self.wish, context.parameter
-            gradient = context.gradient()
-            gradient = gradient.detach() if gradient.requires_grad else gradient
-            if form is None:
-                state.gradient = gradient
-                return state
-            direction = None if wish.ends is None else wish.ends.get(p)
-            if wish.entries:
-                state.entries = self._try(
-                    "counts", lambda: entries_of(form, p, wish.entries, wish.joint)
-                )
-            # A tensor that nobody holds becomes p.grad, which is changed later; not if there is one.
-            if wish.holds or gradient.numel() <= HELD or p.grad is not None:
-                state.gradient = gradient
-            else:
-                state.squared, state.place = squared_norm(gradient), gradient.data_ptr()
-            kept = wish.keep and self._keep(state)
-            if not kept:
-                state.form = None
-            # What is not kept is used at once, in one look at the layer's inputs.
-            vectors: dict[str, Tensor] = {}
-            if direction is not None and not kept:
-                vectors["ends"] = direction
-            if wish.projections and not kept:
-                vectors["projections"] = gradient
-            found = self._try("projections", lambda: projected(form, list(vectors.values())))
-            for name, rows in zip(vectors, found if found is not None else (), strict=False):
-                setattr(state, name, rows)
+            self._finish(state, state.form, context.parameter, gradient)
         return state
+
+    def _finish(self, state: Piece, form: Form, p: Tensor, gradient: Tensor) -> None:
+        wish = self.wish
+        direction = None if wish.ends is None else wish.ends.get(p)
+        if wish.entries:
+            state.entries = self._try("counts", lambda: entries_of(form, p, wish.entries, wish.joint))
+        # A tensor that nobody holds becomes p.grad, which is changed later; not if there is one.
+        if wish.holds or gradient.numel() <= HELD or p.grad is not None:
+            state.gradient = gradient
+        else:
+            state.squared, state.place = squared_norm(gradient), gradient.data_ptr()
+        kept = wish.keep and self._keep(state)
+        if not kept:
+            state.form = None
+        # What is not kept is used at once, in one look at the layer's inputs.
+        vectors: dict[str, Tensor] = {}
+        if direction is not None and not kept:
+            vectors["ends"] = direction
+        if wish.projections and not kept:
+            vectors["projections"] = gradient
+        found = self._try("projections", lambda: projected(form, list(vectors.values())))
+        for name, rows in zip(vectors, found if found is not None else (), strict=False):
+            setattr(state, name, rows)
 
     def _keep(self, piece: Piece) -> bool:
         """Keep a form, if there is room for it."""
@@ -229,35 +232,33 @@ def projected(form: Form, vectors: Sequence[Tensor]) -> Tensor:
     return (products[:, 0] if form.columns == 1 else products.sum(1)).double()
 
 
-def _activity(form: Outer) -> tuple[Tensor, tuple[int, int, int]]:
-    """Squares of a layer's inputs, silent features, squares of output gradients; of how many each is.
+def _activity(form: Outer) -> tuple[list[Tensor], tuple[int, int, int]]:
+    """Squares of a layer's inputs, features that are not silent, squares of output gradients.
 
-    Of patches the entry in the middle counts: each place of the input once.
+    And of how many each is. Of patches the entry in the middle counts: each place of the input once.
     """
-    inputs: Any = form.inputs
-    if isinstance(inputs, Tensor):
-        norms, count = _norms(inputs, (2,)), inputs.numel()
+    x: Any = form.inputs
+    places: tuple[int, ...] = (2,)
+    if isinstance(x, Tensor):
+        features = x.shape[1] * x.shape[3]
     else:
-        middle = inputs.windows
-        for size in reversed(middle.shape[3 : 3 + inputs.ndim]):
-            middle = middle.select(3, size // 2)
-        norms, count = _norms(middle, tuple(range(3, middle.dim()))), middle.numel()
-    features, g = norms[0].numel(), form.g
-    silent = features - torch.count_nonzero(norms.amax(0))
-    squares = [_squares(x) for x in (norms, _norms(g, tuple(range(2, g.dim()))))]
-    return torch.stack([squares[0], silent.double(), squares[1]]), (count, features, g.numel())
+        ndim, x = x.ndim, x.windows
+        for size in reversed(x.shape[3 : 3 + ndim]):
+            x = x.select(3, size // 2)
+        features, places = x.shape[1] * x.shape[2], tuple(range(3, x.dim()))
+    heard = torch.count_nonzero(x.any((0, *places)))
+    g = form.g
+    sums = [_squares(x, places), heard, _squares(g, tuple(range(2, g.dim())))]
+    return sums, (x.numel(), features, g.numel())
 
 
-def _squares(norms: Tensor) -> Tensor:
-    """The sum of their squares, in double precision."""
-    norms = norms.double().flatten()
-    return norms.dot(norms)
-
-
-def _norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Norms along some axes; squares that are added up in single precision are few."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32 if half else None)
+def _squares(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum of squares in double precision; of large tensors from norms along some axes."""
+    if x.numel() > SMALL:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        x = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32 if half else None)
+    x = x.double().flatten()
+    return x.dot(x)
 
 
 # --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from backpack.cockpit.alpha import alpha
 from backpack.cockpit.grouping import Per
 from backpack.cockpit.histograms import symlog_edges
 from backpack.cockpit.listening import Listening, Start
-from backpack.cockpit.measures import Measure
+from backpack.cockpit.measures import Measure, Numbers
 from backpack.cockpit.norms import norms_of
 from backpack.cockpit.passed import MissingError
 from backpack.cockpit.sharpness import critical_sharpness
@@ -82,8 +83,9 @@ class Concluding(Listening):
     def _measured(self, measure: Measure, step: Step, values: dict[str, Any]) -> None:
         self._put(measure.name, measure.value(step), values)
 
-    def _put(self, name: str, numbers: Tensor, values: dict[str, Any]) -> None:
-        for group, value in zip(self.groups, numbers.tolist(), strict=False):
+    def _put(self, name: str, numbers: Numbers, values: dict[str, Any]) -> None:
+        listed = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        for group, value in zip(self.groups, listed, strict=False):
             if value == value or name in _KEPT:
                 values[f"{name}/{group}" if group else name] = value
 
@@ -197,21 +199,22 @@ class Concluding(Listening):
         if step.keeps or not self._steps_along():
             return step.along_update.sum(0)
         rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
-        moved = step.update_norms
-        expected = step.gradient_norms * moved.new_tensor([rates.get(p, 0.0) for p in self._parameters])
+        each = [float(rates.get(p, 0.0)) for p in self._parameters]
+        moved = step.update_norms.tolist()
+        expected = [norm * rate for norm, rate in zip(step.gradient_norms.tolist(), each, strict=True)]
         # Clipped by its norm, the gradient has become shorter by one factor.
-        factor = float(moved.norm() / expected.norm()) if float(expected.norm()) else 0.0
-        if float((moved - factor * expected).norm()) > 1e-3 * float(moved.norm()):
+        length, full = math.hypot(*moved), math.hypot(*expected)
+        factor = length / full if full else 0.0
+        if math.dist(moved, [factor * e for e in expected]) > 1e-3 * length:
             self._along = False
             raise MissingError("the gradient was changed before the optimizer's step")
-        weights = [-factor * rates.get(p, 0.0) for p in self._parameters]
         along = step.along_gradient
-        return along.new_tensor(weights) @ along
+        return along.new_tensor([-factor * rate for rate in each]) @ along
 
     def _alpha(self, step: Step, values: dict[str, Any]) -> None:
         if step.update is None or step.update_norms is None:
             raise MissingError("the optimizer's step was not seen")
-        length = float(step.update_norms.double().norm())
+        length = math.hypot(*step.update_norms.tolist())
         end = step.end(self._slopes(step), length)
         self._start = Start(self.step_count, end, length, step.update)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class Step:
         self.rates: list[float] | None = None
         self.plain = False
         self.memory: dict[str, Tensor] = {}
+        self._listed: dict[str, list[Any]] = {}
 
     # ---------------------------------------------------------------------------------
     # Sums over samples
@@ -127,16 +129,12 @@ class Step:
         norms = self._rows("norms", lambda piece: piece.norms, 2)
         return self.groups @ self.group.sum(norms.sum(1)).cpu()
 
-    @property
-    def S(self) -> Tensor:
-        """``sum_n ||g_n||^2``."""
-        return self.samples**2 * self.norms
-
     @cached_property
-    def noise(self) -> Tensor:
-        """``tr Sigma = (S - B ||g||^2) / (B - 1)``, the trace of the covariance of the ``g_n``."""
+    def noise(self) -> list[float]:
+        """``tr Sigma = (S - B ||g||^2) / (B - 1)``, of each group: how the ``g_n`` vary."""
         count = self.several()
-        return ((self.S - count * self.squared_norm) / (count - 1)).clamp(min=0)
+        pairs = zip(self.numbers("norms"), self.numbers("squared_norm"), strict=True)
+        return [max(count**2 * norms - count * square, 0.0) / (count - 1) for norms, square in pairs]
 
     @cached_property
     def gradients(self) -> dict[Tensor, Tensor]:
@@ -306,8 +304,13 @@ class Step:
 
     @cached_property
     def activity(self) -> Tensor:
-        """Sums over inputs and output gradients of a group's layers, and counts, ``[groups, 6]``."""
+        """Sums over inputs and output gradients of a group's layers, and counts, ``[groups, 6]``.
+
+        Sums of squares of inputs, features that are silent, sums of squares of output gradients, and of
+        how many each is.
+        """
         self._need("statistics", "activity")
+        device = self.parameters[0].device
         rows, sums, factors = [], [], []
         for row, p in enumerate(self.parameters):
             for passed in self.passes:
@@ -316,14 +319,16 @@ class Step:
                     found, (inputs, features, outputs) = piece.activity
                     seen = float(p not in passed.raw)
                     rows.append(row)
-                    sums.append(found)
-                    factors.append([1.0, seen, passed.share**2, inputs, seen * features, outputs])
-        device = self.parameters[0].device
+                    sums += found
+                    factors.append(
+                        [1.0, -seen, passed.share**2, inputs, seen * features, outputs, seen * features]
+                    )
         total = torch.zeros(len(self.parameters), 6, dtype=torch.float64, device=device)
         if rows:
             given = torch.tensor(factors, dtype=torch.float64, device=device)
-            given[:, :3] *= torch.stack([each.to(device) for each in sums])
-            total.index_add_(0, torch.tensor(rows, device=device), given)
+            given[:, :3] *= torch.stack([each.to(total) for each in sums]).view(-1, 3)
+            given[:, 1] += given[:, 6]  # silent features are those that are not heard
+            total.index_add_(0, torch.tensor(rows, device=device), given[:, :6])
         return self.groups @ self.group.sum(total).cpu()
 
     def counts(self, joint: bool = False) -> Tensor:
@@ -364,14 +369,6 @@ class Step:
             total = total + sum(x.square().sum() for x in sums) * passed.share
         return float(self.group.sum(total))
 
-    def moments(self, rows: Tensor) -> tuple[float, float]:
-        """Mean and unbiased variance over all samples of ``B x_n``, for shares ``x_n``."""
-        count = self.several()
-        x = rows * count
-        sums = self.group.sum(torch.stack([x.sum(), (x * x).sum()])).tolist()
-        mean = sums[0] / count
-        return mean, max(sums[1] - count * mean**2, 0.0) / (count - 1)
-
     @cached_property
     def losses(self) -> Tensor:
         """Each sample's share of the loss, ``[samples of this process]``."""
@@ -384,14 +381,35 @@ class Step:
         return torch.cat(found)
 
     def end(self, slopes: Tensor, length: float) -> End:
-        """The loss and a slope, from ``G_n^T d [samples]``."""
-        slope, variance = self.moments(slopes / (length or 1.0))
-        # The variance about the mean needs the shares, not the loss itself.
-        _, spread = self.moments(self.losses.to(slopes))
-        return End(self.loss, spread, slope, variance)
+        """The loss and a slope, each with its unbiased variance over samples.
 
-    def need_update(self, value: Tensor | None) -> Tensor:
-        """Squares of norms that are known once the optimizer has stepped, summed over groups."""
-        if value is None:
-            raise MissingError("the optimizer's step was not seen")
-        return self.groups @ value.double().cpu().square()
+        Args:
+            slopes: ``G_n^T d [samples of this process]``.
+            length: of ``d``.
+        """
+        count = self.several()
+        x = torch.stack([slopes / (length or 1.0), self.losses.to(slopes)]) * count
+        sums = self.group.sum(torch.stack([x, x * x]).sum(2)).tolist()
+        means = [total / count for total in sums[0]]
+        pairs = zip(sums[1], means, strict=True)
+        variance, spread = (max(s - count * mean * mean, 0.0) / (count - 1) for s, mean in pairs)
+        # The variance of losses about their mean needs the shares, not the loss itself.
+        return End(self.loss, spread, means[0], variance)
+
+    # ---------------------------------------------------------------------------------
+    # Numbers of groups
+
+    def numbers(self, name: str) -> list[Any]:
+        """An attribute that has a number (or several) for each group, as a list: it is asked often."""
+        if name not in self._listed:
+            self._listed[name] = getattr(self, name).tolist()
+        return self._listed[name]
+
+    def sizes(self, name: str) -> list[float]:
+        """The norm of each group's part, from an attribute that has one for each parameter."""
+        if name not in self._listed:
+            norms: Tensor | None = getattr(self, name)
+            if norms is None:
+                raise MissingError("the optimizer's step was not seen")
+            self._listed[name] = (self.groups @ norms.double().cpu().square()).sqrt().tolist()
+        return self._listed[name]

@@ -216,6 +216,8 @@ def run(case: Case, **options: Any) -> set[type[Form]]:
 @pytest.fixture(params=["usual", "tiles", "written", "factored"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each way of computing, whatever it costs here; in many pieces or in one."""
+    if request.param != "usual":
+        monkeypatch.setattr(sides, "FEW", 0)
     if request.param == "tiles":
         for limit in (limits.PATCH_BYTES, limits.TILE_BYTES):
             monkeypatch.setitem(limit, "cpu", 8 * 50)
