@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.outputs import LossRecord
-from backpack.graph.taps import LOSS, Recording, notes
+from backpack.graph.taps import LIKELIHOOD, LOSS, Recording, notes
 from backpack.graph.transformed import note_differentiated
 from backpack.losses.base import LOSSES, LossHessian
+from backpack.losses.likelihoods import LIKELIHOODS, Likelihood
 from backpack.samples.axis import SampleAxis
 
 
@@ -48,6 +49,8 @@ def note_loss(
         named = [kwargs[name] for name in ("input", "target") if name in kwargs]
         _, *others = [t for t in (*args, *named) if isinstance(t, Tensor)]
         record.inputs = lambda: (first(), *others)
+    if func in LIKELIHOODS:
+        note_likelihood(func, args, kwargs, node)
     recording.made.note(f)
     notes(node)[LOSS] = record
     node.register_prehook(lambda grads: on_backward(recording, record, grads))
@@ -88,6 +91,21 @@ def _without_logits(
         return LOSSES[func](axis, _widened(first()), *rest, **kwargs)
 
     return rule, first
+
+
+def note_likelihood(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
+    """Remember how to find a likelihood, and the places of its arguments."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    versions = [t._version for t in tensors]
+
+    def likelihood() -> tuple[Likelihood, list[GradientEdge]] | None:
+        _refuse_changed(func, tensors, versions)
+        found = LIKELIHOODS[func](*map(_widened, args), **kwargs)
+        if found is None or not all(argument.requires_grad for argument in found.arguments):
+            return None
+        return found, [get_gradient_edge(argument) for argument in found.arguments]
+
+    notes(node)[LIKELIHOOD] = likelihood
 
 
 def _refuse_changed(func: Any, tensors: list[Tensor], versions: list[int]) -> None:

@@ -141,7 +141,10 @@ class backpack:  # noqa: N801
                     f"write backpack({ext.__name__}())"
                 )
             if not isinstance(ext, BackpropExtension):
-                raise ValueError(f"backpack expects instances of extensions, but got {ext!r}")
+                unpack = (
+                    "; unpack it, backpack(*extensions)" if isinstance(ext, (list, tuple, set)) else ""
+                )
+                raise ValueError(f"backpack expects instances of extensions, but got {ext!r}{unpack}")
             if not isinstance(ext.source, ColumnSource):
                 raise ValueError(f"{ext!r} names no source of columns, but {ext.source!r}")
         fields = [ext.savefield for ext in exts]

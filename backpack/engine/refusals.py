@@ -101,6 +101,15 @@ class Names:
             "If each forward pass has samples of its own, say backpack(..., forwards='further')"
         )
 
+    def samples(self, recording: Recording) -> str:
+        """How many samples there are, and why, if the user has not said which row belongs to which."""
+        if recording.size is None or recording.stated:
+            return ""
+        return (
+            f"By axis {recording.batch_dim} of the input there are {recording.size} samples; one "
+            f"without such an axis needs it, x.unsqueeze({recording.batch_dim}). "
+        )
+
     def inputs(self, recording: Recording) -> str:
         """The inputs of a model, with their shapes."""
         module = recording.module()
@@ -194,8 +203,9 @@ def check(
         if tap.batch.lost:
             text = (
                 f"cannot tell which axis of the output of {tap.op} (parameters {names.of(tap)}) holds "
-                f"the samples: {tap.batch.lost}. Keep samples on one axis, pass the right "
-                "batch_dim to extend, or say which row belongs to which sample (backpack.mark)"
+                f"the samples: {tap.batch.lost}. {names.samples(tap.recording)}Keep samples on one "
+                "axis, pass the right batch_dim to extend, or say which row belongs to which sample "
+                "(backpack.mark)"
             )
             refuse(RuntimeError(text), [p for s in tap.sources for p in parameters_of(s)])
         for ext in second_order if tap.above and not tap.within else ():

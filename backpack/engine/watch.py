@@ -30,6 +30,7 @@ from backpack.engine.run import Run
 from backpack.engine.state import Block, Nested, Options, current_block, mark_used
 from backpack.graph.outputs import LossRecord
 from backpack.graph.taps import Recording
+from backpack.losses.likelihoods import LIKELIHOODS
 from backpack.quantities.matrix_products import Product
 
 
@@ -76,6 +77,8 @@ class _Watch(TorchFunctionMode):
         # Looked up each time: tools that watch backward passes put their own functions there.
         if func is not Tensor.backward and func is not torch.autograd.grad:  # nearly all calls
             result = func(*args, **kwargs) if kwargs else func(*args)
+            if func in LIKELIHOODS and result.grad_fn is not None:
+                loss_records.note_likelihood(func, args, kwargs or {}, result.grad_fn)
             if ambient.recorder is None:  # which notes what the model makes
                 self.block.made.note(result)
                 if result is None or (args and result is args[0]):

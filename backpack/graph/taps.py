@@ -44,6 +44,7 @@ UNBATCHED = {
 }
 # Keys of autograd nodes' metadata.
 TAPS, LOSS, MODEL_OUTPUT = "backpack_taps", "backpack_loss", "backpack_border"
+LIKELIHOOD = "backpack_likelihood"
 MIXES, NONLINEAR = "backpack_mixes", "backpack_curved"
 # Below the node of a result without sample axis: the arguments that had one.
 ENDS = "backpack_ends"

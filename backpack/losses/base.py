@@ -14,7 +14,8 @@ square root of the Hessian times standard normal numbers. Both are unbiased.
 
 Losses that are not listed here are differentiated twice (:func:`differentiate_twice`), among them
 those that couple several model outputs (cosine and triplet embedding losses, a Gaussian likelihood
-whose variance is an output too).
+whose variance is an output too). Of a known likelihood (:mod:`backpack.losses.likelihoods`)
+Monte-Carlo columns are then those of its Fisher information.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class LossHessian(ABC):
         """Exact columns for the incoming gradient ``grad``, ``[<= chunk, *f.shape]`` at a time."""
         if self.count == 0:
             return
-        root = self.batch.split(self.root() * _incoming_root(self.incoming(grad)), 1)
+        root = self.batch.split(self.root() * incoming_root(self.incoming(grad)), 1)
         sizes, axes = self._positions()
         shape = [sizes[axis] for axis in axes]
         blocks = prod(shape)
@@ -159,10 +160,11 @@ class LossHessian(ABC):
         """``count`` Monte-Carlo columns for the incoming gradient ``grad``."""
         if self.rank == 0:
             return self.f.new_zeros(count, *self.f.shape)
-        return self.draw(count, generator) * (_incoming_root(self.incoming(grad)) / count**0.5)
+        return self.draw(count, generator) * (incoming_root(self.incoming(grad)) / count**0.5)
 
 
-def _incoming_root(grad: Tensor) -> Tensor:
+def incoming_root(grad: Tensor) -> Tensor:
+    """What columns are multiplied with, for the gradient at the loss."""
     if shows((grad < 0).any()):
         raise ValueError(
             "the loss is not convex in the model output (the gradient that arrives at a term of it is "

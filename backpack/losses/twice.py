@@ -103,7 +103,9 @@ class Differentiated:
             raise ValueError(
                 "the loss is not convex in the model output (its Hessian has negative eigenvalues): "
                 "the generalized Gauss-Newton has no square root there; its diagonal (DiagGGNExact, "
-                "BatchDiagGGNExact) and products with it (GGNMP) are defined"
+                "BatchDiagGGNExact) and products with it (GGNMP) are defined. Sampled quantities "
+                "(KFAC, DiagGGNMC) take the Fisher information of a likelihood that is known: a "
+                "Gaussian's where torch.nn.functional.gaussian_nll_loss is called in the block"
             )
 
     def with_minimal_root(self) -> Differentiated:

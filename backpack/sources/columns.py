@@ -23,10 +23,13 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack._torch import shows
 from backpack.forms.base import Form
 from backpack.graph.carry import columns_at_once, differentiable_twice
+from backpack.graph.nodes import children_of, walk
+from backpack.graph.recognised import is_nonlinear
 from backpack.graph.survey import Graph
-from backpack.graph.taps import Source, Tap
-from backpack.graph.tracing import cut
+from backpack.graph.taps import LIKELIHOOD, Source, Tap, notes
+from backpack.graph.tracing import axis_at, cut
 from backpack.losses.base import LossHessian
+from backpack.losses.likelihoods import Fisher
 from backpack.losses.twice import LARGEST_OUTPUT, Differentiated, differentiate_twice
 from backpack.samples.axis import SampleAxis
 
@@ -110,6 +113,22 @@ class LossPiece(NamedTuple):
         return isinstance(self.hessian, Differentiated)
 
 
+class LikelihoodPiece(NamedTuple):
+    """A negative log-likelihood with its Fisher information.
+
+    Attributes:
+        places: its arguments, functions of model outputs.
+        hessian: the Fisher information there.
+        gradient: the gradient that arrives at it.
+        about: the parameters that it is for; ``None``: for all.
+    """
+
+    places: list[GradientEdge]
+    hessian: Fisher
+    gradient: Tensor
+    about: Collection[Tensor] | None = None
+
+
 @dataclass
 class Pass:
     """A backward pass, as sources see it.
@@ -161,20 +180,69 @@ class Pass:
     @cached_property
     def losses(self) -> list[LossPiece]:
         """The losses, by a rule where there is one, else by differentiating twice in all outputs."""
+        weights = self._weights
+        joint, absorbed = self.graph.joint(self._concave(weights))
+        found = self._differentiated(_placed(joint), absorbed) if joint else []
+        found += self._by_rule({node: w for node, w in weights.items() if node not in absorbed})
+        return self._with_upper(found) if self.graph.upper else found
+
+    @cached_property
+    def drawn_losses(self) -> Sequence[LossPiece | LikelihoodPiece]:
+        """The same for columns that are drawn: of known likelihoods with their Fisher information."""
+        likelihoods = self._likelihoods if self.graph.joint()[0] else []
+        return [*likelihoods, *self._by_rule(self._weights)] if likelihoods else self.losses
+
+    @cached_property
+    def _weights(self) -> dict[Node, Tensor | None]:
+        """What Hessians of losses with a rule are multiplied with."""
         losses = self.graph.losses
         arriving = self._arriving([GradientEdge(node, 0) for node in losses])
-        weights = {
+        return {
             node: None if gradient is None else record.weight(gradient)
             for (node, (record, _)), gradient in zip(losses.items(), arriving, strict=True)
         }
-        joint, absorbed = self.graph.joint(self._concave(weights))
-        found = self._differentiated(_placed(joint), absorbed) if joint else []
-        for node, (record, below) in losses.items():
-            weight = weights[node]
-            if weight is not None and node not in absorbed:
+
+    def _by_rule(self, weights: Mapping[Node, Tensor | None]) -> list[LossPiece]:
+        found = []
+        for node, weight in weights.items():
+            record, below = self.graph.losses[node]
+            if weight is not None:
                 outputs = [edge for edge, _ in _placed(below)]
                 found.append(LossPiece([record.edge], record.hessian, weight, outputs))
-        return self._with_upper(found) if self.graph.upper else found
+        return found
+
+    @cached_property
+    def _likelihoods(self) -> list[LikelihoodPiece]:
+        """All of the loss that no rule gives, if it consists of known likelihoods."""
+        placed, known = _placed(self.graph.joint()[0]), self.graph.losses.keys()
+        ends, calls = {edge.node for edge, _ in placed} | known, dict[Node, Any]()
+
+        def below(node: Node) -> Sequence[Node]:
+            if node in ends:
+                return ()
+            if LIKELIHOOD in notes(node):
+                calls[node] = notes(node)[LIKELIHOOD]()
+                return ()
+            return children_of(node)
+
+        above = [n for n in walk([edge.node for edge, _ in self.roots], below) if n not in ends]
+        if not calls or any(is_nonlinear(node) for node in above if node not in calls):
+            return []
+        with cut(calls.keys() | known):
+            others = gradients(self.roots, [edge for edge, _ in placed], False)
+        if any(g is not None and shows((g != 0).any()) for g in others):
+            return []  # there is more than likelihoods
+        found = []
+        arriving = self._arriving([GradientEdge(node, 0) for node in calls])
+        for call, gradient in zip(calls.values(), arriving, strict=True):
+            if call is None or gradient is None:
+                return []
+            likelihood, places = call
+            axes = [axis for place in places if (axis := axis_at(place, placed)) is not None]
+            if len(axes) < len(places):
+                return []
+            found.append(LikelihoodPiece(places, Fisher(likelihood, axes), gradient))
+        return found
 
     def _with_upper(self, found: list[LossPiece]) -> list[LossPiece]:
         """Parameters above the outputs have the Hessian in the input of the loss, which has a rule."""

@@ -83,7 +83,7 @@ class SampledRoot(ColumnSource):
     random: ClassVar[bool] = True
 
     def chunks(self, given: Pass, wanted: Wanted) -> Iterator[Columns]:
-        for piece in given.losses:
+        for piece in given.drawn_losses:
             drawn = piece.hessian.sampled(piece.gradient, self.draws, self.generator)
             values: Sequence[Tensor] = [drawn] if isinstance(drawn, Tensor) else drawn
             if wanted.summed:

@@ -357,6 +357,8 @@ def test_classes_instead_of_instances() -> None:
         backpack(BatchGrad)
     with pytest.raises(ValueError, match="expects instances"):
         backpack("grad_batch")
+    with pytest.raises(ValueError, match=r"unpack it, backpack\(\*extensions\)"):
+        backpack([BatchGrad(), DiagGGNMC()])
     with pytest.raises(TypeError, match="instantiate"):
         extend(nn.Linear)
     with pytest.raises(ValueError, match="chunk_size"):

@@ -212,6 +212,23 @@ def test_samples_cannot_be_told_apart(data) -> None:
     works_afterwards(data)
 
 
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Linear(3, 2), (3,)),
+        (nn.LayerNorm(3), (3,)),
+        (nn.Conv2d(3, 2, 3), (3, 5, 5)),
+        (nn.Sequential(nn.LSTM(3, 2), Apply(lambda _, out: out[0])), (7, 3)),
+        (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), (7, 4)),
+    ],
+)
+def test_one_sample_without_a_batch_axis(model: nn.Module, shape: tuple[int, ...]) -> None:
+    message = rf"axis 0 of the input there are {shape[0]} samples.*x.unsqueeze\(0\)"
+    with pytest.raises(RuntimeError, match=message), backpack(BatchGrad()):
+        extend(model)(torch.randn(shape)).sum().backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
 def test_different_batch_sizes(data) -> None:
     X, _ = data
     model = extend(nn.Linear(3, 3))

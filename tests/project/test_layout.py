@@ -21,7 +21,7 @@ ROOMS = {
         ragged several complex_pairs at_output""",
     "rules": """base recursions elementwise linear convolution lookup einsum normalization recurrent
         packed fallback analytic decompositions components jagged""",
-    "losses": "blocks base elementwise piecewise softmax twice",
+    "losses": "blocks base likelihoods elementwise piecewise softmax twice",
     "graph": """nodes retained taps outputs origins making transformed scaling tangents tracing carry
         derived recognised node_rules above region followed differentiated residuals unseen survey
         forwards""",
