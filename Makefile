@@ -128,6 +128,7 @@ bench-cockpit: $(STAMPS)/bench $(PEERS)/cockpit-for-pytorch/stamp
 	$(BIN)/python -m benchmarks.cockpit agree
 	$(BIN)/python -m benchmarks.cockpit cost $(BENCH)
 	$(BIN)/python -m benchmarks.cockpit_table
+	$(BIN)/python -m benchmarks.cockpit_memory
 
 # Low-rank curvature beside vivit-for-pytorch and Lanczos with curvlinops.
 bench-vivit: $(STAMPS)/bench $(PEERS)/vivit-for-pytorch/stamp $(PEERS)/curvlinops/stamp

@@ -57,8 +57,12 @@ mode_at: Callable[[int], Any] = torch._C._get_function_stack_at
 pack_padded_sequence: Any = torch._VF._pack_padded_sequence
 pad_packed_sequence: Any = torch._VF._pad_packed_sequence
 
-# Sums, differences and norms of lists of tensors, each of the one beside it; the first in place.
+# Sums, differences, copies and norms of lists of tensors, each of the one beside it; in place where
+# the name ends so.
 foreach_add_: Callable[..., None] = torch._foreach_add_
+foreach_sub_: Callable[..., None] = torch._foreach_sub_
+foreach_neg_: Callable[..., None] = torch._foreach_neg_
+foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_sub: Callable[..., tuple[Tensor, ...]] = torch._foreach_sub
 foreach_norm: Callable[..., tuple[Tensor, ...]] = torch._foreach_norm
 

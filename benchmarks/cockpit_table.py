@@ -49,7 +49,7 @@ def _cell(row: dict[str, Any] | None, k: int) -> str:
 def table(found: dict[str, Any] | None) -> str:
     """What the page says of costs."""
     if found is None:
-        return f"{START}`make bench-cockpit` measures them.\n{END}"
+        return "`make bench-cockpit` measures them.\n"
     about = next(iter(found["problems"].values()))
     lines = [
         "Multiples of a step that nobody watches, in processor time of one thread "
@@ -58,14 +58,19 @@ def table(found: dict[str, Any] | None) -> str:
     ]
     for problem in found["problems"]:
         lines += of_problem(problem, found)
-    return START + "\n".join(lines) + "\n" + END
+    return "\n".join(lines) + "\n"
+
+
+def in_page(page: str, marks: tuple[str, str], text: str) -> str:
+    """The page with this text between two marks."""
+    start, end = page.index(marks[0]) + len(marks[0]), page.index(marks[1])
+    return page[:start] + text + page[end:]
 
 
 def with_table(page: str) -> str:
     """The page with the numbers of the results."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
-    start, end = page.index(START), page.index(END) + len(END)
-    return page[:start] + table(found) + page[end:]
+    return in_page(page, (START, END), table(found))
 
 
 if __name__ == "__main__":

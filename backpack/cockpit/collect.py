@@ -18,6 +18,8 @@ from torch import Tensor
 
 from backpack.cockpit.histograms import Entries, entries_of
 from backpack.cockpit.losses import individual_losses
+from backpack.cockpit.norms import squared_norm
+from backpack.cockpit.small import SMALL, is_small
 from backpack.own import (
     BackpropExtension,
     Columns,
@@ -30,6 +32,9 @@ from backpack.own import (
     Wanted,
 )
 
+# Vectors of so many entries may be copied.
+HELD = 2**14
+
 
 @dataclass
 class Wish:
@@ -40,6 +45,8 @@ class Wish:
         squares: the elementwise sum of their squares.
         projections: products with the step's gradient.
         activity: sums over a layer's inputs and output gradients.
+        holds: keep the gradient until the step is over; a large one is else let go at once, since a
+            tensor that is held is copied to become ``p.grad``.
         keep: keep forms and gradient until the step is over, or else use them at once.
         limit: number of bytes of forms that are kept at most.
         ends: updates to project on, by parameter.
@@ -52,6 +59,7 @@ class Wish:
     squares: bool = False
     projections: bool = False
     activity: bool = False
+    holds: bool = True
     keep: bool = True
     limit: int = 2**30
     ends: dict[Tensor, Tensor] | None = None
@@ -71,10 +79,14 @@ class Piece:
         squares: ``sum_n G_n^2 [p]``.
         projections: ``G_n^T g [N]`` on the gradient of this pass alone, if no form is kept.
         ends: ``G_n^T d [N]``.
-        activity: sums over inputs and output gradients, and a count of each (:func:`_activity`).
+        activity: sums over inputs and output gradients, and counts (:func:`_activity`).
         entries: some entries of the ``G_n``.
         form: the form, if it is kept.
-        gradient: the gradient of this pass.
+        gradient: the gradient of this pass, if it is held.
+        squared: its squared norm, if it is not.
+        place: where it was in memory then.
+        rows: all ``G_n``, ``[N, entries]``, of a parameter of few entries until the pass is over; what
+            is wanted of them is computed for all such parameters at once.
         versions: of the tensors in the form, when it was kept.
         reached: whether a gradient has reached the parameter.
     """
@@ -85,10 +97,13 @@ class Piece:
     squares: Tensor | None = None
     projections: Tensor | None = None
     ends: Tensor | None = None
-    activity: tuple[Tensor, tuple[int, int, int]] | None = None
+    activity: tuple[list[Tensor], tuple[int, int, int]] | None = None
     entries: Entries | None = None
     form: Form | None = None
     gradient: Tensor | None = None
+    squared: Tensor | None = None
+    place: int = 0
+    rows: Tensor | None = None
     versions: tuple[int, ...] = ()
     reached: bool = True
 
@@ -121,18 +136,23 @@ class FirstOrder(BackpropExtension):
         self.wish, self.held, self._storages = wish, 0, set()
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Piece:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.reduce(form, sign)
         piece, wish = Piece(form.samples, self.wish.share), self.wish
-        with torch.no_grad():
-            if wish.norms:
-                piece.norms = self._try("norms", lambda: form.squared_norms().double())
-            if wish.squares:
-                piece.squares = self._try("squares", form.square_sum)
-            if wish.activity and isinstance(form, Outer):
-                piece.activity = self._try("activity", lambda: _activity(form))
-            # What goes through a graph does so while it is there.
-            later = wish.projections or wish.ends
-            through = later and any(hasattr(each, "vjp") for each in nested(form))
-            piece.form = Dense(form.dense()) if through else form
+        if wish.activity and isinstance(form, Outer):
+            piece.activity = self._try("activity", lambda: _activity(form))
+        if is_small(form):
+            piece.rows = form.dense()[0].reshape(form.samples, -1)
+            return piece
+        if wish.norms:
+            piece.norms = self._try("norms", lambda: form.squared_norms().double())
+        if wish.squares:
+            piece.squares = self._try("squares", form.square_sum)
+        # What goes through a graph does so while it is there.
+        later = wish.projections or wish.ends
+        through = later and any(hasattr(each, "vjp") for each in nested(form))
+        piece.form = Dense(form.dense()) if through else form
         return piece
 
     def add(self, state: Piece, other: Piece) -> Piece:
@@ -147,31 +167,37 @@ class FirstOrder(BackpropExtension):
             return None
 
     def finish(self, state: Piece, context: Context) -> Piece:
-        with torch.no_grad():
-            form, wish, p = state.form, self.wish, context.parameter
-            assert form is not None
-            gradient = context.gradient()
-            # Held as it is: a tensor that nobody holds becomes p.grad, which is changed later.
-            gradient = gradient.detach() if gradient.requires_grad else gradient
-            direction = None if wish.ends is None else wish.ends.get(p)
-            if wish.entries:
-                state.entries = self._try(
-                    "counts", lambda: entries_of(form, p, wish.entries, wish.joint)
-                )
+        gradient = context.gradient()
+        gradient = gradient.detach() if gradient.requires_grad else gradient
+        if state.form is None:
             state.gradient = gradient
-            kept = wish.keep and self._keep(state)
-            if not kept:
-                state.form = None
-            # What is not kept is used at once, in one look at the layer's inputs.
-            vectors: dict[str, Tensor] = {}
-            if direction is not None and not kept:
-                vectors["ends"] = direction
-            if wish.projections and not kept:
-                vectors["projections"] = gradient
-            found = self._try("projections", lambda: projected(form, list(vectors.values())))
-            for name, rows in zip(vectors, found if found is not None else (), strict=False):
-                setattr(state, name, rows)
+            return state
+        with torch.no_grad():
+            self._finish(state, state.form, context.parameter, gradient)
         return state
+
+    def _finish(self, state: Piece, form: Form, p: Tensor, gradient: Tensor) -> None:
+        wish = self.wish
+        direction = None if wish.ends is None else wish.ends.get(p)
+        if wish.entries:
+            state.entries = self._try("counts", lambda: entries_of(form, p, wish.entries, wish.joint))
+        # A tensor that nobody holds becomes p.grad, which is changed later; not if there is one.
+        if wish.holds or gradient.numel() <= HELD or p.grad is not None:
+            state.gradient = gradient
+        else:
+            state.squared, state.place = squared_norm(gradient), gradient.data_ptr()
+        kept = wish.keep and self._keep(state)
+        if not kept:
+            state.form = None
+        # What is not kept is used at once, in one look at the layer's inputs.
+        vectors: dict[str, Tensor] = {}
+        if direction is not None and not kept:
+            vectors["ends"] = direction
+        if wish.projections and not kept:
+            vectors["projections"] = gradient
+        found = self._try("projections", lambda: projected(form, list(vectors.values())))
+        for name, rows in zip(vectors, found if found is not None else (), strict=False):
+            setattr(state, name, rows)
 
     def _keep(self, piece: Piece) -> bool:
         """Keep a form, if there is room for it."""
@@ -186,8 +212,9 @@ class FirstOrder(BackpropExtension):
     def zero(self, context: Context) -> Piece:
         """No gradient reaches the parameter."""
         p, zeros = context.parameter, context.parameter.new_zeros(context.samples).double()
-        piece = Piece(context.samples, self.wish.share, zeros, torch.zeros_like(p.detach()), zeros)
-        piece.ends, piece.gradient, piece.reached = zeros, torch.zeros_like(p.detach()), False
+        nothing = p.detach().new_zeros(()).expand(p.shape)
+        piece = Piece(context.samples, self.wish.share, zeros, nothing, zeros, zeros)
+        piece.gradient, piece.reached = nothing, False
         return piece
 
 
@@ -195,40 +222,43 @@ def projected(form: Form, vectors: Sequence[Tensor]) -> Tensor:
     """``G_n^T u`` of several vectors, summed over columns, ``[k, N]``, in double precision."""
     if not vectors:
         return form.like.new_zeros(0, form.samples)
-    stacked = torch.stack([vector.to(form.like.dtype) for vector in vectors])
+    # Where inputs are no patches, nothing is won by one look at them that a copy would not cost.
+    alone = isinstance(form, Outer) and form.positions == 1 and form.shape.numel() > HELD
+    if alone and len(vectors) > 1:
+        return torch.cat([projected(form, [vector]) for vector in vectors])
+    given = [vector.to(form.like.dtype) for vector in vectors]
+    stacked = torch.stack(given) if len(given) > 1 else given[0].unsqueeze(0)
     products = form.project(stacked)
     return (products[:, 0] if form.columns == 1 else products.sum(1)).double()
 
 
-def _activity(form: Outer) -> tuple[Tensor, tuple[int, int, int]]:
-    """Squares of a layer's inputs, silent features, squares of output gradients; of how many each is.
+def _activity(form: Outer) -> tuple[list[Tensor], tuple[int, int, int]]:
+    """Squares of a layer's inputs, features that are not silent, squares of output gradients.
 
-    Of patches the entry in the middle counts: each place of the input once.
+    And of how many each is. Of patches the entry in the middle counts: each place of the input once.
     """
-    inputs: Any = form.inputs
-    if isinstance(inputs, Tensor):
-        norms, count = _norms(inputs, (2,)), inputs.numel()
+    x: Any = form.inputs
+    places: tuple[int, ...] = (2,)
+    if isinstance(x, Tensor):
+        features = x.shape[1] * x.shape[3]
     else:
-        middle = inputs.windows
-        for size in reversed(middle.shape[3 : 3 + inputs.ndim]):
-            middle = middle.select(3, size // 2)
-        norms, count = _norms(middle, tuple(range(3, middle.dim()))), middle.numel()
-    features, g = norms[0].numel(), form.g
-    silent = features - torch.count_nonzero(norms.amax(0))
-    squares = [_squares(x) for x in (norms, _norms(g, tuple(range(2, g.dim()))))]
-    return torch.stack([squares[0], silent.double(), squares[1]]), (count, features, g.numel())
+        ndim, x = x.ndim, x.windows
+        for size in reversed(x.shape[3 : 3 + ndim]):
+            x = x.select(3, size // 2)
+        features, places = x.shape[1] * x.shape[2], tuple(range(3, x.dim()))
+    heard = torch.count_nonzero(x.any((0, *places)))
+    g = form.g
+    sums = [_squares(x, places), heard, _squares(g, tuple(range(2, g.dim())))]
+    return sums, (x.numel(), features, g.numel())
 
 
-def _squares(norms: Tensor) -> Tensor:
-    """The sum of their squares, in double precision."""
-    norms = norms.double().flatten()
-    return norms.dot(norms)
-
-
-def _norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Norms along some axes; squares that are added up in single precision are few."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32 if half else None)
+def _squares(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum of squares in double precision; of large tensors from norms along some axes."""
+    if x.numel() > SMALL:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        x = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32 if half else None)
+    x = x.double().flatten()
+    return x.dot(x)
 
 
 # --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpack._torch import foreach_sub
 from backpack.cockpit.alarms import Alarm, Finding
 from backpack.cockpit.alpha import alpha
 from backpack.cockpit.grouping import Per
 from backpack.cockpit.histograms import symlog_edges
-from backpack.cockpit.listening import Listening, Start, norms_of
-from backpack.cockpit.measures import Measure
+from backpack.cockpit.listening import Listening, Start
+from backpack.cockpit.measures import Measure, Numbers
+from backpack.cockpit.norms import norms_of
 from backpack.cockpit.passed import MissingError
 from backpack.cockpit.sharpness import critical_sharpness
 from backpack.cockpit.sinks import Sink
@@ -34,7 +35,6 @@ class Concluding(Listening):
     left_out: dict[str, str]
     per: Per
     _memory: dict[str, Tensor]
-    _before_all: list[Tensor] | None
     _deeper: tuple[int, Any] | None
     _began: bool
     _along: bool
@@ -83,22 +83,22 @@ class Concluding(Listening):
     def _measured(self, measure: Measure, step: Step, values: dict[str, Any]) -> None:
         self._put(measure.name, measure.value(step), values)
 
-    def _put(self, name: str, numbers: Tensor, values: dict[str, Any]) -> None:
-        for group, value in zip(self.groups, numbers.tolist(), strict=False):
+    def _put(self, name: str, numbers: Numbers, values: dict[str, Any]) -> None:
+        listed = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        for group, value in zip(self.groups, listed, strict=False):
             if value == value or name in _KEPT:
                 values[f"{name}/{group}" if group else name] = value
 
     def _add_update(self, step: Step) -> None:
         """What the optimizer has done."""
-        parameters = [p.detach() for p in self._parameters]
-        if self._before is not None:
-            update = foreach_sub(parameters, self._before)
-            step.update = dict(zip(self._parameters, update, strict=True))
-            moved = () if self._before_all is None else foreach_sub(self._before, self._before_all)
-            norms = norms_of([*update, *self._before, *moved]).cpu().split(len(parameters))
-            step.update_norms, step.parameter_norms = norms[:2]
-            if self._before_all is not None:
-                step.distances = norms[2]
+        moves = self._moves
+        moves.end()
+        if moves.update is not None and moves.norms is not None:
+            step.update = dict(zip(self._parameters, moves.update, strict=True))
+            norms = [norms_of(moves.update), moves.norms]
+            found = [*norms, *([moves.distances] if moves.distances is not None else ())]
+            step.update_norms, step.parameter_norms, *rest = torch.stack(found).cpu()
+            step.distances = rest[0] if rest else None
         if self.optimizer is not None:
             step.rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
 
@@ -106,9 +106,11 @@ class Concluding(Listening):
         """Say whether forms are kept in the next tracked step, or used at once."""
         if self._passes:
             self._expected = len(self._passes)
-        several = self._expected > 1 or self.processes.size > 1
         wants = "alpha" in self.special and not self._steps_along()
-        self._keep = (several or wants) and not self._full
+        self._keep = (self._several() or wants) and not self._full
+
+    def _several(self) -> bool:
+        return self._expected > 1 or self.processes.size > 1
 
     def _try(self, name: str, function: Callable[[], None]) -> None:
         """A quantity that cannot be computed is left out; the others go on."""
@@ -197,21 +199,22 @@ class Concluding(Listening):
         if step.keeps or not self._steps_along():
             return step.along_update.sum(0)
         rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
-        moved = step.update_norms
-        expected = step.gradient_norms * moved.new_tensor([rates.get(p, 0.0) for p in self._parameters])
+        each = [float(rates.get(p, 0.0)) for p in self._parameters]
+        moved = step.update_norms.tolist()
+        expected = [norm * rate for norm, rate in zip(step.gradient_norms.tolist(), each, strict=True)]
         # Clipped by its norm, the gradient has become shorter by one factor.
-        factor = float(moved.norm() / expected.norm()) if float(expected.norm()) else 0.0
-        if float((moved - factor * expected).norm()) > 1e-3 * float(moved.norm()):
+        length, full = math.hypot(*moved), math.hypot(*expected)
+        factor = length / full if full else 0.0
+        if math.dist(moved, [factor * e for e in expected]) > 1e-3 * length:
             self._along = False
             raise MissingError("the gradient was changed before the optimizer's step")
-        weights = [-factor * rates.get(p, 0.0) for p in self._parameters]
         along = step.along_gradient
-        return along.new_tensor(weights) @ along
+        return along.new_tensor([-factor * rate for rate in each]) @ along
 
     def _alpha(self, step: Step, values: dict[str, Any]) -> None:
         if step.update is None or step.update_norms is None:
             raise MissingError("the optimizer's step was not seen")
-        length = float(step.update_norms.double().norm())
+        length = math.hypot(*step.update_norms.tolist())
         end = step.end(self._slopes(step), length)
         self._start = Start(self.step_count, end, length, step.update)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from backpack.cockpit.measures import EPSILON, MEASURES, Measure, _divided
+from backpack.cockpit.measures import EPSILON, MEASURES, Measure, Numbers, over_trace
 from backpack.cockpit.step import Step
 
 ECONOMY = tuple(
@@ -33,11 +33,11 @@ def _with_matrix(name: str, matrix: str) -> Measure:
     if matrix not in MATRICES:
         raise ValueError(f"curvature must be one of {MATRICES}, got {matrix!r}")
 
-    def trace(step: Step):  # type: ignore[no-untyped-def]
+    def trace(step: Step) -> Numbers:
         if name == "hess_trace":
             return step.trace(matrix)
         if name == "tic_trace":
-            return _divided(step.S / step.samples, step.trace(matrix) + EPSILON[name])
+            return over_trace(step, matrix)
         return step.over_entries(
             lambda p, second, g: second / (step.diagonal(matrix, p).to(second.dtype) + EPSILON[name])
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backpack._torch import foreach_norm, leaf_of
+from backpack._torch import leaf_of
 from backpack.cockpit import passes
 from backpack.cockpit.alpha import End
 from backpack.cockpit.attention import AttentionLogits
@@ -20,8 +20,11 @@ from backpack.cockpit.curvature import Curvature, KeptColumns
 from backpack.cockpit.eigenvalue import TopEigenvalue
 from backpack.cockpit.history import History
 from backpack.cockpit.lossmodules import LossModules
-from backpack.cockpit.measures import Measure
+from backpack.cockpit.measures import MEASURES, Measure
+from backpack.cockpit.moves import Moves
+from backpack.cockpit.norms import norms_of
 from backpack.cockpit.passed import Group, MissingError, Passed
+from backpack.cockpit.small import put_together
 from backpack.own import BackpropExtension, walk
 
 # Entries that are looked at for a histogram, and how many of a parameter at least.
@@ -37,7 +40,7 @@ class Start:
     step: int
     end: End
     length: float
-    update: dict[Tensor, Tensor]
+    update: dict[Tensor, Tensor] | None
 
 
 class Listening:
@@ -59,6 +62,7 @@ class Listening:
     _refused: dict[str, str]
     _history: History
     _generator: torch.Generator | None
+    _moves: Moves
     _start: Start | None
     _tracking: bool
     _listening: bool
@@ -67,6 +71,10 @@ class Listening:
 
     def close(self) -> None:
         """Take every hook off again."""
+        raise NotImplementedError
+
+    def _several(self) -> bool:
+        """Whether a step's gradient is expected to be a sum of several."""
         raise NotImplementedError
 
     def _try(self, name: str, function: Callable[[], None]) -> None:
@@ -82,6 +90,8 @@ class Listening:
         self.needs = frozenset().union(
             *(measure.needs for measure in self.measures), *(SPECIAL[name] for name in self.special)
         )
+        # What a measure of the user's own may ask a step for is held.
+        self._all_held = any(m.matrix is None and m is not MEASURES.get(m.name) for m in self.measures)
         self._made: list[BackpropExtension] | None = None
         self._curvatures: dict[str, Curvature] = {}
         for listener in (self.attention, self.loss_modules):
@@ -121,6 +131,7 @@ class Listening:
             squares="squares" in needs,
             projections="projections" in needs,
             activity="activity" in needs,
+            holds=self._holds(needs),
             keep=self._keep and bool(needs & {"projections", "ends"}),
             limit=self.hold,
             ends=ends,
@@ -129,18 +140,27 @@ class Listening:
             share=share,
         )
 
+    def _holds(self, needs: frozenset[str]) -> bool:
+        """Whether gradients are wanted when the step is over, and not their norms alone."""
+        return self._keep or self._several() or self._all_held or bool(needs & {"squares", "columns"})
+
     # ---------------------------------------------------------------------------------
     # Backward passes
 
     def _reset(self) -> None:
-        """Forget what was seen of the current step."""
+        """No step has begun."""
+        self._moves.forget()
+        self._inside = False
+        self._restart()
+
+    def _restart(self) -> None:
+        """Forget the backward passes of the step, which begins again."""
         self._passes: list[Passed] = []
         self._grad_norms: Tensor | None = None
-        self._before: list[Tensor] | None = None
-        self._inside = False
         self._passed_inside = False
         self._lost: dict[str, str] = {}
-        self._versions: tuple[int, ...] = ()
+        # Gradients as a pass has left them, and their versions.
+        self._noted: dict[Tensor, tuple[Tensor, int]] = {}
 
     @property
     def parameters(self) -> Collection[Tensor]:
@@ -153,9 +173,9 @@ class Listening:
         if not self._concerned:
             return []
         if self._passes and self._was_zeroed():
-            inside, before = self._inside, self._before
-            self._reset()
-            self._inside, self._before = inside, before
+            self._restart()
+        if self._passes:
+            self._hold_gradients()
         share = 1.0 / (call.scale * self.processes.size)
         if self._tracking and self.top is not None and call.finite:
             self._try("hess_max_ev", lambda: self._top(call, share))
@@ -175,6 +195,23 @@ class Listening:
             wanted.append(self._first)
         return [ext for ext in made if ext in wanted and ext.savefield not in self._refused]
 
+    def _hold_gradients(self) -> None:
+        """Hold gradients of a pass that was not the last, contrary to what was expected.
+
+        What nobody has held has become ``p.grad``, to which the next pass will add.
+        """
+        for p, piece in self._passes[-1].pieces.items():
+            grad = p.grad
+            if piece.squared is None or grad is None or not self._is_noted(p, grad):
+                continue
+            if grad.data_ptr() == piece.place:
+                piece.gradient, piece.squared = grad.detach().clone(), None
+
+    def _is_noted(self, parameter: Tensor, grad: Tensor) -> bool:
+        """Whether a gradient is as the last pass has left it."""
+        noted, version = self._noted.get(parameter, (None, 0))
+        return noted is grad and grad._version == version
+
     def _top(self, call: passes.Call, share: float) -> None:
         assert self.top is not None
         self.top.look(call, self._parameters, share, first=not self._passes)
@@ -190,14 +227,14 @@ class Listening:
 
         A scaler skips steps whose gradients overflow; an error may end one in the middle.
         """
-        grads = [p.grad for p in self._parameters if p.grad is not None]
+        now = {p: p.grad for p in self._parameters if p.grad is not None}
         if self._inside:
             return False
-        if not grads:
+        if not now:
             return True
-        if tuple(g._version for g in grads) == self._versions:
+        if now.keys() == self._noted.keys() and all(self._is_noted(p, g) for p, g in now.items()):
             return False
-        return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+        return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in now.values())
 
     def refused(self, ext: BackpropExtension, error: Exception) -> None:
         """A quantity cannot be computed on this model."""
@@ -206,9 +243,7 @@ class Listening:
     def failed(self) -> None:
         """A backward pass raised an error."""
         self._collect()
-        inside, before = self._inside, self._before
-        self._reset()
-        self._inside, self._before = inside, before
+        self._restart()
 
     def broke(self, error: Exception) -> None:
         """An error of the monitor's own: a warning, and training goes on unwatched."""
@@ -235,13 +270,36 @@ class Listening:
             passed.columns = found[self._columns.savefield]
         passed.losses, passed.unread = self._losses(call)
         passed.raw = self._probe.raw
+        with torch.no_grad():
+            self._put_together(passed)
         if pieces and self._first.held > self.hold:
-            _settle(pieces, self._start.update if self._start else {})
+            self._settle(passed)
             self._full = True
         self._passes.append(passed)
         self._passed_inside = self._inside
         with torch.no_grad():
             self._note_gradients(call.scale)
+
+    def _put_together(self, passed: Passed) -> None:
+        """Parameters of few entries, all at once."""
+        wish = self._first.wish
+        passed.small = put_together(passed.pieces)
+        for small in passed.small:
+            small.look(passed.pieces, wish)
+            if wish.entries:
+                passed.entries += small.entries(wish.entries, wish.joint)
+
+    def _settle(self, passed: Passed) -> None:
+        """Use kept forms at once, and let go of them."""
+        last = (self._start and self._start.update) or {}
+        with torch.no_grad():
+            for p, piece in passed.pieces.items():
+                if piece.form is not None and piece.gradient is not None:
+                    vectors = [piece.gradient, last.get(p, piece.gradient)]
+                    piece.projections, piece.ends = projected(piece.form, vectors)
+                    piece.form = None
+            for small in passed.small:
+                small.look(passed.pieces, replace(self._first.wish, keep=False))
 
     def _losses(self, call: passes.Call) -> tuple[Tensor | None, Exception | None]:
         losses, probe = self._probe.losses, self._probe
@@ -264,40 +322,13 @@ class Listening:
 
     def _note_gradients(self, scale: float) -> None:
         """Norms of the gradients as they are now, before anybody clips them."""
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        self._versions = tuple(g._version for g in grads)
-        if "gradient" not in self.needs or not self._tracking or not grads:
+        grads = [p.grad for p in self._parameters]
+        self._noted = {
+            p: (g, g._version) for p, g in zip(self._parameters, grads, strict=True) if g is not None
+        }
+        if "gradient" not in self.needs or not self._tracking or not self._noted:
             return
-        self._grad_norms = norms_of([p.grad for p in self._parameters]) / scale
+        self._grad_norms = norms_of(grads) / scale
 
     def _part_failed(self, part: str, error: Exception) -> None:
         self._lost[part] = str(error) or type(error).__name__
-
-
-def norms_of(tensors: Sequence[Tensor | None]) -> Tensor:
-    """A norm for each tensor, zero where there is none."""
-    dense = [t for t in tensors if t is not None and not t.is_sparse]
-    if len(dense) == len(tensors) and len({t.dtype for t in dense}) == 1:
-        return torch.stack(foreach_norm(dense)).double()
-    norms = iter(foreach_norm(dense)) if dense else iter(())
-    found = []
-    like = next(t for t in tensors if t is not None) if any(t is not None for t in tensors) else None
-    zero = torch.zeros(()) if like is None else torch.zeros((), device=like.device)
-    for t in tensors:
-        if t is None:
-            found.append(zero.double())
-        elif t.is_sparse:
-            found.append(t.coalesce().values().norm().double())
-        else:
-            found.append(next(norms).double())
-    return torch.stack(found)
-
-
-def _settle(pieces: dict[Tensor, Piece], last: dict[Tensor, Tensor]) -> None:
-    """Use kept forms at once, and let go of them."""
-    for p, piece in pieces.items():
-        if piece.form is not None and piece.gradient is not None:
-            vectors = [piece.gradient, last.get(p, piece.gradient)]
-            with torch.no_grad():
-                piece.projections, piece.ends = projected(piece.form, vectors)
-            piece.form = None

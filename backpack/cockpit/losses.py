@@ -98,7 +98,7 @@ def individual_losses(given: Pass, samples: int) -> tuple[Tensor, bool]:
     if len(given.roots) != 1:
         raise UnreadableError("backward was called on several tensors at once")
     ((root, weight),) = given.roots
-    total = torch.zeros(samples, dtype=torch.float64, device=weight.device)
+    total: Tensor | None = None
     found, rest = _parts(root.node, given)
     if not found:
         raise UnreadableError("no loss function was found between the model's output and the loss")
@@ -108,7 +108,10 @@ def individual_losses(given: Pass, samples: int) -> tuple[Tensor, bool]:
         arriving = torch.autograd.grad([root], edges, [weight], retain_graph=True, allow_unused=True)
     for node, edge, gradient in zip(found, edges, arriving, strict=True):
         if gradient is not None:
-            total += _shares(node, edge, gradient.detach(), given, samples)
+            shares = _shares(node, edge, gradient.detach(), given, samples)
+            total = shares if total is None else total + shares
+    if total is None:
+        total = torch.zeros(samples, dtype=torch.float64, device=weight.device)
     return total, rest
 
 
@@ -166,6 +169,8 @@ def _shares(node: Node, edge: GradientEdge, gradient: Tensor, given: Pass, sampl
             raise UnreadableError("samples of the loss are not where they are expected")
         shares = (values.double() * weights.double()).movedim(axis.dim, 0)
         shares = shares.reshape(len(shares), -1).sum(1)
+        if axis.plain:
+            return shares
         ids = axis.sample_ids(values.device)
         return shares.new_zeros(samples).index_add(0, ids, shares)
 

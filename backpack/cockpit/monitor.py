@@ -21,6 +21,7 @@ from backpack.cockpit.history import History
 from backpack.cockpit.listening import Start
 from backpack.cockpit.lossmodules import LossModules
 from backpack.cockpit.measures import Measure
+from backpack.cockpit.moves import Moves
 from backpack.cockpit.processes import processes_of
 from backpack.cockpit.report import show_in_notebook, show_window, write
 from backpack.cockpit.sinks import Sink, sink_of
@@ -86,7 +87,7 @@ class Monitor(Concluding):
         self.left_out: dict[str, str] = {}
         self.step_count = 0
         self._memory: dict[str, Tensor] = {}
-        self._before_all: list[Tensor] | None = None
+        self._moves = Moves(self._parameters)
         self._deeper: tuple[int, Any] | None = None
         self._field = f"_cockpit_{id(self)}"
         self._expected = 1
@@ -184,10 +185,11 @@ class Monitor(Concluding):
             self._within = False
 
     def _note_parameters(self) -> None:
+        if self._start is not None and not self._all_held:
+            if self._passes and all(passed.has("ends") for passed in self._passes):
+                self._start.update = None  # it has been projected on
         if "update" in self.needs:
-            self._before = [p.detach().clone() for p in self._parameters]
-        if "reference" in self.needs and self._before_all is None:
-            self._before_all = [p.detach().clone() for p in self._parameters]
+            self._moves.begin("reference" in self.needs)
 
     def _finish(self) -> None:
         """A step is over."""
@@ -228,7 +230,7 @@ class Monitor(Concluding):
         return {
             "step": self.step_count,
             "memory": {k: v.clone() for k, v in self._memory.items()},
-            "reference": self._before_all,
+            "reference": self._moves.reference,
             "history": self._history.state_dict(),
             "expected": self._expected,
         }
@@ -241,7 +243,7 @@ class Monitor(Concluding):
         if reference is not None:
             pairs = zip(reference, self._parameters, strict=True)
             reference = [r.to(p) for r, p in pairs]
-        self._before_all = reference
+        self._moves.reference = reference
         self._history.load_state_dict(state["history"])
         self._expected = int(state["expected"])
         self._start, self._began = None, False
@@ -265,7 +267,7 @@ class Monitor(Concluding):
         self._listen(False)
         self._collect()
         self._reset()
-        self._start = self._before_all = None
+        self._start = self._moves.reference = None
         for sink in self.sinks:
             getattr(sink, "close", lambda: None)()
 

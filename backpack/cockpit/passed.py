@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from backpack.cockpit.collect import Piece
+from backpack.cockpit.histograms import Entries
+from backpack.cockpit.small import Small
 
 
 class MissingError(Exception):
@@ -22,6 +26,8 @@ class Passed:
         loss: its loss.
         share: the factor of its ``G_n`` in the step's gradient.
         pieces: what it has left, by parameter.
+        small: individual gradients of parameters of few entries.
+        entries: of these, for histograms.
         curvature: trace and diagonal of curvature matrices, by matrix and parameter.
         columns: forms of sampled columns of the GGN, by parameter; ``None`` if they were not kept.
         losses: each sample's share of the loss; ``None`` where that cannot be read.
@@ -32,11 +38,26 @@ class Passed:
     loss: Tensor
     share: float = 1.0
     pieces: dict[Tensor, Piece] = field(default_factory=dict)
+    small: list[Small] = field(default_factory=list)
+    entries: list[Entries] = field(default_factory=list)
     curvature: dict[str, dict[Tensor, Any]] = field(default_factory=dict)
     columns: dict[Tensor, list[Any]] | None = None
     losses: Tensor | None = None
     unread: Exception | None = None
     raw: set[Tensor] = field(default_factory=set)
+
+    def has(self, part: str) -> bool:
+        """Whether a part of the pieces (``ends``) was computed for all parameters."""
+        together = {p for small in self.small for p in small.parameters}
+        alone = [piece for p, piece in self.pieces.items() if p not in together]
+        known = all(part in small.sums for small in self.small)
+        return bool(self.pieces) and known and all(getattr(each, part) is not None for each in alone)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are forms to project with."""
+        pieces = (piece for piece in self.pieces.values() if piece.reached)
+        return any(small.kept for small in self.small) or any(p.form is not None for p in pieces)
 
     @property
     def samples(self) -> int:
@@ -53,6 +74,42 @@ class Passed:
                 else "no pass through the model was seen"
             )
         return sizes.pop()
+
+    def rows(
+        self,
+        parameters: Sequence[Tensor],
+        alone: Callable[[Piece], Tensor | None],
+        together: Callable[[Small], Tensor | None],
+    ) -> Tensor | None:
+        """Numbers for each parameter and sample, ``[parameters, ..., N]``; zeros where there is none.
+
+        Args:
+            parameters: the parameters.
+            alone: a piece -> its numbers, ``[..., N]``, or ``None`` if they were not computed.
+            together: the same for several parameters at once.
+
+        Raises:
+            MissingError: if parameters meet different numbers of samples.
+        """
+        found: dict[Tensor, Tensor] = {}
+        if not self.samples:
+            return None
+        for small in self.small:
+            rows = together(small)
+            if rows is None:
+                return None
+            if len(small.parameters) == len(parameters):
+                return rows
+            found |= zip(small.parameters, rows, strict=True)
+        for p, piece in self.pieces.items():
+            if p not in found:
+                row = alone(piece)
+                if row is None:
+                    return None
+                found[p] = row
+        like = next(iter(found.values()))
+        zeros = torch.zeros_like(like) if len(found) < len(parameters) else like
+        return torch.stack([found.get(p, zeros).to(zeros) for p in parameters]).double()
 
 
 class Group:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class Call:
     scale: float
     finite: bool
 
-    @property
+    @cached_property
     def loss(self) -> Tensor:
         """The number that is differentiated, without the scaler's factor."""
         value = self.root.detach()

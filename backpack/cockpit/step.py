@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from backpack._torch import foreach_norm
 from backpack.cockpit.alpha import End
 from backpack.cockpit.collect import Piece, projected
 from backpack.cockpit.histograms import counted
+from backpack.cockpit.norms import squared_norms
 from backpack.cockpit.passed import Group, MissingError, Passed
+from backpack.cockpit.small import Small
 
 
 class Step:
@@ -59,6 +61,7 @@ class Step:
         self.rates: list[float] | None = None
         self.plain = False
         self.memory: dict[str, Tensor] = {}
+        self._listed: dict[str, list[Any]] = {}
 
     # ---------------------------------------------------------------------------------
     # Sums over samples
@@ -88,21 +91,29 @@ class Step:
             raise MissingError("a variance over samples needs two of them")
         return self.samples
 
-    def _rows(self, part: str, value: Callable[[Piece], Tensor | None], power: int) -> Tensor:
-        """A number (or several) for each parameter and sample, ``[parameters, ..., samples]``."""
+    def _rows(
+        self,
+        part: str,
+        value: Callable[[Piece], Tensor | None],
+        power: int,
+        together: Callable[[Small], Tensor | None] | None = None,
+    ) -> Tensor:
+        """A number (or several) for each parameter and sample, ``[parameters, ..., samples]``.
+
+        Args:
+            part: what it is.
+            value: a piece -> ``[..., N]``.
+            power: of the factor of the pass.
+            together: the same for several parameters at once, ``[parameters, ..., N]``.
+        """
         self._need("statistics", part)
+        together = together or (lambda small: small.sums.get(part))
         columns = []
         for passed in self.passes:
-            found, _ = {}, passed.samples
-            for p, piece in passed.pieces.items():
-                row = value(piece)
-                if row is None:
-                    raise MissingError(self.lost.get(part, f"{part} were not computed"))
-                found[p] = row
-            like = next(iter(found.values()))
-            zeros = torch.zeros_like(like) if len(found) < len(self.parameters) else like
-            rows = [found.get(p, zeros).to(zeros) for p in self.parameters]
-            columns.append(torch.stack(rows).double() * passed.share**power)
+            rows = passed.rows(self.parameters, value, together)
+            if rows is None:
+                raise MissingError(self.lost.get(part, f"{part} were not computed"))
+            columns.append(rows if passed.share == 1 else rows * passed.share**power)
         return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
 
     def _numbers(self, values: Sequence[Tensor | None]) -> Tensor:
@@ -118,24 +129,25 @@ class Step:
         norms = self._rows("norms", lambda piece: piece.norms, 2)
         return self.groups @ self.group.sum(norms.sum(1)).cpu()
 
-    @property
-    def S(self) -> Tensor:
-        """``sum_n ||g_n||^2``."""
-        return self.samples**2 * self.norms
-
     @cached_property
-    def noise(self) -> Tensor:
-        """``tr Sigma = (S - B ||g||^2) / (B - 1)``, the trace of the covariance of the ``g_n``."""
+    def noise(self) -> list[float]:
+        """``tr Sigma = (S - B ||g||^2) / (B - 1)``, of each group: how the ``g_n`` vary."""
         count = self.several()
-        return ((self.S - count * self.squared_norm) / (count - 1)).clamp(min=0)
+        pairs = zip(self.numbers("norms"), self.numbers("squared_norm"), strict=True)
+        return [max(count**2 * norms - count * square, 0.0) / (count - 1) for norms, square in pairs]
 
     @cached_property
     def gradients(self) -> dict[Tensor, Tensor]:
         """The gradient of the data term of the loss, for each parameter that has one."""
         self._need("statistics")
+        return self._gradients(())
+
+    def _gradients(self, without: Container[Tensor]) -> dict[Tensor, Tensor]:
         found: dict[Tensor, Tensor] = {}
         for passed in self.passes:
             for p, piece in passed.pieces.items():
+                if p in without:
+                    continue
                 if piece.gradient is None:
                     raise MissingError("the gradient was not kept")
                 part = piece.gradient if passed.share == 1 else piece.gradient * passed.share
@@ -152,11 +164,18 @@ class Step:
     @cached_property
     def gradient_norms(self) -> Tensor:
         """The norm of ``g`` of each parameter, on the CPU."""
-        found = self.gradients
-        norms = iter(foreach_norm(list(found.values()), 2, dtype=torch.float64) if found else ())
-        of = {p: norm.to(self.parameters[0].device) for p, norm in zip(found, norms, strict=True)}
-        zero = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
-        return torch.stack([of.get(p, zero) for p in self.parameters]).cpu()
+        self._need("statistics")
+        alone = self.passes[0] if len(self.passes) == 1 and self.group.size == 1 else None
+        squared: dict[Tensor, Tensor] = {}
+        if alone is not None:
+            known = {p: piece.squared for p, piece in alone.pieces.items()}
+            squared = {p: s * alone.share**2 for p, s in known.items() if s is not None}
+        others = self._gradients(squared)
+        squared |= dict(zip(others, squared_norms(list(others.values())), strict=True))
+        device = self.parameters[0].device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        rows = [squared[p].to(device) if p in squared else zero for p in self.parameters]
+        return torch.stack(rows).sqrt().cpu()
 
     @cached_property
     def along_gradient(self) -> Tensor:
@@ -179,8 +198,7 @@ class Step:
     @property
     def keeps(self) -> bool:
         """Whether there are forms to project with."""
-        pieces = [piece for passed in self.passes for piece in passed.pieces.values() if piece.reached]
-        return any(piece.form is not None for piece in pieces)
+        return any(passed.keeps for passed in self.passes)
 
     @cached_property
     def _from_forms(self) -> dict[str, Tensor]:
@@ -195,8 +213,8 @@ class Step:
                 return p.new_zeros(len(known), piece.samples).double()
             if piece.form is None:
                 raise MissingError(
-                    "inputs and output gradients of layers were not kept (they take more memory than "
-                    "`hold` allows)"
+                    "inputs and output gradients of layers were not kept: they take more memory than "
+                    "`hold` allows, or the step has more backward passes than the last that was tracked"
                 )
             if not piece.intact:
                 raise MissingError("an input of a layer was written to after the backward pass")
@@ -205,7 +223,11 @@ class Step:
                 piece.form, [torch.zeros_like(p).detach() if v is None else v for v in vectors]
             )
 
-        rows = self._rows("projections", value, 1)
+        def together(small: Small) -> Tensor:
+            vectors = [[known[name].get(p) for p in small.parameters] for name in known]
+            return small.project(vectors).transpose(0, 1)
+
+        rows = self._rows("projections", value, 1, together)
         return dict(zip(known, rows.unbind(1), strict=True))
 
     @cached_property
@@ -282,8 +304,13 @@ class Step:
 
     @cached_property
     def activity(self) -> Tensor:
-        """Sums over inputs and output gradients of a group's layers, and counts, ``[groups, 6]``."""
+        """Sums over inputs and output gradients of a group's layers, and counts, ``[groups, 6]``.
+
+        Sums of squares of inputs, features that are silent, sums of squares of output gradients, and of
+        how many each is.
+        """
         self._need("statistics", "activity")
+        device = self.parameters[0].device
         rows, sums, factors = [], [], []
         for row, p in enumerate(self.parameters):
             for passed in self.passes:
@@ -292,14 +319,16 @@ class Step:
                     found, (inputs, features, outputs) = piece.activity
                     seen = float(p not in passed.raw)
                     rows.append(row)
-                    sums.append(found)
-                    factors.append([1.0, seen, passed.share**2, inputs, seen * features, outputs])
-        device = self.parameters[0].device
+                    sums += found
+                    factors.append(
+                        [1.0, -seen, passed.share**2, inputs, seen * features, outputs, seen * features]
+                    )
         total = torch.zeros(len(self.parameters), 6, dtype=torch.float64, device=device)
         if rows:
             given = torch.tensor(factors, dtype=torch.float64, device=device)
-            given[:, :3] *= torch.stack([each.to(device) for each in sums])
-            total.index_add_(0, torch.tensor(rows, device=device), given)
+            given[:, :3] *= torch.stack([each.to(total) for each in sums]).view(-1, 3)
+            given[:, 1] += given[:, 6]  # silent features are those that are not heard
+            total.index_add_(0, torch.tensor(rows, device=device), given[:, :6])
         return self.groups @ self.group.sum(total).cpu()
 
     def counts(self, joint: bool = False) -> Tensor:
@@ -307,10 +336,10 @@ class Step:
         self._need("statistics", "counts")
         entries, scales = [], []
         for passed in self.passes:
-            for piece in passed.pieces.values():
-                if piece.entries is not None:
-                    entries.append(piece.entries)
-                    scales.append(passed.share * self.samples)
+            alone = [piece.entries for piece in passed.pieces.values() if piece.entries is not None]
+            found = passed.entries + alone
+            entries += found
+            scales += [passed.share * self.samples] * len(found)
         if not entries:
             raise MissingError("entries were not counted")
         return self.group.sum(counted(entries, scales, joint)).cpu()
@@ -340,14 +369,6 @@ class Step:
             total = total + sum(x.square().sum() for x in sums) * passed.share
         return float(self.group.sum(total))
 
-    def moments(self, rows: Tensor) -> tuple[float, float]:
-        """Mean and unbiased variance over all samples of ``B x_n``, for shares ``x_n``."""
-        count = self.several()
-        x = rows * count
-        sums = self.group.sum(torch.stack([x.sum(), (x * x).sum()])).tolist()
-        mean = sums[0] / count
-        return mean, max(sums[1] - count * mean**2, 0.0) / (count - 1)
-
     @cached_property
     def losses(self) -> Tensor:
         """Each sample's share of the loss, ``[samples of this process]``."""
@@ -360,14 +381,35 @@ class Step:
         return torch.cat(found)
 
     def end(self, slopes: Tensor, length: float) -> End:
-        """The loss and a slope, from ``G_n^T d [samples]``."""
-        slope, variance = self.moments(slopes / (length or 1.0))
-        # The variance about the mean needs the shares, not the loss itself.
-        _, spread = self.moments(self.losses.to(slopes))
-        return End(self.loss, spread, slope, variance)
+        """The loss and a slope, each with its unbiased variance over samples.
 
-    def need_update(self, value: Tensor | None) -> Tensor:
-        """Squares of norms that are known once the optimizer has stepped, summed over groups."""
-        if value is None:
-            raise MissingError("the optimizer's step was not seen")
-        return self.groups @ value.double().cpu().square()
+        Args:
+            slopes: ``G_n^T d [samples of this process]``.
+            length: of ``d``.
+        """
+        count = self.several()
+        x = torch.stack([slopes / (length or 1.0), self.losses.to(slopes)]) * count
+        sums = self.group.sum(torch.stack([x, x * x]).sum(2)).tolist()
+        means = [total / count for total in sums[0]]
+        pairs = zip(sums[1], means, strict=True)
+        variance, spread = (max(s - count * mean * mean, 0.0) / (count - 1) for s, mean in pairs)
+        # The variance of losses about their mean needs the shares, not the loss itself.
+        return End(self.loss, spread, means[0], variance)
+
+    # ---------------------------------------------------------------------------------
+    # Numbers of groups
+
+    def numbers(self, name: str) -> list[Any]:
+        """An attribute that has a number (or several) for each group, as a list: it is asked often."""
+        if name not in self._listed:
+            self._listed[name] = getattr(self, name).tolist()
+        return self._listed[name]
+
+    def sizes(self, name: str) -> list[float]:
+        """The norm of each group's part, from an attribute that has one for each parameter."""
+        if name not in self._listed:
+            norms: Tensor | None = getattr(self, name)
+            if norms is None:
+                raise MissingError("the optimizer's step was not seen")
+            self._listed[name] = (self.groups @ norms.double().cpu().square()).sqrt().tolist()
+        return self._listed[name]

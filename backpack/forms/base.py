@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from backpack.forms.limits import BLOCK_BYTES, PATCH_BYTES
+from backpack.forms.limits import BLOCK_BYTES, PATCH_BYTES, TILE_BYTES
 from backpack.forms.products import gram, gram_matrix, row_products
 
 # What is written out is reduced in one piece up to this many numbers.
@@ -141,6 +141,16 @@ class Form(ABC):
             for v in range(0, self.columns, columns)
         ]
 
+    @property
+    def row_size(self) -> float:
+        """How many numbers are written out for a row of ``G``."""
+        return self.shape.numel()
+
+    def small_tiles(self) -> list[Tile]:
+        """Pieces whose rows are used once, no larger than is needed to be fast."""
+        room = TILE_BYTES[self.like.device.type] // self.like.element_size()
+        return self.tiles(int(room // max(1, self.row_size)))
+
     def rows(self, tile: Tile) -> Tensor:
         """A piece of ``G``, written out, ``[v n, p]``."""
         dense = self.take(*tile).dense()
@@ -172,7 +182,7 @@ class Form(ABC):
         """``<u_k, G_{vn}>`` for vectors ``u [k, *p]``, shape ``[k, v, n]``."""
         u = vectors.reshape(len(vectors), self.shape.numel()).to(self.like.dtype)
         result = u.new_zeros(len(u), self.columns, self.samples)
-        for v, n in self.tiles():
+        for v, n in self.small_tiles():
             result[:, v, n] = (u @ self.rows((v, n)).mT).reshape(result[:, v, n].shape)
         return result
 
@@ -180,7 +190,7 @@ class Form(ABC):
         """``sum_{vn} w_{kvn} G_{vn}`` for weights ``w [k, v, n]``, shape ``[k, *p]``."""
         w = weights.to(self.like.dtype)
         result = w.new_zeros(len(w), self.shape.numel())
-        for v, n in self.tiles():
+        for v, n in self.small_tiles():
             piece = w[:, v, n]
             result = result + piece.reshape(len(w), prod(piece.shape[1:])) @ self.rows((v, n))
         return result.reshape(len(w), *self.shape)

@@ -33,6 +33,9 @@ STRIP_BYTES = Limit(2**20, cpu=2**20, cuda=2**28)
 # Patches written out for a product over all samples.
 PATCH_BYTES = Limit(2**24, cpu=2**24, cuda=2**28)
 
+# Rows of a form, and the patches they are made from, where each is written out to be used once.
+TILE_BYTES = Limit(2**22, cpu=2**22, cuda=2**28)
+
 # Patches that are kept while the columns of a loss are carried.
 KEPT_BYTES = Limit(2**28, cpu=2**28, cuda=2**31)
 

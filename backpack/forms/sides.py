@@ -20,6 +20,8 @@ from backpack.forms.tally import Tally
 # On a CPU, products of matrices that are squared at once are written into the same memory each time, up
 # to so many bytes of them; all at once if they take no more than the lesser number.
 PRODUCT_BYTES, SMALL_BYTES = 2**20, 2**17
+# So few numbers are written out by as few calls as can be.
+FEW = 2**12
 
 S = TypeVar("S", bound="Sides")
 
@@ -79,12 +81,18 @@ class Sides(Positioned):
         """Number of shared positions."""
         return self.g.shape[3]
 
+    @property
+    def row_size(self) -> float:
+        patches = self.inputs.shape[1:].numel() if isinstance(self.inputs, Patches) else 0
+        return self.shape.numel() + patches / max(1, self.columns)
+
     def take(self: S, columns: slice, samples: slice | Tensor) -> S:
         counts = None if self.counts is None else self.counts[samples]
         return type(self)(self.inputs[samples], self.g[columns][:, samples], self.layout, counts)
 
     def dense(self) -> Tensor:
-        if torch.is_grad_enabled():
+        few = self.columns * self.samples * self.shape.numel() <= FEW
+        if few or torch.is_grad_enabled():
             return self.layout.store(self._differentiable())
         swapped = self.layout.kind == "in_out"
         sides = self.g.shape[-1], self.inputs.shape[-1]
@@ -106,6 +114,8 @@ class Sides(Positioned):
         """``g^T a [v, n, q, o, i]``; all columns in one product, so that the graph holds ``a`` once."""
         if self.positions == 1:
             return self.g.mT * self.a
+        if self.columns == 1:
+            return (self.g[0].mT @ self.a).unsqueeze(0)
         v, n, q, _, o = self.g.shape
         g = self.g.permute(1, 2, 0, 4, 3).reshape(n, q, v * o, self.positions)
         return (g @ self.a).unflatten(2, (v, o)).movedim(2, 0)

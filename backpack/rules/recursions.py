@@ -96,35 +96,104 @@ def lstm(
     """
     steps = x.shape[1]
     previous = _previous(h0, hidden)
-    pre = F.linear(x, layer.w_ih, layer.b_ih) + F.linear(previous, layer.w_hh, layer.b_hh)
-    i, f, n, o = pre.chunk(4, -1)
-    i, f, n, o = i.sigmoid(), f.sigmoid(), n.tanh(), o.sigmoid()
-    cells = [c0]
-    for t in range(steps):
-        cells.append(f[:, t] * cells[-1] + i[:, t] * n[:, t])
-    before, curved = torch.stack(cells[:-1], 1), torch.stack(cells[1:], 1).tanh()
-    # Derivatives that do not depend on the columns.
-    through_o, through_c = curved * o * (1 - o), o * (1 - curved * curved)
-    factors = torch.cat([n * i * (1 - i), before * f * (1 - f), i * (1 - n * n)], -1)
+    gates = _lstm_gates if torch.is_grad_enabled() else _lstm_gates_in_place
+    factors, forget, through_c, unprojected = gates(layer, x, previous, c0)
     arriving = _incoming(g, place, steps)
     dh = g.new_zeros(*g.shape[:2], h0.shape[-1])
     at_cells = g if place == 2 and g.dim() == 4 else None
     dc = g if place == 2 and at_cells is None else g.new_zeros(*g.shape[:2], c0.shape[-1])
-    found, projected = [], []
+    found, projected = _Steps(factors, len(g)), []
     for t in reversed(range(steps)):
         if arriving is not None:
             dh = dh + arriving[:, :, t]
-        projected.append(dh)
+        if layer.w_hr is not None:
+            projected.append(dh)
         full = dh if layer.w_hr is None else dh @ layer.w_hr
         dc = dc + full * through_c[:, t]
         dc = dc if at_cells is None else dc + at_cells[:, :, t]
-        d = torch.cat([dc.repeat(1, 1, 3) * factors[:, t], full * through_o[:, t]], -1)
-        found.append(d)
-        dh, dc = d @ layer.w_hh, dc * f[:, t]
-    d = torch.stack(found[::-1], 2)
+        d = found.take(t, torch.cat([dc, dc, dc, full], -1))
+        dh, dc = d @ layer.w_hh, dc * forget[:, t]
+    d = found.all()
     if layer.w_hr is None:
         return Backward(d, d, dh, dc, previous)
-    return Backward(d, d, dh, dc, previous, torch.stack(projected[::-1], 2), o * curved)
+    return Backward(d, d, dh, dc, previous, torch.stack(projected[::-1], 2), unprojected)
+
+
+def _lstm_gates(
+    layer: Layer, x: Tensor, previous: Tensor, c0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives that do not depend on columns.
+
+    Returns:
+        Of cell and output by the pre-activations, ``[n, t, 4 h]``, of the cell by the one before and by
+        the hidden state, ``[n, t, h]``, and hidden states before projection.
+    """
+    pre = F.linear(x, layer.w_ih, layer.b_ih) + F.linear(previous, layer.w_hh, layer.b_hh)
+    i, f, n, o = pre.chunk(4, -1)
+    i, f, n, o = i.sigmoid(), f.sigmoid(), n.tanh(), o.sigmoid()
+    cells = [c0]
+    for t in range(x.shape[1]):
+        cells.append(f[:, t] * cells[-1] + i[:, t] * n[:, t])
+    before, curved = torch.stack(cells[:-1], 1), torch.stack(cells[1:], 1).tanh()
+    through_i, through_f, through_n = n * i * (1 - i), before * f * (1 - f), i * (1 - n * n)
+    factors = torch.cat([through_i, through_f, through_n, curved * o * (1 - o)], -1)
+    return factors, f, o * (1 - curved * curved), o * curved
+
+
+def _lstm_gates_in_place(
+    layer: Layer, x: Tensor, previous: Tensor, c0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in the memory of the pre-activations, and of the cells."""
+    pre = F.linear(x, layer.w_ih, layer.b_ih)
+    pre += F.linear(previous, layer.w_hh, layer.b_hh)
+    i, f, n, o = pre.chunk(4, -1)
+    for gate in (i, f, o):
+        gate.sigmoid_()
+    n.tanh_()
+    cells = pre.new_empty(len(pre), x.shape[1] + 1, c0.shape[-1])
+    cells[:, 0] = c0
+    for t in range(x.shape[1]):
+        torch.mul(f[:, t], cells[:, t], out=cells[:, t + 1]).addcmul_(i[:, t], n[:, t])
+    forget = f.clone()
+    f.mul_(1 - forget).mul_(cells[:, :-1])
+    through_n = torch.addcmul(i, i * n, n, value=-1)
+    i.mul_(1 - i).mul_(n)
+    n.copy_(through_n)
+    curved = cells[:, 1:].tanh_()
+    through_c = torch.addcmul(o, o * curved, curved, value=-1)
+    unprojected = o * curved if layer.w_hr is not None else curved
+    o.mul_(1 - o).mul_(curved)
+    return pre, forget, through_c, unprojected
+
+
+class _Steps:
+    """Gradients of all steps, ``[v, n, t, k]``; of one column in the factors' memory, ``[n, t, k]``.
+
+    Args:
+        factors: what each step's gradients are multiplied with.
+        columns: ``v``.
+    """
+
+    def __init__(self, factors: Tensor, columns: int) -> None:
+        self.factors = factors
+        self.found: list[Tensor] = []
+        self.room: Tensor | None = None
+        if not torch.is_grad_enabled():
+            shape = columns, *factors.shape
+            self.room = factors.unsqueeze(0) if columns == 1 else factors.new_empty(shape)
+
+    def take(self, t: int, d: Tensor) -> Tensor:
+        """Those of one step (the one before the last that was taken), multiplied with its factors."""
+        d = d * self.factors[:, t]
+        if self.room is None:
+            self.found.append(d)
+        else:
+            self.room[:, :, t] = d
+        return d
+
+    def all(self) -> Tensor:
+        """Those of all steps."""
+        return torch.stack(self.found[::-1], 2) if self.room is None else self.room
 
 
 def gru(layer: Layer, x: Tensor, h0: Tensor, hidden: Tensor, g: Tensor, place: int) -> Backward:

@@ -16,6 +16,8 @@ from backpack.testing.oracle import Oracle
 from tests.cases import CASES, LOSSES, Case, LossCase
 from tests.cockpit.test_quantities import close
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 FIRST = """loss grad_norm param_norm update_size norm_test inner_test ortho_test grad_noise grad_signal
 mean_gsnr early_stopping alpha hard_samples grad_hist""".split()
 RATE = 1e-3

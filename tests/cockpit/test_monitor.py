@@ -26,6 +26,7 @@ from backpack.cockpit import (
     History,
     Spike,
     passes,
+    small,
     watch,
 )
 from backpack.cockpit.budget import Clock
@@ -200,7 +201,7 @@ def test_memory_is_let_go() -> None:
     train(model, optimizer, 3)
     assert monitor._passes == []
     monitor.close()
-    assert monitor._start is None and monitor._before_all is None
+    assert monitor._start is None and monitor._moves.reference is None
 
 
 # --------------------------------------------------------------------------------------
@@ -595,8 +596,9 @@ def test_errors_of_the_monitor_itself(where: str, monkeypatch: pytest.MonkeyPatc
     assert state_of(model) == before and monitor.history().steps == [0]
 
 
-def test_too_little_room() -> None:
+def test_too_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where forms take more than they may, projections are made at once, and only alpha is left out."""
+    monkeypatch.setattr(small, "SMALL", 30)  # biases alone are small
     model, _ = problem()
     optimizer = torch.optim.Adam(model.parameters())
     monitor = watch(model, optimizer, quantities=[*NAMES, "alpha"], every=1, hold=8)
@@ -611,8 +613,9 @@ def test_too_little_room() -> None:
     assert all("inner_test" in record for record in monitor.history())
 
 
-def test_inputs_that_are_overwritten() -> None:
+def test_inputs_that_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forms that are kept notice it."""
+    monkeypatch.setattr(small, "SMALL", 0)
     model, _ = problem()
     optimizer = torch.optim.Adam(model.parameters())
     monitor = watch(model, optimizer, quantities=["loss", "inner_test"], every=1)

@@ -16,13 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack import backpack, extend
-from backpack.cockpit import Monitor, hess_trace, tic_diag, tic_trace, watch
+from backpack.cockpit import (
+    Measure,
+    MissingError,
+    Monitor,
+    Step,
+    hess_trace,
+    small,
+    tic_diag,
+    tic_trace,
+    watch,
+)
 from backpack.cockpit.collect import Probe
 from backpack.cockpit.concluding import CONCLUSIONS
 from backpack.cockpit.configurations import SPECIAL
 from backpack.cockpit.grouping import layer_of
 from backpack.cockpit.histograms import Entries, counted, symlog_edges
 from backpack.cockpit.measures import MEASURES
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 STEPS = 3
 FIRST = """loss learning_rate grad_norm param_norm update_size update_ratio distance norm_test
@@ -317,13 +329,29 @@ RUNS += [("adam", "mean of three"), ("momentum", "sum of two"), ("sgd", "sum of 
 @pytest.mark.parametrize(("optimizer", "factors"), RUNS)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
 def test_first_order(problem: Problem, optimizer: str, factors: str) -> None:
-    monitor, seen = run(problem, optimizer, FACTORS[factors], quantities=FIRST)
-    assert monitor.left_out == {}
+    check(problem, *run(problem, optimizer, FACTORS[factors], quantities=FIRST))
+
+
+# What needs no more of a gradient than its norm.
+BY_NORMS = [name for name in FIRST if name not in ("mean_gsnr", "early_stopping")]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
+def test_large_gradients_are_let_go(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backpack.cockpit.collect.HELD", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
+    check(problem, *run(problem, "sgd", quantities=BY_NORMS))
+
+
+def check(problem: Problem, monitor: Monitor, seen: list[Seen]) -> None:
+    """Compare all that was tracked with brute force."""
+    assert monitor.left_out == {} and monitor.optimizer is not None
+    (rate,) = {group["lr"] for group in monitor.optimizer.param_groups}
     truths = [Truth(problem, each.before, each.batches) for each in seen]
     for step, (truth, (_, before, after)) in enumerate(zip(truths, seen, strict=True)):
         values = monitor.history().at(step)
         close(values["loss"], truth.loss)
-        close(values["learning_rate"], 0.01 if optimizer == "adam" else 0.1)
+        close(values["learning_rate"], rate)
         for ending, names in groups_of(before).items():
             g, d = truth.of(names).mean(0), flat(after, names) - flat(before, names)
             expected = first_order(truth, names) | {
@@ -334,6 +362,8 @@ def test_first_order(problem: Problem, optimizer: str, factors: str) -> None:
                 "distance": (flat(before, names) - flat(seen[0].before, names)).norm(),
             }
             for name, value in expected.items():
+                if name not in monitor.history().header["quantities"]:
+                    continue
                 if float(g.norm()) > 1e-12 or name in ("grad_norm", "param_norm"):
                     close(values[name + ending], value)
         if step + 1 < STEPS:
@@ -342,6 +372,65 @@ def test_first_order(problem: Problem, optimizer: str, factors: str) -> None:
             close(values["alpha"], parabola(truth, truths[step + 1], d, names), 1e-6)
         else:
             assert "alpha" not in values
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_further_pass(to_none: bool, changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has more passes than those before it had: gradients that were let go are needed."""
+    monkeypatch.setattr("backpack.cockpit.collect.HELD", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
+    problem = PROBLEMS["mlp"]
+    model = problem.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = ["norm_test", "grad_noise", "grad_signal"]
+    monitor = watch(model, optimizer, quantities=[*names, "inner_test"], every=1)
+    for passes in (1, 1, 2):
+        optimizer.zero_grad(set_to_none=to_none)
+        batches = [(problem.inputs(5), problem.targets(5), 1.0) for _ in range(passes)]
+        before = copied(model)
+        for n, (X, y, _) in enumerate(batches):
+            if n and changed:
+                model[0].weight.grad.mul_(2)
+            problem.loss(model(X), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    truth, values = Truth(problem, before, batches), monitor.history().at(2)
+    monitor.close()
+    expected = first_order(truth, truth.names)
+    if changed and to_none:  # what the gradient was is not known any more: nothing is better than wrong
+        assert not values.keys() & set(names)
+        assert "the gradient was not kept" in monitor.left_out["norm_test"]
+    else:
+        for name in names:
+            close(values[name], expected[name])
+        assert "more backward passes than the last" in monitor.left_out["inner_test"]
+
+
+def test_measures_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may ask a step for gradients, and for the update before."""
+    monkeypatch.setattr("backpack.cockpit.collect.HELD", 0)
+    monkeypatch.setattr(small, "SMALL", 0)
+
+    def turned(step: Step) -> Tensor:
+        if step.update is None or step.last is None:
+            raise MissingError("there is no step before")
+        along = sum((step.update[p] * step.last[p]).sum() for p in step.parameters)
+        against = sum((step.update[p] * g).sum() for p, g in step.gradients.items())
+        return torch.stack([torch.as_tensor(along), torch.as_tensor(against)])[:1] / against
+
+    own = Measure("turned", frozenset({"norms", "update"}), turned, layered=False)
+    problem = PROBLEMS["mlp"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at the first step
+        monitor, seen = run(problem, "sgd", quantities=["alpha", own])
+    assert list(monitor.left_out) == ["turned"]
+    names = [name for name, _ in seen[0].before.named_parameters()]
+    moves = [flat(each.after, names) - flat(each.before, names) for each in seen]
+    for step in (1, 2):
+        g = Truth(problem, seen[step].before, seen[step].batches).of(names).mean(0)
+        close(monitor.history().at(step)["turned"], (moves[step] @ moves[step - 1]) / (moves[step] @ g))
 
 
 def test_noise_scale() -> None:

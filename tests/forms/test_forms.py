@@ -216,8 +216,11 @@ def run(case: Case, **options: Any) -> set[type[Form]]:
 @pytest.fixture(params=["usual", "tiles", "written", "factored"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each way of computing, whatever it costs here; in many pieces or in one."""
+    if request.param != "usual":
+        monkeypatch.setattr(sides, "FEW", 0)
     if request.param == "tiles":
-        monkeypatch.setitem(limits.PATCH_BYTES, "cpu", 8 * 50)
+        for limit in (limits.PATCH_BYTES, limits.TILE_BYTES):
+            monkeypatch.setitem(limit, "cpu", 8 * 50)
         monkeypatch.setattr(outer_forms, "ROWS_BYTES", 8 * 50)
     if request.param in ("written", "factored"):
         written = request.param == "written"
@@ -412,7 +415,8 @@ class Largest(TorchDispatchMode):
 def test_memory_is_bounded(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of columns times samples times parameter: results, inputs, and pieces of some size."""
     room, size = 20000, 4000
-    monkeypatch.setitem(limits.PATCH_BYTES, "cpu", 8 * room)
+    for limit in (limits.PATCH_BYTES, limits.TILE_BYTES):
+        monkeypatch.setitem(limit, "cpu", 8 * room)
     n, v, s = 12, 8, positions
     o, i = 40, 100
     form: Form = Outer(rand(n, 1, s, i), rand(v, n, 1, s, o), Layout(torch.Size((o, i))))
