@@ -141,9 +141,7 @@ def test_a_frozen_model_above(ext: E.BackpropExtension) -> None:
         above.requires_grad_(trained)
         with backpack(ext):
             F.softplus(-above(below(z))).mean().backward()
-        values = [getattr(p, ext.savefield) for p in below.parameters()]
-        found += [
-            [v(torch.ones_like(p)) if callable(v) else v for v, p in zip(values, below.parameters())]
-        ]
+        values = [(getattr(p, ext.savefield), torch.ones_like(p)) for p in below.parameters()]
+        found.append([value(ones) if callable(value) else value for value, ones in values])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(list(one), list(other))
