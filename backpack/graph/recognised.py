@@ -182,10 +182,13 @@ def second_derivative(node: Node, grad: Tensor) -> tuple[GradientEdge, Tensor] |
 
 
 def outputs_at(node: Node) -> list[ModelOutput]:
-    """The model outputs that a node computes (extended loss modules have outputs, but no taps)."""
+    """The model outputs that a node computes; those of extended loss modules are none.
+
+    A model whose parameters are frozen has no taps, but is a model.
+    """
     found: dict[int, ModelOutput] = {}
     for border in notes(node).get(MODEL_OUTPUT, ()):
-        if border.batch is not None and not border.batch.lost and border.recording.taps:
+        if border.batch is not None and not border.batch.lost and border.recording.of_model:
             found[border.place] = border
     return list(found.values())
 

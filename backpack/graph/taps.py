@@ -283,6 +283,14 @@ class Recording:
     place: tuple[int, int] | None = None
     _among: dict[SampleAxis, SampleAxis] = field(default_factory=dict)
 
+    @property
+    def of_model(self) -> bool:
+        """Whether it is that of a model, with parameters, and not of a loss."""
+        if self.taps:
+            return True
+        module = self.module()
+        return module is not None and next(module.parameters(), None) is not None
+
     def same_data(self) -> tuple[int, ...]:
         """Ids of all tensors passed in; empty if one is gone, or was changed in place since."""
         tensors = [(ref(), version) for ref, version in self.data]

@@ -128,3 +128,20 @@ class _Module(nn.Module):
 
     def forward(self, output: Any, y: Tensor) -> Tensor:
         return self.lossfunc(output, y)
+
+
+@pytest.mark.parametrize("ext", [E.DiagGGNExact(), E.KFLR(), E.GGNMP()], ids=lambda e: type(e).__name__)
+def test_a_frozen_model_above(ext: E.BackpropExtension) -> None:
+    """Of a generator below a discriminator that is not trained in this step: its output is the same."""
+    torch.manual_seed(0)
+    below = extend(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double())
+    above = extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double())
+    z, found = torch.randn(5, 2, dtype=torch.float64), []
+    for trained in (True, False):
+        above.requires_grad_(trained)
+        with backpack(ext):
+            F.softplus(-above(below(z))).mean().backward()
+        values = [(getattr(p, ext.savefield), torch.ones_like(p)) for p in below.parameters()]
+        found.append([value(ones) if callable(value) else value for value, ones in values])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(list(one), list(other))
