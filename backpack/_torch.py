@@ -167,6 +167,22 @@ def uncompiled_calls() -> Callable[[], None]:
     return end
 
 
+def steps_running(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of an optimizer's ``step`` are on this thread's stack, its hooks' among them.
+
+    Each class's ``step`` is wrapped by a function that calls the hooks; a subclass's may call another.
+    """
+    count, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZER:
+            count += frame.f_locals.get("self") is optimizer
+    return count
+
+
+_OPTIMIZER = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
+
+
 def called_compiled(within: int = sys.maxsize) -> bool:
     """Whether the code that asks is called through ``torch.compile``, at most that far out."""
     frame = sys._getframe(1)

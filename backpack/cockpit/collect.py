@@ -9,7 +9,8 @@ from forms that are kept until they are: a layer's inputs and output gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -87,6 +88,7 @@ class Piece:
         place: where it was in memory then.
         rows: all ``G_n``, ``[N, entries]``, of a parameter of few entries until the pass is over; what
             is wanted of them is computed for all such parameters at once.
+        merged: whether what is as large as the parameter was added to that of the step's first pass.
         versions: of the tensors in the form, when it was kept.
         reached: whether a gradient has reached the parameter.
     """
@@ -104,6 +106,7 @@ class Piece:
     squared: Tensor | None = None
     place: int = 0
     rows: Tensor | None = None
+    merged: bool = False
     versions: tuple[int, ...] = ()
     reached: bool = True
 
@@ -113,7 +116,41 @@ class Piece:
         return self.form is not None and versions(self.form) == self.versions
 
 
-class FirstOrder(BackpropExtension):
+class Careful(BackpropExtension):
+    """What is common to a monitor's extensions.
+
+    An error in them does not end the user's backward pass; and it is noted on which parameters they
+    leave something, as the user's own block may look at more than the monitor.
+
+    Attributes:
+        found: the parameters.
+    """
+
+    def __init__(self, field: str, failed: Callable[[str, Exception], None]) -> None:
+        self.savefield = field
+        self.failed = failed
+        self.found: list[Tensor] = []
+
+    def conclude(self, state: Any, context: Context, reached: bool) -> Any:
+        self.found.append(context.parameter)
+        return super().conclude(state, context, reached)
+
+    def take(self, parameters: Iterable[Tensor]) -> dict[Tensor, Any]:
+        """What it has left on these parameters; on no parameter anything stays."""
+        left = {p: p.__dict__.pop(self.savefield, None) for p in dict.fromkeys(self.found)}
+        self.found.clear()
+        return {p: left[p] for p in parameters if left.get(p) is not None}
+
+    def guarded(self, part: str, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """What a function gives, or something else if it raises."""
+        try:
+            return function()
+        except Exception as error:
+            self.failed(part, error)
+            return otherwise()
+
+
+class FirstOrder(Careful):
     """Everything of first order that is wanted of a parameter, in one look at its form.
 
     Args:
@@ -125,25 +162,28 @@ class FirstOrder(BackpropExtension):
     of_complex = None
 
     def __init__(self, field: str, failed: Callable[[str, Exception], None]) -> None:
-        self.savefield = field
-        self.failed = failed
+        super().__init__(field, failed)
         self.wish = Wish()
         self.held = 0
         self._storages: set[int] = set()
 
-    def prepare(self, wish: Wish) -> None:
-        """A pass begins."""
-        self.wish, self.held, self._storages = wish, 0, set()
+    def prepare(self, wish: Wish, first: bool = True) -> None:
+        """A pass begins, the first of a step or a further one."""
+        self.wish = wish
+        if first:
+            self.held, self._storages = 0, set()
 
     def reduce(self, form: Form, sign: Tensor | None = None) -> Piece:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.reduce(form, sign)
-        piece, wish = Piece(form.samples, self.wish.share), self.wish
+        piece = Piece(form.samples, self.wish.share)
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            return self.guarded("statistics", lambda: self._reduce(form, piece), lambda: piece)
+
+    def _reduce(self, form: Form, piece: Piece) -> Piece:
+        wish = self.wish
         if wish.activity and isinstance(form, Outer):
             piece.activity = self._try("activity", lambda: _activity(form))
         if is_small(form):
-            piece.rows = form.dense()[0].reshape(form.samples, -1)
+            piece.rows = form.dense()[0].reshape(form.samples, form.shape.numel())
             return piece
         if wish.norms:
             piece.norms = self._try("norms", lambda: form.squared_norms().double())
@@ -160,20 +200,17 @@ class FirstOrder(BackpropExtension):
 
     def _try(self, part: str, function: Callable[[], Any]) -> Any:
         """A part that fails is left out; the others go on."""
-        try:
-            return function()
-        except Exception as error:
-            self.failed(part, error)
-            return None
+        return self.guarded(part, function, lambda: None)
 
     def finish(self, state: Piece, context: Context) -> Piece:
         gradient = context.gradient()
         gradient = gradient.detach() if gradient.requires_grad else gradient
-        if state.form is None:
+        form = state.form
+        if form is None:
             state.gradient = gradient
             return state
         with torch.no_grad():
-            self._finish(state, state.form, context.parameter, gradient)
+            self._try("statistics", lambda: self._finish(state, form, context.parameter, gradient))
         return state
 
     def _finish(self, state: Piece, form: Form, p: Tensor, gradient: Tensor) -> None:
@@ -325,7 +362,7 @@ class Look(ColumnSource):
         yield from ()
 
 
-class Probe(BackpropExtension):
+class Probe(Careful):
     """Reads from the graph each sample's loss, and which layers see raw data.
 
     Attributes:
@@ -338,8 +375,8 @@ class Probe(BackpropExtension):
     needs_gradient = False
     mixed = True
 
-    def __init__(self, field: str) -> None:
-        self.savefield = field
+    def __init__(self, field: str, failed: Callable[[str, Exception], None]) -> None:
+        super().__init__(field, failed)
         self.source = Look(self)
         self.prepare()
 

@@ -105,9 +105,11 @@ class Concluding(Listening):
     def _plan(self, step: Step) -> None:
         """Say whether forms are kept in the next tracked step, or used at once."""
         if self._passes:
-            self._expected = len(self._passes)
-        wants = "alpha" in self.special and not self._steps_along()
-        self._keep = (self._several() or wants) and not self._full
+            self._expected = max(1, sum(bool(passed.pieces) for passed in self._passes))
+        wants = "alpha" in self.special
+        if wants and step.keeps and self._steps_along() and step.update_norms is not None:
+            self._factor(step)  # the next step is to know if that is not so
+        self._keep = (self._several() or (wants and not self._steps_along())) and not self._full
 
     def _several(self) -> bool:
         return self._expected > 1 or self.processes.size > 1
@@ -198,18 +200,30 @@ class Concluding(Listening):
         assert step.update is not None and step.update_norms is not None
         if step.keeps or not self._steps_along():
             return step.along_update.sum(0)
-        rates = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
-        each = [float(rates.get(p, 0.0)) for p in self._parameters]
+        factor, rates = self._factor(step)
+        if not self._along:
+            raise MissingError(
+                "the optimizer's step is not along the gradient of the data's loss: that was clipped "
+                "by its values, or the loss has a term without data"
+            )
+        along = step.along_gradient
+        return along.new_tensor([-factor * rate for rate in rates]) @ along
+
+    def _factor(self, step: Step) -> tuple[float, list[float]]:
+        """What the gradient was multiplied with besides rates; notes if it was changed otherwise.
+
+        Clipped by its norm it has become shorter by one factor.
+        """
+        assert step.update_norms is not None
+        given = {p: g["lr"] for g in self.optimizer.param_groups for p in g["params"]}  # type: ignore[union-attr]
+        rates = [float(given.get(p, 0.0)) for p in self._parameters]
         moved = step.update_norms.tolist()
-        expected = [norm * rate for norm, rate in zip(step.gradient_norms.tolist(), each, strict=True)]
-        # Clipped by its norm, the gradient has become shorter by one factor.
+        expected = [norm * rate for norm, rate in zip(step.gradient_norms.tolist(), rates, strict=True)]
         length, full = math.hypot(*moved), math.hypot(*expected)
         factor = length / full if full else 0.0
         if math.dist(moved, [factor * e for e in expected]) > 1e-3 * length:
             self._along = False
-            raise MissingError("the gradient was changed before the optimizer's step")
-        along = step.along_gradient
-        return along.new_tensor([-factor * rate for rate in each]) @ along
+        return factor, rates
 
     def _alpha(self, step: Step, values: dict[str, Any]) -> None:
         if step.update is None or step.update_norms is None:

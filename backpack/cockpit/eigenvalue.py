@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from backpack import disable
 from backpack._torch import foreach_add_
-from backpack.cockpit.passed import Group
+from backpack.cockpit.passed import Group, MissingError
 from backpack.cockpit.passes import Call
 
 # Vectors that are kept, and the residual's length beside the eigenvalue, which is that near; and as its
@@ -54,7 +55,7 @@ class TopEigenvalue:
         several, self._passes = self._passes > 1, 1 if first else self._passes + 1
         if first:
             norm = _norm(self._product) if several and self._product is not None else 0.0
-            if norm == 0.0:
+            if norm == 0.0 or not math.isfinite(norm):
                 self.value, self._vector = lanczos(product, self._vector or starting(parameters))
                 # Along an eigenvector the product is that many times the vector.
                 self._product = [self.value * x for x in self._vector]
@@ -146,6 +147,8 @@ def _cycle(
     for k in range(LARGEST):
         w = product(basis[k])
         diagonal.append(_inner(w, basis[k]))
+        if not math.isfinite(diagonal[-1]):
+            raise MissingError("products with the Hessian are not finite")
         for each in basis:  # against all, as rounding errors would bring them back
             part = _inner(w, each)
             w = [x - part * y for x, y in zip(w, each, strict=True)]

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 Per = str | Callable[[str], str]
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """All that require gradients."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def looked_at(model: nn.Module, include: str | None) -> dict[str, nn.Parameter]:
     """Trained parameters whose names match, each once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from bisect import insort
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ class History:
         self._records: dict[int, dict[str, Any]] = {}
         self._order: list[int] = []
         self._path = None if path is None else Path(path)
+        # What is still to be written, where that was not possible.
+        self._waiting, self._failed = b"", False
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -73,9 +76,29 @@ class History:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._path is not None:
-            # One call for each line: a killed run loses a line at most.
-            with self._path.open("a") as file:
-                file.write(json.dumps(_strict(line)) + "\n")
+            self._waiting += json.dumps(_strict(line)).encode() + b"\n"
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what could not be written before (the disk was full), from where that has ended."""
+        if self._path is None or not self._waiting:
+            return
+        try:
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                while self._waiting:  # one call for each line: a killed run loses a line at most
+                    self._waiting = self._waiting[os.write(file, self._waiting) :]
+            finally:
+                os.close(file)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                warnings.warn(
+                    f"cockpit: {self._path} cannot be written ({error}); numbers are kept in memory, "
+                    "and written once it can",
+                    stacklevel=2,
+                )
 
     # ---------------------------------------------------------------------------------
     # Reading

@@ -14,7 +14,7 @@ from backpack._torch import leaf_of
 from backpack.cockpit import passes
 from backpack.cockpit.alpha import End
 from backpack.cockpit.attention import AttentionLogits
-from backpack.cockpit.collect import FirstOrder, Piece, Probe, Wish, projected
+from backpack.cockpit.collect import Careful, FirstOrder, Piece, Probe, Wish, projected
 from backpack.cockpit.configurations import SPECIAL, chosen
 from backpack.cockpit.curvature import Curvature, KeptColumns
 from backpack.cockpit.eigenvalue import TopEigenvalue
@@ -29,6 +29,8 @@ from backpack.own import BackpropExtension, walk
 
 # Entries that are looked at for a histogram, and how many of a parameter at least.
 ENTRIES, LEAST = 2**14, 2**9
+# So many steps may be begun without one of the optimizer before that is said.
+PATIENCE = 100
 # What is no matter of first-order forms.
 _OTHERS = {"gradient", "update", "reference", "products", "attention", "columns"}
 
@@ -66,6 +68,7 @@ class Listening:
     _start: Start | None
     _tracking: bool
     _listening: bool
+    _without_step: int
     _keep: bool
     _full: bool
 
@@ -75,6 +78,10 @@ class Listening:
 
     def _several(self) -> bool:
         """Whether a step's gradient is expected to be a sum of several."""
+        raise NotImplementedError
+
+    def _look_again(self) -> None:
+        """Look at the parameters that are trained now."""
         raise NotImplementedError
 
     def _try(self, name: str, function: Callable[[], None]) -> None:
@@ -92,20 +99,24 @@ class Listening:
         )
         # What a measure of the user's own may ask a step for is held.
         self._all_held = any(m.matrix is None and m is not MEASURES.get(m.name) for m in self.measures)
-        self._made: list[BackpropExtension] | None = None
-        self._curvatures: dict[str, Curvature] = {}
+        self._begin_anew()
         for listener in (self.attention, self.loss_modules):
             if listener is not None:
                 listener.listen(False)
         second = any(m.matrix is not None for m in self.measures) or "columns" in self.needs
         self.loss_modules = LossModules() if second else None
-        self.top = TopEigenvalue(self.processes) if "hess_max_ev" in self.special else None
         self.attention = AttentionLogits() if "attention_logit" in self.special else None
 
-    def _make(self) -> list[BackpropExtension]:
+    def _begin_anew(self) -> None:
+        """Forget what depends on parameters."""
+        self._made: list[Careful] | None = None
+        self._curvatures: dict[str, Curvature] = {}
+        self.top = TopEigenvalue(self.processes) if "hess_max_ev" in self.special else None
+
+    def _make(self) -> list[Careful]:
         """The extensions, those of curvature first."""
         if self._made is None:
-            device = self._parameters[0].device
+            device, failed = self._parameters[0].device, self._part_failed
             self._generator = torch.Generator(device).manual_seed(0)
             matrices: dict[str, bool] = {}
             for measure in self.measures:
@@ -113,12 +124,12 @@ class Listening:
                     diagonal = "diagonal" in measure.needs
                     matrices[measure.matrix] = matrices.get(measure.matrix, False) or diagonal
             self._curvatures = {
-                matrix: Curvature(f"{self._field}_{matrix}", matrix, diagonal, self._generator)
+                matrix: Curvature(f"{self._field}_{matrix}", failed, matrix, diagonal, self._generator)
                 for matrix, diagonal in matrices.items()
             }
-            self._first = FirstOrder(self._field, self._part_failed)
-            self._probe = Probe(f"{self._field}_probe")
-            self._columns = KeptColumns(f"{self._field}_columns", self._generator)
+            self._first = FirstOrder(self._field, failed)
+            self._probe = Probe(f"{self._field}_probe", failed)
+            self._columns = KeptColumns(f"{self._field}_columns", failed, self._generator)
             self._made = [*self._curvatures.values(), self._columns, self._probe, self._first]
         return self._made
 
@@ -129,7 +140,7 @@ class Listening:
         return Wish(
             norms=bool(needs & {"norms", "projections", "squares"}),
             squares="squares" in needs,
-            projections="projections" in needs,
+            projections="projections" in needs and (self._keep or not self._several()),
             activity="activity" in needs,
             holds=self._holds(needs),
             keep=self._keep and bool(needs & {"projections", "ends"}),
@@ -156,6 +167,8 @@ class Listening:
     def _restart(self) -> None:
         """Forget the backward passes of the step, which begins again."""
         self._passes: list[Passed] = []
+        if self._start is not None and self._start.update is None:
+            self._start = None  # a step that has failed when its start had been used
         self._grad_norms: Tensor | None = None
         self._passed_inside = False
         self._lost: dict[str, str] = {}
@@ -169,24 +182,28 @@ class Listening:
 
     def begins(self, call: passes.Call) -> list[BackpropExtension]:
         """A backward pass begins."""
-        self._concerned = self._listening and not self._passed_inside and self._reached(call)
+        if self._listening and not self._passes:
+            self._look_again()
+        seen = self._inside and self._passed_inside  # of a closure's calls the first counts
+        self._concerned = self._listening and not seen and self._reached(call)
         if not self._concerned:
             return []
         if self._passes and self._was_zeroed():
             self._restart()
+            self._given_up()
         if self._passes:
             self._hold_gradients()
         share = 1.0 / (call.scale * self.processes.size)
         if self._tracking and self.top is not None and call.finite:
             self._try("hess_max_ev", lambda: self._top(call, share))
         made = self._make()
-        self._first.prepare(self._wish(share))
+        self._first.prepare(self._wish(share), first=not self._passes)
         self._probe.prepare()
         wanted: list[BackpropExtension] = []
         if self._tracking:
             wanted += self._curvatures.values()
         if self._tracking and "columns" in self.needs:
-            self._columns.prepare(self.hold)
+            self._columns.prepare(self.hold, first=not self._passes)
             wanted.append(self._columns)
         ends, needs = self._start is not None, self.needs if self._tracking else frozenset()
         if ends or needs & {"losses", "activity"}:
@@ -194,6 +211,17 @@ class Listening:
         if ends or needs - _OTHERS:
             wanted.append(self._first)
         return [ext for ext in made if ext in wanted and ext.savefield not in self._refused]
+
+    def _given_up(self) -> None:
+        """A step was begun, and another one after it, but the optimizer has not made any."""
+        self._without_step += 1
+        if self._without_step == PATIENCE:
+            reason = (
+                f"gradients were computed for {PATIENCE} steps, but the optimizer that is watched "
+                f"({type(self.optimizer).__name__}) has made none: is it another one that trains?"
+            )
+            self._history.event(self.step_count, "no step", reason)
+            warnings.warn(f"cockpit: {reason}", stacklevel=2)
 
     def _hold_gradients(self) -> None:
         """Hold gradients of a pass that was not the last, contrary to what was expected.
@@ -228,8 +256,6 @@ class Listening:
         A scaler skips steps whose gradients overflow; an error may end one in the middle.
         """
         now = {p: p.grad for p in self._parameters if p.grad is not None}
-        if self._inside:
-            return False
         if not now:
             return True
         if now.keys() == self._noted.keys() and all(self._is_noted(p, g) for p, g in now.items()):
@@ -275,6 +301,9 @@ class Listening:
         if pieces and self._first.held > self.hold:
             self._settle(passed)
             self._full = True
+        first = next((each for each in self._passes if each.pieces), None)
+        if first is not None:
+            passed.merge_into(first)
         self._passes.append(passed)
         self._passed_inside = self._inside
         with torch.no_grad():
@@ -300,25 +329,27 @@ class Listening:
                     piece.form = None
             for small in passed.small:
                 small.look(passed.pieces, replace(self._first.wish, keep=False))
+        for earlier in self._passes:
+            for piece in earlier.pieces.values():
+                piece.form = None  # the gradient of the step is not that of a pass
 
     def _losses(self, call: passes.Call) -> tuple[Tensor | None, Exception | None]:
         losses, probe = self._probe.losses, self._probe
+        if not call.finite:
+            return None, MissingError("the loss is not finite")
         if losses is None:
             refused = self._refused.get(probe.savefield)
             return None, MissingError(refused) if refused else probe.reason
         total, whole = float(losses.sum()) / call.scale, float(call.loss)
-        if probe.complete and abs(total - whole) > 1e-3 * max(abs(whole), float(losses.abs().sum())):
+        exact = 1e-3 if call.root.dtype.itemsize > 2 else 1e-2  # numbers of two bytes have few digits
+        if probe.complete and abs(total - whole) > exact * max(abs(whole), float(losses.abs().sum())):
             return None, MissingError("what the graph tells does not add up to the loss")
         return losses, None
 
     def _collect(self) -> dict[str, dict[Tensor, Any]]:
         """Take from the parameters what extensions have left there."""
-        found: dict[str, dict[Tensor, Any]] = {}
-        for ext in self._made or ():
-            for p in self._parameters:
-                if ext.savefield in p.__dict__:
-                    found.setdefault(ext.savefield, {})[p] = p.__dict__.pop(ext.savefield)
-        return found
+        found = {ext.savefield: ext.take(self._parameters) for ext in self._made or ()}
+        return {field: values for field, values in found.items() if values}
 
     def _note_gradients(self, scale: float) -> None:
         """Norms of the gradients as they are now, before anybody clips them."""

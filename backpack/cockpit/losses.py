@@ -168,7 +168,7 @@ def _shares(node: Node, edge: GradientEdge, gradient: Tensor, given: Pass, sampl
         if not axis.fits(values.shape):
             raise UnreadableError("samples of the loss are not where they are expected")
         shares = (values.double() * weights.double()).movedim(axis.dim, 0)
-        shares = shares.reshape(len(shares), -1).sum(1)
+        shares = shares.flatten(1).sum(1) if shares.dim() > 1 else shares
         if axis.plain:
             return shares
         ids = axis.sample_ids(values.device)

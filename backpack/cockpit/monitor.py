@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backpack import extend, unextend
+from backpack._torch import steps_running, uncompiled_calls
 from backpack.cockpit import passes, terminal
 from backpack.cockpit.alarms import Alarm, alarms_of
 from backpack.cockpit.attention import AttentionLogits
 from backpack.cockpit.budget import Clock
+from backpack.cockpit.checking import check_arguments
 from backpack.cockpit.concluding import Concluding
-from backpack.cockpit.grouping import Per, grouped, looked_at
+from backpack.cockpit.extending import Extension
+from backpack.cockpit.grouping import Per, grouped, looked_at, trained
 from backpack.cockpit.history import History
 from backpack.cockpit.listening import Start
 from backpack.cockpit.lossmodules import LossModules
@@ -24,10 +28,8 @@ from backpack.cockpit.measures import Measure
 from backpack.cockpit.moves import Moves
 from backpack.cockpit.processes import processes_of
 from backpack.cockpit.report import show_in_notebook, show_window, write
-from backpack.cockpit.sinks import Sink, sink_of
+from backpack.cockpit.sinks import Sink, sinks_of
 from backpack.cockpit.utils.schedules import linear
-
-_EXTENDED = "_backpack_extend"
 
 
 class Monitor(Concluding):
@@ -60,19 +62,12 @@ class Monitor(Concluding):
         # Of a wrapper that calls another optimizer's step, the one inside.
         while isinstance(inside := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inside
+        check_arguments(model, optimizer, every, hold)
         self.optimizer = optimizer
+        self._nests = sum("step" in each.__dict__ for each in type(optimizer).__mro__) > 2
         self.per, self.batch_dim, self.hold, self.closure = per, batch_dim, hold, closure
-        named = looked_at(self.model, include)
-        self.names, self._parameters = list(named), list(named.values())
-        spread = [name for name, p in named.items() if hasattr(p, "placements")]
-        if spread:
-            raise NotImplementedError(
-                f"parameter '{spread[0]}' is kept in parts by several processes (fully_shard, tensor "
-                "parallelism), and a monitor looks at whole ones. Use DistributedDataParallel, or "
-                "fields of a block backpack(...)"
-            )
-        self._among = frozenset(self._parameters)
-        self.groups, self._rows = grouped(self.names, per)
+        self.include = include
+        self._look()
         self.processes = processes_of(model, together)
         self.attention: AttentionLogits | None = None
         self.loss_modules: LossModules | None = None
@@ -80,8 +75,7 @@ class Monitor(Concluding):
         self._choose(quantities)
         self.clock = Clock(every if callable(every) else linear(every), budget)
         self.alarms = alarms_of(alarms)
-        sinks = [log] if callable(log) or hasattr(log, "add_scalar") else list(log)
-        self.sinks: list[Sink] = [sink_of(each) for each in sinks]
+        self.sinks: list[Sink] = sinks_of(log)
         self._history = History(path if self.processes.first else None)
         self._began = False
         self.left_out: dict[str, str] = {}
@@ -94,18 +88,61 @@ class Monitor(Concluding):
         self._keep = self._along = True
         self._full = False
         self._generator: torch.Generator | None = None
-        self._reset()
         self._start: Start | None = None
+        self._without_step = 0
+        self._reset()
         self._tracking = self._listening = False
         self._handles: list[Any] = []
-        self._marked = [each for each in self.model.modules() if _EXTENDED in each.__dict__]
+        self._compiled_again: Callable[[], Any] = lambda: None
+        self._extension = Extension(self.model, batch_dim)
         self._open, self._within = True, False
         if optimizer is not None:
             self._handles = [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
-            self._prepare()
+            try:
+                self._prepare()
+            except BaseException:
+                self.close()
+                raise
+
+    def _look(self) -> None:
+        """Look at the parameters that are trained now."""
+        named = looked_at(self.model, self.include)
+        spread = [name for name, p in named.items() if hasattr(p, "placements")]
+        if spread:
+            raise NotImplementedError(
+                f"parameter '{spread[0]}' is kept in parts by several processes (fully_shard, tensor "
+                "parallelism), and a monitor looks at whole ones. Use DistributedDataParallel, or "
+                "fields of a block backpack(...)"
+            )
+        self._trained = trained(self.model)
+        self.names, self._parameters = list(named), list(named.values())
+        self._among = frozenset(self._parameters)
+        self.groups, self._rows = grouped(self.names, self.per)
+
+    def _look_again(self) -> None:
+        """Others may be trained now: layers were frozen, or released, or put in place of others."""
+        now = trained(self.model)
+        if len(now) == len(self._trained) and all(map(operator.is_, now, self._trained)):
+            return
+        before = dict(zip(self._parameters, self._moves.reference or (), strict=False))
+        self._look()
+        self._moves = Moves(self._parameters)
+        if before:
+            found = [before.get(p) for p in self._parameters]
+            pairs = zip(found, self._parameters, strict=True)
+            self._moves.reference = [p.detach().clone() if r is None else r for r, p in pairs]
+        self._start = None
+        self._memory.pop("noise_scale", None)
+        self._refused.clear()
+        self._begin_anew()
+        if self._began:
+            header = {key: value for key, value in self._header().items() if key != "began"}
+            self._history.begin(self.step_count, **header)
+            message = f"other parameters are trained than before: {len(now)} tensors from here on"
+            self._history.event(self.step_count, "parameters", message)
 
     # ---------------------------------------------------------------------------------
     # Steps
@@ -124,24 +161,19 @@ class Monitor(Concluding):
         for listener in (self.attention, self.loss_modules):
             if listener is not None:
                 listener.listen(on)
+        if on:
+            self._extension.on()
         if on == self._listening:
             return
         self._listening = on
         if on:
-            if _EXTENDED not in self.model.__dict__:
-                extend(self.model, batch_dim=self.batch_dim)
             passes.listen(self)
+            # Also if it goes without being closed.
+            self._compiled_again = weakref.finalize(self, uncompiled_calls())
         else:
             passes.unlisten(self)
-            self._restore()
-
-    def _restore(self) -> None:
-        """Leave the model as extended as it was."""
-        if self.model in self._marked:
-            return
-        unextend(self.model)
-        for each in self._marked:
-            extend(each, batch_dim=each.__dict__.get("_backpack_batch_dim", 0))
+            self._extension.off()
+            self._compiled_again()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -163,29 +195,59 @@ class Monitor(Concluding):
             self._reset()
             self._listen(False)
             raise
-        self._finish()
-        self._listen(False)
-
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._open and self._tracking:
-            # Backward passes inside the optimizer's step are those of a closure.
-            given = args[1] if len(args) > 1 else (kwargs or {}).get("closure")
-            self._inside = given is not None
-            self._note_parameters()
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self._open:
-            return
-        self._within = True
         try:
             self._finish()
-            if self._open:
-                self._prepare()
         finally:
+            self._listen(False)
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if not self._open or not self._listening or self._is_nested():
+            return None
+        if self._tracking:
+            self._within = True
+            self._guarded(self._note_parameters)
+            self._within = False
+        # Backward passes inside the optimizer's step are those of a closure.
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._closure(args[1]), *args[2:]), kwargs
+        if kwargs and callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._closure(kwargs["closure"])}
+        return None
+
+    def _closure(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            self._inside = True
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        return inside
+
+    def _is_nested(self) -> bool:
+        """Whether a ``step`` was called by that of a subclass, which is the one that counts."""
+        return self._nests and self.optimizer is not None and steps_running(self.optimizer) > 1
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self._open or self._is_nested():
+            return
+        self._within, self._without_step = True, 0
+        try:
+            self._finish()
+        finally:
+            if self._open:
+                self._guarded(self._prepare)
             self._within = False
 
+    def _guarded(self, function: Callable[[], None]) -> None:
+        """An error of the monitor's ends its watch, and not the training run."""
+        try:
+            function()
+        except Exception as error:
+            self.broke(error)
+
     def _note_parameters(self) -> None:
-        if self._start is not None and not self._all_held:
+        if self._start is not None and not self._all_held and not self._inside:
             if self._passes and all(passed.has("ends") for passed in self._passes):
                 self._start.update = None  # it has been projected on
         if "update" in self.needs:
@@ -193,14 +255,13 @@ class Monitor(Concluding):
 
     def _finish(self) -> None:
         """A step is over."""
-        if self._listening:
-            try:
+        try:
+            if self._listening:
                 with torch.no_grad():
-                    self._conclude()
-            except Exception as error:
-                self.broke(error)
-        self.clock.stepped(self._tracking, self._listening)
-        self.step_count += 1
+                    self._guarded(self._conclude)
+        finally:  # also if the user interrupts
+            self.clock.stepped(self._tracking, self._listening)
+            self.step_count += 1
 
     # ---------------------------------------------------------------------------------
     # For the user
@@ -236,13 +297,23 @@ class Monitor(Concluding):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called."""
-        self.step_count = int(state["step"])
-        self._memory = dict(state["memory"])
+        """Go on where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: for a state of a model with other parameters.
+        """
         reference = state["reference"]
         if reference is not None:
-            pairs = zip(reference, self._parameters, strict=True)
-            reference = [r.to(p) for r, p in pairs]
+            shapes = [p.shape for p in self._parameters]
+            if [r.shape for r in reference] != shapes:
+                raise ValueError(
+                    "the state is that of a monitor of other parameters: "
+                    f"{len(reference)} tensors, first of all {tuple(reference[0].shape)}, and here "
+                    f"{len(shapes)}, first of all {tuple(shapes[0])}"
+                )
+            reference = [r.to(p) for r, p in zip(reference, self._parameters, strict=True)]
+        self.step_count = int(state["step"])
+        self._memory = dict(state["memory"])
         self._moves.reference = reference
         self._history.load_state_dict(state["history"])
         self._expected = int(state["expected"])
@@ -268,6 +339,7 @@ class Monitor(Concluding):
         self._collect()
         self._reset()
         self._start = self._moves.reference = None
+        self._history.flush()
         for sink in self.sinks:
             getattr(sink, "close", lambda: None)()
 

@@ -59,6 +59,28 @@ class Passed:
         pieces = (piece for piece in self.pieces.values() if piece.reached)
         return any(small.kept for small in self.small) or any(p.form is not None for p in pieces)
 
+    def merge_into(self, first: Passed) -> None:
+        """Add what is as large as a parameter to that of another pass: it is there once."""
+        ratio = self.share / first.share
+        for p, piece in self.pieces.items():
+            other = first.pieces.get(p)
+            if other is None:
+                continue
+            if piece.gradient is not None and other.gradient is not None:
+                other.gradient = _added(other.gradient, piece.gradient, ratio, other.merged)
+                if piece.squares is not None and other.squares is not None:
+                    other.squares = _added(other.squares, piece.squares, ratio**2, other.merged)
+                piece.gradient = piece.squares = None
+                piece.merged = other.merged = True
+        for matrix, mine in self.curvature.items():
+            theirs = first.curvature.get(matrix, {})
+            for p in [p for p in mine if p in theirs]:
+                trace, diagonal = mine.pop(p)
+                before, known = theirs[p]
+                if known is not None and diagonal is not None:
+                    known = known + diagonal * ratio
+                theirs[p] = before + trace * ratio, known
+
     @property
     def samples(self) -> int:
         """Number of samples.
@@ -110,6 +132,11 @@ class Passed:
         like = next(iter(found.values()))
         zeros = torch.zeros_like(like) if len(found) < len(parameters) else like
         return torch.stack([found.get(p, zeros).to(zeros) for p in parameters]).double()
+
+
+def _added(total: Tensor, part: Tensor, factor: float, ours: bool) -> Tensor:
+    """The sum, in the memory of the total if that is nobody else's."""
+    return total.add_(part, alpha=factor) if ours else total.add(part, alpha=factor)
 
 
 class Group:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -201,8 +201,7 @@ def _with_quantities(call: Call, listeners: list[Listener], original: Callable[.
     wanted = [each.parameters for each in listeners]
     parameters = None if None in wanted else {p for some in wanted if some is not None for p in some}
     try:
-        with backpack.beside(*(ext for ext, _ in asked), parameters=parameters):
-            return original()
+        return _beside(asked, parameters, original)
     except Exception as error:
         if not _refused(error):
             raise
@@ -220,9 +219,18 @@ def _with_quantities(call: Call, listeners: list[Listener], original: Callable[.
         for ext, listener in left:
             listener.refused(ext, reason)
         left = []
-    if not left:
-        return original()
-    with backpack.beside(*(ext for ext, _ in left), parameters=parameters):
+    return _beside(left, parameters, original) if left else original()
+
+
+def _beside(
+    asked: Sequence[tuple[BackpropExtension, Listener]],
+    parameters: Collection[Tensor] | None,
+    original: Callable[..., Any],
+) -> Any:
+    """The call, in a block."""
+    block = backpack.beside(*(ext for ext, _ in asked), parameters=parameters)
+    block.quiet = True  # a listener says itself what it misses
+    with block:
         return original()
 
 

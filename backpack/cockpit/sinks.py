@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ def sink_of(target: Any) -> Sink:
     if not callable(target):
         raise TypeError(f"a sink is a function log(dict, step) or a SummaryWriter, got {target!r}")
     return target
+
+
+def sinks_of(log: Any) -> list[Sink]:
+    """A list of functions, of one target or of several.
+
+    Raises:
+        TypeError: for a target that is none.
+    """
+    several = isinstance(log, Iterable) and not callable(log) and not hasattr(log, "add_scalar")
+    return [sink_of(each) for each in (log if several else [log])]
 
 
 class TensorBoard:

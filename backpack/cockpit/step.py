@@ -23,7 +23,7 @@ class Step:
     Args:
         parameters: those that are looked at.
         groups: rows of zeros and ones, ``[groups, parameters]``; the first is the whole model.
-        passes: its backward passes.
+        passes: its backward passes, those without data left out if there are others.
         group: the processes that train together.
         lost: parts that could not be computed, and why.
 
@@ -49,7 +49,9 @@ class Step:
     ) -> None:
         self.parameters = list(parameters)
         self.groups = groups
-        self.passes = list(passes)
+        # What has no data (a penalty on the weights) has no samples.
+        self._all = list(passes)
+        self.passes = [passed for passed in passes if passed.pieces] or self._all
         self.group = group
         self.lost = lost
         self.grad_norms: Tensor | None = None
@@ -145,8 +147,9 @@ class Step:
     def _gradients(self, without: Container[Tensor]) -> dict[Tensor, Tensor]:
         found: dict[Tensor, Tensor] = {}
         for passed in self.passes:
+            first = passed is self.passes[0]
             for p, piece in passed.pieces.items():
-                if p in without:
+                if p in without or (piece.merged and not first):
                     continue
                 if piece.gradient is None:
                     raise MissingError("the gradient was not kept")
@@ -246,7 +249,7 @@ class Step:
         total: Tensor | None = None
         for passed in self.passes:
             piece = passed.pieces.get(p)
-            if piece is None:
+            if piece is None or (piece.merged and passed is not self.passes[0]):
                 continue
             if piece.squares is None:
                 raise MissingError(self.lost.get("squares", "squares were not computed"))
@@ -351,7 +354,7 @@ class Step:
     def loss(self) -> float:
         """The step's loss: the sum of those whose backward was called."""
         self._need()
-        return float(self.group.sum(sum(passed.loss for passed in self.passes)) / self.group.size)  # type: ignore[arg-type]
+        return float(self.group.sum(sum(passed.loss for passed in self._all)) / self.group.size)  # type: ignore[arg-type]
 
     def curvature_along(self, update: dict[Tensor, Tensor]) -> float:
         """``d^T G d``, an unbiased estimate."""
@@ -383,6 +386,8 @@ class Step:
     def end(self, slopes: Tensor, length: float) -> End:
         """The loss and a slope, each with its unbiased variance over samples.
 
+        Both are those of the data: of a term of the loss without any, no sample has a slope.
+
         Args:
             slopes: ``G_n^T d [samples of this process]``.
             length: of ``d``.
@@ -393,8 +398,7 @@ class Step:
         means = [total / count for total in sums[0]]
         pairs = zip(sums[1], means, strict=True)
         variance, spread = (max(s - count * mean * mean, 0.0) / (count - 1) for s, mean in pairs)
-        # The variance of losses about their mean needs the shares, not the loss itself.
-        return End(self.loss, spread, means[0], variance)
+        return End(means[1], spread, means[0], variance)
 
     # ---------------------------------------------------------------------------------
     # Numbers of groups

@@ -72,6 +72,10 @@ def watch(
 
     Raises:
         NotImplementedError: for parameters that are kept in parts by several processes.
+        TypeError: for a model, an optimizer or a target of ``log`` that is none.
+        ValueError: for a model without trained parameters, an ``every``, ``per`` or ``budget`` that
+            there is not.
+        KeyError: for a quantity, a configuration or an alarm that there is not.
     """
     return Monitor(
         model,

@@ -194,6 +194,9 @@ class backpack:  # noqa: N801
         self.processes = processes if processes.size > 1 else None
         self.group_size = processes.size
 
+    # Whether a pass without an extended model is passed over in silence.
+    quiet = False
+
     @classmethod
     def beside(cls, *exts: BackpropExtension, parameters: Iterable[Tensor] | None = None) -> backpack:
         """A block with these quantities beside those of the block that is open, which it stands in for.

@@ -68,7 +68,7 @@ class Run(Listening):
                 "model inside of the backpack(...) block, where it runs uncompiled, and extend it; a "
                 "function that holds the block must not be compiled itself (compile its parts)"
             )
-        if not graph.taps:
+        if not graph.taps and not self.block.owner.quiet:
             warnings.warn(
                 "no extended model takes part in this backward pass, so that there is nothing to "
                 "compute (extend(model) before its forward pass, which must not run in disable(), nor "

@@ -44,6 +44,7 @@ class Options(Protocol):
     group_size: int | None
     gather: bool
     rules: Mapping[str, Rule]
+    quiet: bool
 
     @property
     def active(self) -> bool:

@@ -824,7 +824,7 @@ def test_losses_of_positions(last: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.manual_seed(0)
     model = extend(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)))
     X, y = torch.randint(5, (6, 7)), torch.randint(3, (6, 7))
-    probe = Probe("probe")
+    probe = Probe("probe", lambda part, error: None)
     with backpack(probe):
         logits = model(X)
         if last:

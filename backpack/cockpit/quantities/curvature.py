@@ -20,7 +20,11 @@ MATRICES = {"diag_h": "hessian", "diag_ggn_exact": "ggn", "diag_ggn_mc": "ggn_mc
 
 
 def _extension(curvature: str, diagonal: bool) -> Curvature:
-    return Curvature(f"cockpit_{curvature}", MATRICES[curvature], diagonal)
+    return Curvature(f"cockpit_{curvature}", _raise, MATRICES[curvature], diagonal)
+
+
+def _raise(part: str, error: Exception) -> None:
+    raise error
 
 
 class _WithCurvature(SingleStepQuantity):
