@@ -146,7 +146,7 @@ class Form(ABC):
         """How many numbers are written out for a row of ``G``."""
         return self.shape.numel()
 
-    def small_tiles(self) -> list[Tile]:
+    def _small_tiles(self) -> list[Tile]:
         """Pieces whose rows are used once, no larger than is needed to be fast."""
         room = TILE_BYTES[self.like.device.type] // self.like.element_size()
         return self.tiles(int(room // max(1, self.row_size)))
@@ -182,7 +182,7 @@ class Form(ABC):
         """``<u_k, G_{vn}>`` for vectors ``u [k, *p]``, shape ``[k, v, n]``."""
         u = vectors.reshape(len(vectors), self.shape.numel()).to(self.like.dtype)
         result = u.new_zeros(len(u), self.columns, self.samples)
-        for v, n in self.small_tiles():
+        for v, n in self._small_tiles():
             result[:, v, n] = (u @ self.rows((v, n)).mT).reshape(result[:, v, n].shape)
         return result
 
@@ -190,7 +190,7 @@ class Form(ABC):
         """``sum_{vn} w_{kvn} G_{vn}`` for weights ``w [k, v, n]``, shape ``[k, *p]``."""
         w = weights.to(self.like.dtype)
         result = w.new_zeros(len(w), self.shape.numel())
-        for v, n in self.small_tiles():
+        for v, n in self._small_tiles():
             piece = w[:, v, n]
             result = result + piece.reshape(len(w), prod(piece.shape[1:])) @ self.rows((v, n))
         return result.reshape(len(w), *self.shape)

@@ -60,7 +60,7 @@ def test_negative_curvature() -> None:
     torch.testing.assert_close(solve(M, b), length * b)
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "hessian", "pch"])
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_leaves_a_saddle(curvature: str) -> None:
     """The product of two factors that should be one, near zero: a saddle of the Hessian's block too."""
     model = Apply(lambda m, a: a * m.w[0] * m.w[1], w=P(2))
@@ -79,6 +79,14 @@ def test_leaves_a_saddle(curvature: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 1e-3 < losses[0]
+
+
+def test_positive_curvature_of_factors_that_are_one_parameter() -> None:
+    """There is none: what is multiplied is no linear function of it."""
+    model = Apply(lambda m, a: a * m.w[0] * m.w[1], w=P(2))
+    optimizer = optim.CGNewton(model, 0.3, 1e-2, curvature="pch")
+    with pytest.raises(NotImplementedError, match="linear in it"), optimizer.backpack():
+        extend(nn.MSELoss())(model(torch.ones(3, 1)), torch.ones(3, 1)).backward()
 
 
 def test_releases_the_graph() -> None:
