@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack.graph.nodes import (
     BATCH_NORMS,
@@ -105,9 +105,8 @@ class CurvatureMap:
 
     def enters_linearly(self, leaf: Leaf) -> bool:
         """Whether what meets data is linear in a parameter, and not on top of another use."""
-        made = walk([s.edge.node for _, _, s in leaf.uses if s.edge is not None])
         linear = all(s.linear for _, _, s in leaf.uses)
-        linear = linear and all(is_linear(node) for node in made if children_of(node))
+        linear &= all(_linear_below(s.edge.node, leaf) for _, _, s in leaf.uses if s.edge is not None)
         return linear and not (len(leaf.uses) > 1 and self.nested({node for node, _, _ in leaf.uses}))
 
     def nested(self, nodes: set[Node]) -> bool:
@@ -119,3 +118,22 @@ class CurvatureMap:
         return sum(
             prod(node._input_metadata[0].shape) // max(batch.size, 1) for node, batch in self.nonlinear
         )
+
+
+def _linear_below(node: Node, leaf: Leaf) -> bool:
+    """Whether what is made from a parameter, and no data, is linear in it."""
+    end = get_gradient_edge(leaf.parameter).node
+    made = upwards([node])
+    holds = {end}
+    for each in made:  # each after those below it
+        inputs = [child for child, _ in each.next_functions if child in holds]
+        if each is end or not inputs:
+            continue
+        holds.add(each)
+        kind = kind_of(each)
+        product = kind in PRODUCTS and len(inputs) == 1
+        if kind == "Div":
+            product &= each.next_functions[0][0] in holds
+        if not (is_linear(each) or product or kind == "Embedding"):
+            return False
+    return True
